@@ -1,0 +1,1 @@
+"""The resource FineTuneJob as data: spec, status, run config and report, and the schema made from them."""

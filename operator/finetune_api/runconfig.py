@@ -1,0 +1,111 @@
+"""What the operator tells the trainer: the resolved spec, where things lie, and which attempt this is.
+
+The run config is written once a job and never changed; the attempt is given to each pod in the
+environment variable `FINETUNE_ATTEMPT` as JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel, Stage
+from finetune_api.report import attempt_id
+from finetune_api.spec import FineTuneJobSpec, Method
+
+ATTEMPT_VARIABLE = "FINETUNE_ATTEMPT"
+RUN_CONFIG_FILE = "run-config.json"
+FENCE_FILE = "fence.json"
+
+
+class JobRef(ApiModel):
+    """Which job this is."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+class Paths(ApiModel):
+    """Absolute directories as the trainer sees them."""
+
+    run: str
+    """`<volume>/<namespace>/<name>/<uid>`: prepared/, checkpoints/, export/, evaluation/, reports/, logs/."""
+    cache: str
+    """Shared downloads and conversions, keyed by content."""
+    source: str = ""
+    """What relative `path:` sources are relative to: the cache volume, locally the job's file's directory."""
+
+
+class RunConfig(ApiModel):
+    """Immutable snapshot of everything that decides what the trainer computes."""
+
+    job: JobRef
+    """Which job this is."""
+    spec: FineTuneJobSpec
+    """The spec with every default that does not depend on device or data filled in."""
+    paths: Paths
+    """Where things lie."""
+    image: str = ""
+    """Image with digest, empty for local processes."""
+    operator_version: str = ""
+    """Version that made this snapshot."""
+
+
+class Attempt(ApiModel):
+    """One try at one stage. What differs between tries stands here and nowhere else."""
+
+    uid: str
+    """The job's uid."""
+    stage: Stage
+    """The stage."""
+    number: Annotated[int, Field(ge=1)] = 1
+    """1 for the first try; rises over the job's life, for each stage on its own."""
+    micro_batch_tokens: int | None = None
+    """Tokens a packed row at most, halved after an out-of-memory; the plan's when left out."""
+    activation_checkpointing: bool | None = None
+    """Forced on by an out-of-memory at the longest document."""
+    grace_seconds: int = 120
+    """Seconds between SIGTERM and SIGKILL: a collective checkpoint must fit."""
+    startup_seconds: int = 900
+    """Seconds for all ranks to meet."""
+    hang_seconds: int = 1200
+    """Seconds without a step after which a rank writes its stacks and exits."""
+    report_to: Literal["file", "configmap"] = "file"
+    """Where the report goes beside `reports/<stage>-<n>.json` in the run directory."""
+
+    @property
+    def id(self) -> str:
+        """The name by which fence and report know this attempt."""
+        return attempt_id(self.uid, self.stage, self.number)
+
+
+DEFAULT_LEARNING_RATE: dict[Method, float] = {
+    Method.FULL: 1e-5,
+    Method.LORA: 2e-4,
+    Method.QLORA: 2e-4,
+    Method.PROMPT: 1e-2,
+    Method.PREFIX: 5e-3,
+}
+
+
+def resolve(spec: FineTuneJobSpec) -> FineTuneJobSpec:
+    """The spec with every default filled in that follows from other fields (never from device or data)."""
+    training = spec.training
+    run = spec.storage.run
+    several_tasks = len({dataset.task for dataset in spec.datasets}) > 1
+    reduction = ("example" if several_tasks else "token") if training.loss_reduction == "auto" else None
+    access_mode = run.access_mode or ("ReadWriteMany" if spec.topology.nodes > 1 else "ReadWriteOnce")
+    return spec.model_copy(
+        update={
+            "training": training.model_copy(
+                update={
+                    "learning_rate": training.learning_rate or DEFAULT_LEARNING_RATE[spec.tuning.method],
+                    "loss_reduction": reduction or training.loss_reduction,
+                    "packing": False if spec.tuning.method in (Method.PROMPT, Method.PREFIX) else training.packing,
+                }
+            ),
+            "storage": spec.storage.model_copy(update={"run": run.model_copy(update={"access_mode": access_mode})}),
+        }
+    )

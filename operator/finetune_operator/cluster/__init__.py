@@ -1,0 +1,1 @@
+"""The only Kubernetes calls: observe and act."""

@@ -1,0 +1,1 @@
+"""The same decisions carried out with processes on this machine: `finetune run`."""

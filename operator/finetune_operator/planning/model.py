@@ -1,0 +1,170 @@
+"""What a decision is made from (Observation) and what it consists of (Decision). Values only.
+
+Cluster and local runner both make an Observation, call `decide`, write `Decision.status` first and carry
+out `Decision.actions` only if that write was accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal
+
+from finetune_api.base import Stage
+from finetune_api.report import Failure, Report
+from finetune_api.runconfig import Attempt
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import JobStatus
+
+
+class PodPhase(StrEnum):
+    """Phase of a pod, or of a local process group standing in for one."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod of an attempt."""
+
+    name: str
+    index: int = 0
+    phase: PodPhase = PodPhase.PENDING
+    terminating: bool = False
+    """A deletionTimestamp is set: it may still be writing."""
+    evicted: bool = False
+    """Preempted, evicted, drained or shut down by the kubelet: not the job's fault."""
+    node_lost: bool = False
+    """Its node is not ready or gone."""
+    out_of_service: bool = False
+    """Its node carries the out-of-service taint: it cannot write any more."""
+    oom_killed: bool = False
+    memory_limit: str = ""
+    exit_code: int | None = None
+    failure: Failure | None = None
+    """Termination message, if the trainer wrote one."""
+    waiting: str = ""
+    """Why it does not start, in a sentence: image, Secret, claim, unschedulable."""
+    started: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Child:
+    """The object that carries one attempt: a batch/v1 Job, a PyTorchJob or a local process group."""
+
+    stage: Stage
+    number: int
+    ours: bool = True
+    """Owned by this uid. False: left over from a job of the same name that is being deleted."""
+    succeeded: bool = False
+    failed: bool = False
+    deleting: bool = False
+    queued: bool = False
+    """Suspended by another (Kueue): waits for its turn."""
+    exists: bool = True
+    """False: the object is gone but pods of it are still there."""
+    message: str = ""
+    created: datetime | None = None
+    pods: tuple[Pod, ...] = ()
+    pods_expected: int = 1
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something the stage needs that is not there yet: waited for, and said."""
+
+    kind: Literal["Secret", "PersistentVolumeClaim", "Webhook", "Quota"]
+    name: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the operator's settings and the place of execution add to a job."""
+
+    local: bool = False
+    image: str = ""
+    operator_version: str = ""
+    price_per_gpu_hour: float | None = None
+    backoff_base_seconds: float = 10.0
+    backoff_cap_seconds: float = 300.0
+    hang_backstop_factor: float = 2.0
+    grace_seconds: int = 120
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything one decision may know."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    spec: FineTuneJobSpec
+    status: JobStatus
+    """As persisted, never as we wish it were."""
+    now: datetime
+    annotations: dict[str, str] = field(default_factory=dict)
+    deleting: bool = False
+    invalid: str = ""
+    """Why the spec cannot be read at all, in a sentence; empty when it can."""
+    children: tuple[Child, ...] = ()
+    reports: tuple[Report, ...] = ()
+    """Newest report of each attempt that is on the volume or in the report ConfigMap."""
+    missing: tuple[Missing, ...] = ()
+    credentials_version: str = ""
+    """Changes when a referenced Secret changes: a job that waits for a better token goes on."""
+    environment: Environment = Environment()
+
+
+@dataclass(frozen=True)
+class EnsureShared:
+    """Create what all stages share (run config, report, RBAC, claims, network policy), if absent."""
+
+
+@dataclass(frozen=True)
+class StartAttempt:
+    """Create the child of one attempt."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class DeleteChild:
+    """Delete the child of one attempt; its conclusion is in the persisted status already."""
+
+    stage: Stage
+    number: int
+    why: str
+
+
+@dataclass(frozen=True)
+class CleanUp:
+    """Delete the children of a finished job, after its TTL."""
+
+
+Action = EnsureShared | StartAttempt | DeleteChild | CleanUp
+
+
+@dataclass(frozen=True)
+class Event:
+    """A Kubernetes Event, emitted once at a transition."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to record, and then what to do."""
+
+    status: JobStatus
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    requeue_after: float | None = None
+    """Seconds after which to look again even if nothing is seen to change."""

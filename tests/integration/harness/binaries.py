@@ -1,0 +1,279 @@
+"""The programs of the control plane: built once from Go modules, kept outside the checkout by version.
+
+Never changes anything in the checkout, and never builds what `KUBEBUILDER_ASSETS` already offers.
+Run `python -m tests.integration.harness.binaries` to build them all ahead of the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+KUBERNETES_VERSION = "v1.36.3"
+TRAINING_OPERATOR_VERSION = "v1.9.4"
+
+KUBERNETES_MODULE = "k8s.io/kubernetes"
+TRAINING_OPERATOR_MODULE = "github.com/kubeflow/training-operator"
+# kube-apiserver's own module graph pins an etcd server: the pair is the one Kubernetes was
+# tested with, and most of etcd is compiled already once the API server is.
+ETCD_MODULE = "go.etcd.io/etcd/server/v3"
+
+_STAGING_REPLACE = re.compile(r"^\s*(?:replace\s+)?(k8s\.io/\S+)\s+=>\s+\./staging/", re.MULTILINE)
+_GO_DIRECTIVES = re.compile(r"^(?:go|godebug|toolchain)\s.*$", re.MULTILINE)
+
+
+class BinaryUnavailable(RuntimeError):
+    """A program of the control plane cannot be found or built; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One executable and the Go package it is built from."""
+
+    name: str
+    module: str
+    package: str
+    version: str
+
+    @property
+    def is_kubernetes(self) -> bool:
+        """Whether it comes out of the Kubernetes module graph, which needs replace directives."""
+        return self.module != TRAINING_OPERATOR_MODULE
+
+
+def _kubernetes(name: str) -> Program:
+    return Program(name, KUBERNETES_MODULE, f"{KUBERNETES_MODULE}/cmd/{name}", KUBERNETES_VERSION)
+
+
+PROGRAMS: dict[str, Program] = {
+    program.name: program
+    for program in (
+        _kubernetes("kube-apiserver"),
+        _kubernetes("kube-controller-manager"),
+        _kubernetes("kube-scheduler"),
+        _kubernetes("kubelet"),
+        _kubernetes("kube-proxy"),
+        # Versioned by the Kubernetes release that pins it.
+        Program("etcd", ETCD_MODULE, ETCD_MODULE, f"for-kubernetes-{KUBERNETES_VERSION}"),
+        Program(
+            "training-operator",
+            TRAINING_OPERATOR_MODULE,
+            f"{TRAINING_OPERATOR_MODULE}/cmd/training-operator.v1",
+            TRAINING_OPERATOR_VERSION,
+        ),
+    )
+}
+
+CONTROL_PLANE = ("kube-apiserver", "kube-controller-manager", "etcd", "training-operator")
+"""What the integration tests start; the others are built on demand, for tests with a real node."""
+
+
+def ensure(name: str) -> Path:
+    """Return the path of a program, building it first where neither cache nor environment has it."""
+    offered = _from_assets(name)
+    if offered is not None:
+        return offered
+    program = PROGRAMS[name]
+    folder = cache_folder() / f"{name}-{program.version}"
+    with _exclusive(folder):
+        if not (folder / name).exists():
+            with _published_atomically(folder) as target:
+                _build(program, target / name)
+    return folder / name
+
+
+def ensure_training_operator_manifests() -> Path:
+    """Return the folder with the training-operator's own `crds`, `rbac` and `webhook` manifests."""
+    folder = cache_folder() / f"training-operator-manifests-{TRAINING_OPERATOR_VERSION}"
+    with _exclusive(folder):
+        if not folder.exists():
+            module = _download(TRAINING_OPERATOR_MODULE, TRAINING_OPERATOR_VERSION)
+            with _published_atomically(folder) as target:
+                # Files of the module cache are read-only; copyfile leaves the mode behind, so
+                # that the cache folder can be deleted like any other.
+                shutil.copytree(
+                    Path(module["Dir"]) / "manifests" / "base",
+                    target,
+                    copy_function=shutil.copyfile,
+                    dirs_exist_ok=True,
+                )
+                _make_writable(target)
+    return folder
+
+
+def cache_folder() -> Path:
+    """Return the folder for built programs, outside any checkout."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "finetune-operator" / "bin"
+
+
+def missing() -> list[str]:
+    """Return the names of the control plane's programs that would have to be built now."""
+    return [
+        name
+        for name in CONTROL_PLANE
+        if _from_assets(name) is None
+        and not (cache_folder() / f"{name}-{PROGRAMS[name].version}" / name).exists()
+    ]
+
+
+def _from_assets(name: str) -> Path | None:
+    assets = os.environ.get("KUBEBUILDER_ASSETS")
+    if not assets:
+        return None
+    candidate = Path(assets) / name
+    return candidate if os.access(candidate, os.X_OK) else None
+
+
+def _build(program: Program, target: Path) -> None:
+    say = f"building {program.name} {program.version} (minutes the first time) ..."
+    print(say, file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="finetune-build-") as folder:
+        source = Path(folder)
+        if program.is_kubernetes:
+            _write_kubernetes_module(source)
+        else:
+            _write_plain_module(source, program)
+        _go("mod", "tidy", cwd=source)
+        _go(
+            "build",
+            "-trimpath",
+            "-buildvcs=false",
+            f"-ldflags={' '.join(_linker_flags(program))}",
+            "-o",
+            str(target),
+            program.package,
+            cwd=source,
+        )
+
+
+def _write_kubernetes_module(folder: Path) -> None:
+    """Write a module that can import Kubernetes' commands.
+
+    `k8s.io/kubernetes` replaces its libraries with `./staging/...`, which only holds inside its
+    own checkout, so `go install pkg@version` refuses it: the same replaces are spelled out here
+    with the published versions of those libraries.
+    """
+    upstream = Path(_download(KUBERNETES_MODULE, KUBERNETES_VERSION)["GoMod"]).read_text()
+    library_version = KUBERNETES_VERSION.replace("v1.", "v0.", 1)
+    lines = ["module controlplane", ""]
+    lines += _GO_DIRECTIVES.findall(upstream)
+    lines += ["", f"require {KUBERNETES_MODULE} {KUBERNETES_VERSION}", ""]
+    lines += [
+        f"replace {library} => {library} {library_version}"
+        for library in _STAGING_REPLACE.findall(upstream)
+    ]
+    (folder / "go.mod").write_text("\n".join(lines) + "\n")
+    packages = [program.package for program in PROGRAMS.values() if program.is_kubernetes]
+    _write_imports(folder, packages)
+
+
+def _write_plain_module(folder: Path, program: Program) -> None:
+    # The language version has to match the dependency's: defaults of the runtime hang on it.
+    upstream = Path(_download(program.module, program.version)["GoMod"]).read_text()
+    lines = ["module controlplane", "", *_GO_DIRECTIVES.findall(upstream), ""]
+    lines += [f"require {program.module} {program.version}"]
+    (folder / "go.mod").write_text("\n".join(lines) + "\n")
+    _write_imports(folder, [program.package])
+
+
+def _write_imports(folder: Path, packages: list[str]) -> None:
+    # Commands cannot be imported by code that is built; the tag keeps this file for `tidy` only.
+    imports = "\n".join(f'\t_ "{package}"' for package in sorted(packages))
+    (folder / "tools.go").write_text(
+        f"//go:build tools\n\npackage tools\n\nimport (\n{imports}\n)\n"
+    )
+
+
+def _linker_flags(program: Program) -> list[str]:
+    flags = ["-s", "-w"]
+    if program.module == KUBERNETES_MODULE:
+        major, minor, _ = KUBERNETES_VERSION.removeprefix("v").split(".")
+        stamped = {"gitVersion": KUBERNETES_VERSION, "gitMajor": major, "gitMinor": minor}
+        flags += [
+            f"-X=k8s.io/component-base/version.{name}={value}" for name, value in stamped.items()
+        ]
+    return flags
+
+
+def _download(module: str, version: str) -> dict[str, str]:
+    with tempfile.TemporaryDirectory(prefix="finetune-build-") as folder:
+        answer = _go("mod", "download", "-json", f"{module}@{version}", cwd=Path(folder))
+    fields: dict[str, str] = json.loads(answer)
+    return fields
+
+
+def _go(*arguments: str, cwd: Path) -> str:
+    if shutil.which("go") is None:
+        raise BinaryUnavailable(
+            "The control plane is built from source and no `go` was found: install Go 1.26 or "
+            "newer, or point KUBEBUILDER_ASSETS at a folder with " + ", ".join(CONTROL_PLANE) + "."
+        )
+    # Without cgo the programs also start in an image that has no C library.
+    environment = {**os.environ, "CGO_ENABLED": "0"}
+    done = subprocess.run(
+        ["go", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        last_lines = "\n".join(done.stderr.strip().splitlines()[-15:])
+        raise BinaryUnavailable(f"`go {' '.join(arguments)}` failed:\n{last_lines}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Let one process at a time build into a folder; the others wait and then find it built."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _published_atomically(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the final name only once it is complete."""
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _make_writable(folder: Path) -> None:
+    # copytree gives each directory the mode of its source, which is read-only here.
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+def main(names: list[str]) -> int:
+    """Make all programs of the control plane (or those named) ready and print where they are."""
+    try:
+        for name in names or CONTROL_PLANE:
+            started = time.monotonic()
+            path = ensure(name)
+            seconds = time.monotonic() - started
+            print(f"{name:<24} {PROGRAMS[name].version:<26} {seconds:6.1f} s  {path}", flush=True)
+        print(f"{'training-operator CRDs':<24} {TRAINING_OPERATOR_VERSION:<26}           "
+              f"{ensure_training_operator_manifests()}")
+    except BinaryUnavailable as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
