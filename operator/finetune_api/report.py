@@ -189,6 +189,52 @@ class Plan(ApiModel):
     """Sentences, such as `12 steps in all`."""
 
 
+class ModelFacts(ApiModel):
+    """Shape of the base model: what the memory plan is computed from (names as in `config.json`)."""
+
+    architecture: str
+    """Class name, such as `LlamaForCausalLM`."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width of the MLP."""
+    num_hidden_layers: int
+    """Layers."""
+    num_attention_heads: int
+    """Query heads."""
+    num_key_value_heads: int
+    """Key and value heads."""
+    head_dim: int
+    """Width of a head."""
+    vocab_size: int
+    """Rows of the embedding."""
+    tie_word_embeddings: bool
+    """Whether the head shares the embedding."""
+    attention_bias: bool = False
+    """Biases on q, k, v (and o for Llama)."""
+    max_position_embeddings: int = 0
+    """Longest context; 0 unknown."""
+    parameters: int
+    """Parameters in all, tied ones once."""
+    num_experts: int = 0
+    """Experts a layer; 0 for dense models."""
+
+
+class LengthFacts(ApiModel):
+    """How long the rendered training documents are, in tokens."""
+
+    documents: int
+    """Training documents an epoch of the mixture."""
+    tokens: int
+    """Their tokens."""
+    longest: int
+    """Tokens of the longest."""
+    labelled: int
+    """Tokens that carry a label."""
+    estimated: bool = False
+    """Estimated from characters, not counted."""
+
+
 class DatasetFacts(ApiModel):
     """What Prepare found in one dataset."""
 
@@ -323,6 +369,10 @@ class Report(ApiModel):
     """From Prepare."""
     datasets: list[DatasetFacts] = []
     """From Prepare."""
+    model: ModelFacts | None = None
+    """From Prepare: what the operator makes the plan from."""
+    lengths: LengthFacts | None = None
+    """From Prepare: what the operator makes the plan from."""
     choices: dict[str, Choice] = {}
     """What each `auto` became."""
     warnings: list[str] = []
