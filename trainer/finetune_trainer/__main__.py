@@ -1,0 +1,98 @@
+"""`python -m finetune_trainer STAGE`: run one stage, or with `launch`, one stage on all ranks of this node.
+
+This is the edge at which every exception becomes a failure with a class, a sentence and an exit code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from finetune_api.report import EXIT_CODES, Failure
+from finetune_trainer.context import RunContext, context_from_environment
+from finetune_trainer.failures import classify, failure_file, redact, write_json
+
+STAGES = {
+    "prepare": ("finetune_trainer.prepare.stage", "run"),
+    "preview": ("finetune_trainer.prepare.preview", "run"),
+    "train": ("finetune_trainer.train.stage", "run"),
+    "evaluate": ("finetune_trainer.evaluate.stage", "run"),
+    "publish": ("finetune_trainer.publish.stage", "run"),
+    "check-publish": ("finetune_trainer.publish.stage", "check"),
+}
+LAUNCHED = ("train", "evaluate")
+TERMINATION_LOG = Path(os.environ.get("FINETUNE_TERMINATION_LOG", "/dev/termination-log"))
+USAGE = f"usage: python -m finetune_trainer {{{'|'.join(STAGES)}}} | launch {{{'|'.join(LAUNCHED)}}}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one stage; the exit code is that of the failure's class, 0 on success."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 2 and arguments[0] == "launch" and arguments[1] in LAUNCHED:
+        from finetune_trainer.launch import launch
+
+        return launch(arguments[1])
+    if len(arguments) != 1 or arguments[0] not in STAGES:
+        print(USAGE, file=sys.stderr)
+        return 64
+    context = context_from_environment()
+    _log_to_volume(context)
+    try:
+        module, function = STAGES[arguments[0]]
+        getattr(importlib.import_module(module), function)(context)
+    except BaseException as error:
+        return _fail(context, error)
+    return 0
+
+
+def _fail(context: RunContext, error: BaseException) -> int:
+    failure = classify(error, context.rank)
+    trace = redact("".join(traceback.format_exception(error)))
+    context.logs.mkdir(parents=True, exist_ok=True)
+    (context.logs / f"traceback-rank{context.rank}.txt").write_text(trace)
+    if failure.failure_class.value == "crash":
+        logging.getLogger(__name__).error(trace)
+    logging.getLogger(__name__).error("%s: %s", failure.failure_class, failure.sentence)
+    record_failure(context, failure)
+    if context.world_size > 1:
+        # A rank that waits for its peers in a destructor would hide the failure until the peers' time-out.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_CODES[failure.failure_class])
+    return EXIT_CODES[failure.failure_class]
+
+
+def record_failure(context: RunContext, failure: Failure) -> None:
+    """Leave the failure on the volume, in the report and in the termination message, as far as each can be had."""
+    for write in (
+        lambda: write_json(failure_file(context.logs, context.rank), failure.to_wire()),
+        lambda: context.reporter.fail(failure),
+        lambda: write_termination_message(failure),
+    ):
+        try:
+            write()
+        except OSError as error:
+            logging.getLogger(__name__).warning("the failure could not be written: %s", error)
+
+
+def write_termination_message(failure: Failure, path: Path = TERMINATION_LOG) -> None:
+    """Tell the kubelet (4096 bytes at most); silently nothing where there is no kubelet."""
+    if path.parent.exists() and (path.exists() or path != Path("/dev/termination-log")):
+        path.write_text(json.dumps(failure.to_wire()))
+
+
+def _log_to_volume(context: RunContext) -> None:
+    context.logs.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers.append(logging.FileHandler(context.logs / f"rank{context.rank}.log"))
+    form = f"%(asctime)s %(levelname)s {context.attempt.stage}/{context.attempt.number} rank {context.rank} %(message)s"
+    logging.basicConfig(level=logging.INFO, handlers=handlers, format=form, force=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

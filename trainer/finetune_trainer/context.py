@@ -1,0 +1,138 @@
+"""What every stage knows: the run config, the attempt, where things lie, and how to report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from finetune_api.report import FailureClass
+from finetune_api.runconfig import ATTEMPT_VARIABLE, FENCE_FILE, Attempt, RunConfig
+from finetune_trainer.failures import TrainerError, write_json
+from finetune_trainer.reporter import Reporter
+
+CONFIG_VARIABLE = "FINETUNE_RUN_CONFIG"
+TOKENS_VARIABLE = "FINETUNE_TOKENS"
+
+TokenKind = Literal["hub", "publish", "wandb"]
+
+
+@dataclass
+class RunContext:
+    """One process of one attempt."""
+
+    config: RunConfig
+    attempt: Attempt
+    reporter: Reporter
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    tokens: Path | None = None
+    run: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.config.paths.run)
+
+    @property
+    def cache(self) -> Path:
+        """Shared downloads and conversions; read-only outside Prepare."""
+        return Path(self.config.paths.cache)
+
+    @property
+    def prepared(self) -> Path:
+        """What Prepare wrote."""
+        return self.run / "prepared"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Published checkpoints, `step-00000010`."""
+        return self.run / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained model."""
+        return self.run / "export"
+
+    @property
+    def evaluation(self) -> Path:
+        """Results, predictions and the page."""
+        return self.run / "evaluation"
+
+    @property
+    def reports(self) -> Path:
+        """One report an attempt."""
+        return self.run / "reports"
+
+    @property
+    def logs(self) -> Path:
+        """Logs, failures and stacks of this attempt."""
+        return attempt_logs(self.run, self.attempt)
+
+    @property
+    def metrics_file(self) -> Path:
+        """Training curves, one JSON object a line."""
+        return self.run / "metrics" / "train.jsonl"
+
+    def resolve_source(self, path: str) -> Path:
+        """The file or directory that a spec's `path` means: absolute, beside the job's file, or on the cache.
+
+        Raises TrainerError (bad-spec) if nothing is there.
+        """
+        given = Path(path).expanduser()
+        places = [given] if given.is_absolute() else [Path(self.config.paths.source) / given, self.cache / given]
+        if not given.is_absolute() and not self.config.paths.source:
+            places = places[1:]
+        for place in places:
+            if place.exists():
+                return place
+        looked = " and ".join(str(place) for place in places)
+        raise TrainerError(FailureClass.BAD_SPEC, f"There is no {path}: looked for {looked}.")
+
+    def token(self, kind: TokenKind) -> str | None:
+        """The token that this stage may see, or None."""
+        if self.tokens is None:
+            return None
+        try:
+            return (self.tokens / kind).read_text().strip() or None
+        except FileNotFoundError:
+            return None
+
+    def take_fence(self) -> None:
+        """Make this attempt the only one that may publish checkpoints. Called once, by rank 0, at the start."""
+        write_json(self.run / FENCE_FILE, {"attempt": self.attempt.id})
+
+    def check_fence(self) -> None:
+        """Raise TrainerError (fenced) if another attempt has taken the volume since."""
+        try:
+            holder = json.loads((self.run / FENCE_FILE).read_text())["attempt"]
+        except FileNotFoundError:
+            return
+        if holder != self.attempt.id:
+            raise TrainerError(
+                FailureClass.FENCED, f"Attempt {holder} has taken over; {self.attempt.id} writes nothing more."
+            )
+
+
+def attempt_logs(run: Path, attempt: Attempt) -> Path:
+    """Directory of one attempt's logs on the volume."""
+    return run / "logs" / f"{attempt.stage}-{attempt.number}"
+
+
+def context_from_environment(environ: Mapping[str, str] = os.environ) -> RunContext:
+    """The context of this process from `FINETUNE_*` and torchrun's variables."""
+    config = RunConfig.model_validate_json(Path(environ[CONFIG_VARIABLE]).read_text())
+    attempt = Attempt.model_validate_json(environ[ATTEMPT_VARIABLE])
+    rank = int(environ.get("RANK", "0"))
+    tokens = environ.get(TOKENS_VARIABLE)
+    return RunContext(
+        config=config,
+        attempt=attempt,
+        reporter=Reporter(attempt, Path(config.paths.run) / "reports", enabled=rank == 0),
+        rank=rank,
+        world_size=int(environ.get("WORLD_SIZE", "1")),
+        local_rank=int(environ.get("LOCAL_RANK", "0")),
+        tokens=Path(tokens) if tokens else None,
+    )

@@ -1,0 +1,115 @@
+"""Errors as values: class, field and a sentence, made where the facts are and shown at the edge.
+
+`TrainerError` is raised for everything that a user's input or surroundings caused; `classify` turns any
+exception into the `Failure` that the operator decides by. No secret may enter a sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune_api.report import Failure, FailureClass
+
+MAX_SENTENCE = 1500
+
+_PEER_GONE = re.compile(
+    r"connection (closed|reset|refused)|peer|broken pipe|socket timeout|store.*(timeout|timed out)"
+    r"|NCCL (error|communicator was aborted)|remote process exited|Timed out waiting|\bgloo\b",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|Bearer\s+\S+|wandb_v1_[A-Za-z0-9_]+|[0-9a-f]{40}(?=[^0-9a-f/]|$))")
+
+
+class TrainerError(Exception):
+    """A failure with its class, the field it is about and a sentence that says what to do."""
+
+    def __init__(self, failure_class: FailureClass, sentence: str, field: str = "") -> None:
+        super().__init__(sentence)
+        self.failure_class = failure_class
+        self.sentence = sentence
+        self.field = field
+
+
+def redact(text: str) -> str:
+    """`text` without anything that looks like a token (commit ids in paths and URLs are kept)."""
+    return _TOKEN.sub("[redacted]", text)
+
+
+def classify(error: BaseException, rank: int | None = None) -> Failure:
+    """The failure that `error` amounts to; anything unknown is a crash with the exception's own words."""
+    failure_class, sentence, field = _class_of(error)
+    return Failure(
+        failure_class=failure_class,
+        sentence=redact(sentence)[:MAX_SENTENCE],
+        field=field,
+        rank=rank,
+        time=datetime.now(UTC),
+    )
+
+
+def _class_of(error: BaseException) -> tuple[FailureClass, str, str]:
+    if isinstance(error, TrainerError):
+        return error.failure_class, error.sentence, error.field
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        return (
+            FailureClass.STORAGE_FULL,
+            f"No space is left on the volume{where}. Make it larger, or lower checkpoint.keep.",
+            "storage.run.size",
+        )
+    if isinstance(error, MemoryError):
+        return FailureClass.HOST_OOM, "The host's memory ran out. Raise podTemplate.resources.limits.memory.", ""
+    return _class_of_torch_error(error) or (
+        FailureClass.CRASH,
+        f"{type(error).__name__}: {error}".strip(": "),
+        "",
+    )
+
+
+def _class_of_torch_error(error: BaseException) -> tuple[FailureClass, str, str] | None:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return FailureClass.CUDA_OOM, f"GPU memory ran out: {_first_line(error)}", "training"
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    of_a_collective = isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)) is not None
+    )
+    if of_a_collective:
+        return FailureClass.PEER, f"Another rank went away: {_first_line(error)}", ""
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def failure_file(logs: Path, rank: int) -> Path:
+    """Where a failing rank leaves its failure on the volume."""
+    return logs / f"failure-rank{rank}.json"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that a reader sees the old or the new file, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def root_cause(failures: list[Failure]) -> Failure | None:
+    """The earliest failure that is not another rank's consequence."""
+    own = [f for f in failures if f.failure_class is not FailureClass.PEER]
+    return min(own or failures, key=lambda f: f.time, default=None)

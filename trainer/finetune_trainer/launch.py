@@ -1,0 +1,92 @@
+"""The image's entrypoint for stages of several ranks: starts this node's ranks and tells how they ended.
+
+torchrun turns every exit code into 1 and exits 1 on SIGTERM; this wrapper exits with the class's code and
+writes the node's root cause as the termination message. Rendezvous is static (PET_* variables): ranks equal
+node indices, a late node 0 is waited for, and rented clusters without Kubernetes work the same way.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune_api.report import EXIT_CODES, Failure, FailureClass
+from finetune_api.runconfig import Attempt
+from finetune_trainer.context import context_from_environment
+from finetune_trainer.failures import failure_file, root_cause, write_json
+
+
+def launch(stage: str) -> int:
+    """Run `stage` on every rank of this node; returns the exit code of the failure's class."""
+    context = context_from_environment()
+    node_rank, ranks_a_node = int(os.environ.get("PET_NODE_RANK", "0")), int(os.environ.get("PET_NPROC_PER_NODE", "1"))
+    ranks = range(node_rank * ranks_a_node, (node_rank + 1) * ranks_a_node)
+    for rank in ranks:
+        failure_file(context.logs, rank).unlink(missing_ok=True)
+    command, environ = command_of(stage, os.environ, context.attempt)
+    oom_kills = _oom_kills()
+    child = subprocess.Popen(command, env=environ)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _frame: child.send_signal(received))
+    code = child.wait()
+    if code == 0:
+        return 0
+    failure = root_cause(_failures(context.logs, ranks)) or _without_words(code, _oom_kills() > oom_kills, ranks[0])
+    write_json(failure_file(context.logs, ranks[0]), failure.to_wire())
+    from finetune_trainer.__main__ import write_termination_message
+
+    write_termination_message(failure)
+    return EXIT_CODES[failure.failure_class]
+
+
+def command_of(stage: str, environ: Mapping[str, str], attempt: Attempt) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of this node's ranks: the rank itself for one a node, torchrun for several."""
+    nodes, node_rank = environ.get("PET_NNODES", "1"), environ.get("PET_NODE_RANK", "0")
+    ranks_a_node = environ.get("PET_NPROC_PER_NODE", "1")
+    address, port = environ.get("PET_MASTER_ADDR", "127.0.0.1"), environ.get("PET_MASTER_PORT", "23456")
+    program = ["-m", "finetune_trainer", stage]
+    result = {k: v for k, v in environ.items() if not k.startswith("PET_")}
+    result["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(max(10, attempt.grace_seconds - 10))
+    if ranks_a_node == "1":
+        # torchrun would only import torch a second time; the rank meets its peers by the same variables.
+        own = {"RANK": node_rank, "LOCAL_RANK": "0", "WORLD_SIZE": nodes, "LOCAL_WORLD_SIZE": "1"}
+        result |= own | {"MASTER_ADDR": address, "MASTER_PORT": port, "GROUP_RANK": node_rank}
+        return [sys.executable, *program], result
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "static", "--max-restarts", "0"]
+    torchrun += ["--nnodes", nodes, "--node-rank", node_rank, "--nproc-per-node", ranks_a_node]
+    torchrun += ["--master-addr", address, "--master-port", port]
+    torchrun += ["--rdzv-conf", f"timeout={attempt.startup_seconds}"]
+    return [*torchrun, *program], result
+
+
+def _failures(logs: Path, ranks: range) -> list[Failure]:
+    files = (failure_file(logs, rank) for rank in ranks)
+    return [Failure.model_validate_json(file.read_text()) for file in files if file.exists()]
+
+
+def _without_words(code: int, out_of_memory: bool, rank: int) -> Failure:
+    """The failure of a rank that could not say anything: killed, or dead before it could write."""
+    if out_of_memory:
+        failure_class = FailureClass.HOST_OOM
+        sentence = "A rank was killed at the container's memory limit. Raise podTemplate.resources.limits.memory."
+    else:
+        failure_class = FailureClass.CRASH
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        sentence = f"The trainer {how} and left no message; see the log of rank {rank}."
+    return Failure(failure_class=failure_class, sentence=sentence, rank=rank, time=datetime.now(UTC))
+
+
+def _oom_kills() -> int:
+    """Kills by this container's memory limit so far (cgroup v2 `memory.events`, v1 `memory.oom_control`)."""
+    for name in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        path = Path(name)
+        if path.exists():
+            words = path.read_text().split()
+            if "oom_kill" in words:
+                return int(words[words.index("oom_kill") + 1])
+    return 0
