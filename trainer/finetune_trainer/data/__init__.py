@@ -1,0 +1,1 @@
+"""Prepared data: what Prepare writes and Train and Evaluate read."""
