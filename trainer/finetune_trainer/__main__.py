@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune_api.report import EXIT_CODES, Failure
@@ -69,11 +70,12 @@ def _fail(context: RunContext, error: BaseException) -> int:
 
 def record_failure(context: RunContext, failure: Failure) -> None:
     """Leave the failure on the volume, in the report and in the termination message, as far as each can be had."""
-    for write in (
+    writers: list[Callable[[], None]] = [
         lambda: write_json(failure_file(context.logs, context.rank), failure.to_wire()),
         lambda: context.reporter.fail(failure),
         lambda: write_termination_message(failure),
-    ):
+    ]
+    for write in writers:
         try:
             write()
         except OSError as error:

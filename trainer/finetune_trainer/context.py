@@ -11,7 +11,7 @@ from typing import Literal
 
 from finetune_api.report import FailureClass
 from finetune_api.runconfig import ATTEMPT_VARIABLE, FENCE_FILE, Attempt, RunConfig
-from finetune_trainer.failures import TrainerError, write_json
+from finetune_trainer.failures import TrainerError, register_secret, write_json
 from finetune_trainer.reporter import Reporter
 
 CONFIG_VARIABLE = "FINETUNE_RUN_CONFIG"
@@ -96,9 +96,11 @@ class RunContext:
         if self.tokens is None:
             return None
         try:
-            return (self.tokens / kind).read_text().strip() or None
+            token = (self.tokens / kind).read_text().strip()
         except FileNotFoundError:
             return None
+        register_secret(token)
+        return token or None
 
     def take_fence(self) -> None:
         """Make this attempt the only one that may publish checkpoints. Called once, by rank 0, at the start."""

@@ -23,7 +23,8 @@ _PEER_GONE = re.compile(
     r"|NCCL (error|communicator was aborted)|remote process exited|Timed out waiting|\bgloo\b",
     re.IGNORECASE,
 )
-_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|Bearer\s+\S+|wandb_v1_[A-Za-z0-9_]+|[0-9a-f]{40}(?=[^0-9a-f/]|$))")
+_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|Bearer\s+\S+|wandb_v1_[A-Za-z0-9_]+)")
+_known_secrets: set[str] = set()
 
 
 class TrainerError(Exception):
@@ -36,8 +37,16 @@ class TrainerError(Exception):
         self.field = field
 
 
+def register_secret(value: str) -> None:
+    """From now on, `redact` takes `value` out of every text."""
+    if value:
+        _known_secrets.add(value)
+
+
 def redact(text: str) -> str:
-    """`text` without anything that looks like a token (commit ids in paths and URLs are kept)."""
+    """`text` without the secrets of this process and without anything that looks like a token."""
+    for secret in _known_secrets:
+        text = text.replace(secret, "[redacted]")
     return _TOKEN.sub("[redacted]", text)
 
 

