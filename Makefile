@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST_ARGS ?=
+export UV_SYSTEM_CERTS ?= 1
+
+.PHONY: help setup run test lint generate verify bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## create .venv with everything (the other targets do it when needed)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "Python 3.11 or newer is needed: install it, or say which with make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	  || { echo "Python's venv module is missing: apt-get install python3-venv (or your system's package)"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	  --editable '.[operator,trainer]' --group dev
+	@touch $@
+
+run: $(READY) ## fine-tune a small model end to end on this machine, and show that it got better
+	@$(BIN)/python examples/fetch_assets.py smollm2 tweets > /dev/null
+	$(BIN)/finetune run examples/quickstart.yaml
+
+test: $(READY) ## all tests; ends with the list of what this machine could not run
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(READY) ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+generate: $(READY) ## write the CRD, the reference page and what else is made from the models
+	$(BIN)/python -m finetune_api.generate
+
+verify: lint ## lint, and check that generated files are up to date
+	$(BIN)/python -m finetune_api.generate --check
+
+bench: $(READY) ## benchmarks side by side; results under benchmarks/results
+	$(BIN)/python -m benchmarks
+
+clean: ## remove the environment and local runs
+	rm -rf $(VENV) runs build dist

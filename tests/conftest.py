@@ -1,0 +1,50 @@
+"""What all tests share: quiet libraries, no network by accident, and an honest list of what was not run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "WANDB_SILENT": "true",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+FIRST = ("unit", "trainer", "local", "integration", "e2e")
+CLUSTER = ("integration", "e2e")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first; one worker a file, and one worker for everything that shares the control plane."""
+    root = Path(__file__).parent
+    for item in items:
+        top = item.path.relative_to(root).parts[0]
+        group = "cluster" if top in CLUSTER else str(item.path.relative_to(root))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: _rank(item.path.relative_to(root).parts[0]))
+
+
+def _rank(folder: str) -> int:
+    return FIRST.index(folder) if folder in FIRST else -1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what this machine could not run, with the reason: a skip must never look green."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    terminalreporter.section("not run on this machine")
+    if not skipped:
+        terminalreporter.write_line("everything was run")
+    for report in skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        terminalreporter.write_line(f"{report.nodeid}: {str(reason).removeprefix('Skipped: ')}")
