@@ -1,0 +1,157 @@
+"""`finetune`: the edge at which every error becomes one sentence and an exit code.
+
+Commands are imported when they are called, so that `finetune --help` is quick and a missing extra is said
+only to those who need it. A command registers itself with one line in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+from finetune_operator.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+
+HERE = "On this machine"
+CLUSTER = "On a cluster"
+RESOURCE = "The resource"
+
+
+class Entry(NamedTuple):
+    """One command: its line in the help, the panel it stands in, the extra of the distribution that it needs."""
+
+    help: str
+    panel: str
+    extra: str = ""
+
+
+COMMANDS: dict[str, Entry] = {
+    "run": Entry("Carry a FineTuneJob out on this machine, stage after stage.", HERE, "trainer"),
+    "plan": Entry("Say what a job needs before it starts: memory a rank, steps, time, price.", HERE),
+    "preview": Entry("Show examples as the model will see them, the learned tokens coloured.", HERE, "trainer"),
+    "validate": Entry("Check files as the API server would, with near matches for misspelt fields.", RESOURCE),
+    "crd": Entry("Print the CustomResourceDefinition.", RESOURCE),
+    "render": Entry("Print the manifests that the operator would make for a job.", RESOURCE),
+    "submit": Entry("Apply a FineTuneJob to the cluster.", CLUSTER, "operator"),
+    "list": Entry("List the FineTuneJobs.", CLUSTER, "operator"),
+    "watch": Entry("Follow a job with the live view of `run`.", CLUSTER, "operator"),
+    "wait": Entry("Wait until a job is complete or has failed.", CLUSTER, "operator"),
+    "logs": Entry("Print the logs of a job's stages and ranks.", CLUSTER, "operator"),
+    "suspend": Entry("Stop a job after a checkpoint and give its GPUs back.", CLUSTER, "operator"),
+    "resume": Entry("Let a suspended job go on.", CLUSTER, "operator"),
+    "retry": Entry("Try the failed stage of a job again.", CLUSTER, "operator"),
+    "operator": Entry("Run the operator itself.", CLUSTER, "operator"),
+    "version": Entry("Print the version.", RESOURCE),
+}
+
+
+def _module(name: str) -> str:
+    return f"finetune_operator.commands.{name}"
+
+
+def load(name: str) -> Any:
+    """The command `name`, imported now. Raises UserError if the extra that it needs is not installed."""
+    try:
+        function = getattr(importlib.import_module(_module(name)), name.replace("-", "_"))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("finetune_operator", "finetune_api"):
+            raise
+        extra = COMMANDS[name].extra or "operator"
+        raise UserError(
+            f"finetune {name} needs {missing}, which is not installed: pip install 'finetune-operator[{extra}]'."
+        ) from error
+    app = typer.Typer(add_completion=False)
+    app.command(name)(function)
+    return get_command(app)
+
+
+class LazyGroup(TyperGroup):
+    """Lists the commands from `COMMANDS` and imports one only when it is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the commands that exist in this version, in the table's order."""
+        return [name for name in COMMANDS if importlib.util.find_spec(_module(name)) is not None]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A stand-in with name and help: enough for listing and completing."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        entry = COMMANDS[cmd_name]
+        return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The real command in place of its stand-in."""
+        self.commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name else None, rest
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    help="Fine-tune a language model with one resource, and get proof that it is better.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _finetune(debug: bool = typer.Option(False, "--debug", help="Show tracebacks.")) -> None:
+    if debug:
+        os.environ["FINETUNE_DEBUG"] = "1"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run_command_line(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command_line(arguments: list[str]) -> int:
+    """Run one command; returns the exit code and prints the sentence of whatever went wrong."""
+    # `--debug` is understood anywhere in the line, because people add it to the end of the last command.
+    debug = "--debug" in arguments
+    if debug:
+        os.environ["FINETUNE_DEBUG"] = "1"
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = get_command(app).main(arguments, prog_name="finetune", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # The reader (`| head`) went away: nothing is wrong, and nothing more may be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if debug:
+            raise
+        sentence, code = explain(error)
+        if sentence:
+            say_error(sentence)
+        return code
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Sentence and exit code for whatever a command raised."""
+    if isinstance(error, UserError):
+        return error.sentence, error.exit_code
+    if isinstance(error, SystemExit):
+        return "", error.code if isinstance(error.code, int) else EXIT_FAILED
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted.", EXIT_INTERRUPTED
+    if hasattr(error, "format_message"):  # typer's own: a wrong option, a missing argument
+        return error.format_message(), getattr(error, "exit_code", 2)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}.", EXIT_FAILED
+    return f"{type(error).__name__}: {error} (finetune --debug shows where).", EXIT_FAILED
+
+
+def say_error(sentence: str) -> None:
+    """One line on stderr, red where it is a terminal that wants colours."""
+    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    mark = "\x1b[1;31merror:\x1b[0m" if red else "error:"
+    print(f"{mark} {sentence}", file=sys.stderr)

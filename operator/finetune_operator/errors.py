@@ -1,0 +1,21 @@
+"""What a command line says when something is wrong: one sentence and an exit code, no traceback."""
+
+from __future__ import annotations
+
+EXIT_COMPLETE = 0
+EXIT_FAILED = 1
+EXIT_BAD_SPEC = 2
+EXIT_GATE_REFUSED = 3
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something that the user can put right. Any command may raise it; the edge prints the sentence.
+
+    `sentence` says what is wrong, where, and what to do; `exit_code` is the process's (2: the input is bad).
+    """
+
+    def __init__(self, sentence: str, exit_code: int = EXIT_BAD_SPEC) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.exit_code = exit_code
