@@ -33,7 +33,7 @@ _STAGING_REPLACE = re.compile(r"^\s*(?:replace\s+)?(k8s\.io/\S+)\s+=>\s+\./stagi
 _GO_DIRECTIVES = re.compile(r"^(?:go|godebug|toolchain)\s.*$", re.MULTILINE)
 
 
-class BinaryUnavailable(RuntimeError):
+class BinaryUnavailableError(RuntimeError):
     """A program of the control plane cannot be found or built; the message says what to do."""
 
 
@@ -77,6 +77,11 @@ PROGRAMS: dict[str, Program] = {
 
 CONTROL_PLANE = ("kube-apiserver", "kube-controller-manager", "etcd", "training-operator")
 """What the integration tests start; the others are built on demand, for tests with a real node."""
+
+HOW_TO_GET_THEM = (
+    "The control plane is built from source and no `go` was found: install Go 1.26 or newer, "
+    f"or point KUBEBUILDER_ASSETS at a folder with {', '.join(CONTROL_PLANE)}."
+)
 
 
 def ensure(name: str) -> Path:
@@ -123,9 +128,13 @@ def missing() -> list[str]:
     return [
         name
         for name in CONTROL_PLANE
-        if _from_assets(name) is None
-        and not (cache_folder() / f"{name}-{PROGRAMS[name].version}" / name).exists()
+        if _from_assets(name) is None and not (cache_folder() / f"{name}-{PROGRAMS[name].version}" / name).exists()
     ]
+
+
+def can_build() -> bool:
+    """Whether this machine has the compiler that building needs."""
+    return shutil.which("go") is not None
 
 
 def _from_assets(name: str) -> Path | None:
@@ -170,10 +179,7 @@ def _write_kubernetes_module(folder: Path) -> None:
     lines = ["module controlplane", ""]
     lines += _GO_DIRECTIVES.findall(upstream)
     lines += ["", f"require {KUBERNETES_MODULE} {KUBERNETES_VERSION}", ""]
-    lines += [
-        f"replace {library} => {library} {library_version}"
-        for library in _STAGING_REPLACE.findall(upstream)
-    ]
+    lines += [f"replace {library} => {library} {library_version}" for library in _STAGING_REPLACE.findall(upstream)]
     (folder / "go.mod").write_text("\n".join(lines) + "\n")
     packages = [program.package for program in PROGRAMS.values() if program.is_kubernetes]
     _write_imports(folder, packages)
@@ -191,9 +197,7 @@ def _write_plain_module(folder: Path, program: Program) -> None:
 def _write_imports(folder: Path, packages: list[str]) -> None:
     # Commands cannot be imported by code that is built; the tag keeps this file for `tidy` only.
     imports = "\n".join(f'\t_ "{package}"' for package in sorted(packages))
-    (folder / "tools.go").write_text(
-        f"//go:build tools\n\npackage tools\n\nimport (\n{imports}\n)\n"
-    )
+    (folder / "tools.go").write_text(f"//go:build tools\n\npackage tools\n\nimport (\n{imports}\n)\n")
 
 
 def _linker_flags(program: Program) -> list[str]:
@@ -201,9 +205,7 @@ def _linker_flags(program: Program) -> list[str]:
     if program.module == KUBERNETES_MODULE:
         major, minor, _ = KUBERNETES_VERSION.removeprefix("v").split(".")
         stamped = {"gitVersion": KUBERNETES_VERSION, "gitMajor": major, "gitMinor": minor}
-        flags += [
-            f"-X=k8s.io/component-base/version.{name}={value}" for name, value in stamped.items()
-        ]
+        flags += [f"-X=k8s.io/component-base/version.{name}={value}" for name, value in stamped.items()]
     return flags
 
 
@@ -215,19 +217,14 @@ def _download(module: str, version: str) -> dict[str, str]:
 
 
 def _go(*arguments: str, cwd: Path) -> str:
-    if shutil.which("go") is None:
-        raise BinaryUnavailable(
-            "The control plane is built from source and no `go` was found: install Go 1.26 or "
-            "newer, or point KUBEBUILDER_ASSETS at a folder with " + ", ".join(CONTROL_PLANE) + "."
-        )
+    if not can_build():
+        raise BinaryUnavailableError(HOW_TO_GET_THEM)
     # Without cgo the programs also start in an image that has no C library.
     environment = {**os.environ, "CGO_ENABLED": "0"}
-    done = subprocess.run(
-        ["go", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["go", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-15:])
-        raise BinaryUnavailable(f"`go {' '.join(arguments)}` failed:\n{last_lines}")
+        raise BinaryUnavailableError(f"`go {' '.join(arguments)}` failed:\n{last_lines}")
     return done.stdout
 
 
@@ -267,9 +264,11 @@ def main(names: list[str]) -> int:
             path = ensure(name)
             seconds = time.monotonic() - started
             print(f"{name:<24} {PROGRAMS[name].version:<26} {seconds:6.1f} s  {path}", flush=True)
-        print(f"{'training-operator CRDs':<24} {TRAINING_OPERATOR_VERSION:<26}           "
-              f"{ensure_training_operator_manifests()}")
-    except BinaryUnavailable as problem:
+        print(
+            f"{'training-operator CRDs':<24} {TRAINING_OPERATOR_VERSION:<26}           "
+            f"{ensure_training_operator_manifests()}"
+        )
+    except BinaryUnavailableError as problem:
         print(problem, file=sys.stderr)
         return 1
     return 0

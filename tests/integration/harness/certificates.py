@@ -10,15 +10,11 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-_VALID_FOR = datetime.timedelta(days=30)
+# The training-operator replaces what ends within 90 days.
+_VALID_FOR = datetime.timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,9 @@ class Authority:
         return _pem(certificate, key)
 
 
-def signing_key() -> tuple[bytes, bytes]:
-    """Return a private and a public key, as PEM, for signing service account tokens."""
-    key = _new_key()
-    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return _private_pem(key), public
+def signing_key() -> bytes:
+    """Return a private key, as PEM, for signing service account tokens."""
+    return _private_pem(_new_key())
 
 
 def _new_key() -> rsa.RSAPrivateKey:
@@ -101,9 +95,7 @@ def _alternative(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: rsa.RSAPrivateKey
-) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, issuer: x509.Name, key: rsa.RSAPrivateKey) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

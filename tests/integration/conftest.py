@@ -1,0 +1,63 @@
+"""Fixtures of the integration tests: one control plane a session, one namespace a test."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from .harness import binaries
+from .harness.control_plane import ControlPlane, is_given
+from .harness.fake_kubelet import FAKE_NODE_LABEL, FakeKubelet
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Build the programs before the first test: a build takes minutes, and a test's time-out would end it."""
+    needed = any("control_plane" in getattr(item, "fixturenames", ()) for item in items)
+    if needed and not is_given() and not config.option.collectonly and binaries.can_build():
+        for name in binaries.CONTROL_PLANE:
+            binaries.ensure(name)
+        binaries.ensure_training_operator_manifests()
+
+
+@pytest.fixture(scope="session")
+def control_plane(request: pytest.FixtureRequest) -> Iterator[ControlPlane]:
+    """A control plane without nodes, shared by all tests of the session.
+
+    Its logs stay behind if a test failed.
+    """
+    if not is_given() and binaries.missing() and not binaries.can_build():
+        pytest.skip(binaries.HOW_TO_GET_THEM)
+    with ControlPlane.from_environment() as running:
+        yield running
+        if request.session.testsfailed:
+            running.keep_folder = True
+            warnings.warn(f"Logs of the control plane are kept in {running.folder}", stacklevel=1)
+
+
+@pytest.fixture
+def own_control_plane(control_plane: ControlPlane) -> ControlPlane:
+    """The control plane, for tests that read its files or stop its programs; skipped on a given cluster."""
+    if not control_plane.owned:
+        pytest.skip("This test reads files or stops programs of the control plane, and the cluster is a given one.")
+    return control_plane
+
+
+@pytest.fixture
+def namespace(control_plane: ControlPlane) -> Iterator[str]:
+    """A namespace of the test's own that enforces the `restricted` Pod Security Standard."""
+    name = control_plane.create_namespace(labels={"pod-security.kubernetes.io/enforce": "restricted"})
+    yield name
+    control_plane.delete_namespace(name)
+
+
+@pytest.fixture
+def kubelet(control_plane: ControlPlane) -> FakeKubelet:
+    """The kubelet, played by the test; pods run on `node-a` unless it says otherwise."""
+    nodes = control_plane.api.objects("Node")
+    if any(FAKE_NODE_LABEL not in node["metadata"].get("labels", {}) for node in nodes):
+        pytest.skip("The given cluster has kubelets of its own, which would run the pods of this test.")
+    kubelet = FakeKubelet(control_plane.api)
+    kubelet.add_node("node-a")
+    return kubelet

@@ -1,0 +1,608 @@
+"""etcd, kube-apiserver, kube-controller-manager and the training-operator on loopback.
+
+There are no nodes: pods stay as they are until a test plays the kubelet (`fake_kubelet`).
+Everything lives in one temporary folder and dies with the test process, however that ends.
+Run `python -m tests.integration.harness.control_plane` for one to use by hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import urllib3
+import yaml
+
+from . import binaries
+from .api import Api, ApiError, Resource
+from .certificates import Authority, signing_key
+from .processes import Process, free_port, wait_until
+
+START_TIMEOUT_SECONDS = 120
+"""Generous, because two busy cores take several times the usual seconds."""
+
+KUBECONFIG_VARIABLE = "FINETUNE_TEST_KUBECONFIG"
+"""Names a cluster to use instead of starting one. Not KUBECONFIG: tests must never reach a cluster by accident."""
+
+CONTROLLERS = (
+    "clusterrole-aggregation-controller",
+    "garbage-collector-controller",
+    "job-controller",
+    "namespace-controller",
+    "persistentvolume-binder-controller",
+    "persistentvolume-protection-controller",
+    "persistentvolumeclaim-protection-controller",
+    "resourcequota-controller",
+    "root-ca-certificate-publisher-controller",
+    "serviceaccount-controller",
+    "ttl-after-finished-controller",
+)
+"""No node lifecycle and no eviction: the fake kubelet decides when a node is lost."""
+
+TRAINING_OPERATOR_NAMESPACE = "kubeflow"
+_WEBHOOK_CONFIGURATION = "validator.training-operator.kubeflow.org"
+_WEBHOOK_SECRET = "training-operator-webhook-cert"
+_WEBHOOK_PATH = "/validate-kubeflow-org-v1-pytorchjob"
+# Compiled into the training-operator. It only asks whether the file is there; what it serves
+# comes from the same folders under TMPDIR, which is ours.
+_WEBHOOK_MARKER = Path("/tmp/k8s-webhook-server/serving-certs/tls.crt")
+
+_AUDIT_POLICY: Resource = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [
+        # What the control plane does among itself is not evidence of anything.
+        {"level": "None", "users": ["system:apiserver", "system:kube-controller-manager"]},
+        {"level": "None", "nonResourceURLs": ["/healthz*", "/readyz*", "/livez*"]},
+        {"level": "Metadata"},
+    ],
+}
+
+
+class ControlPlane:
+    """A running control plane, or a given cluster behind the same interface.
+
+    Use as a context manager, or through the fixture `control_plane`.
+    """
+
+    def __init__(self, *, folder: Path, kubeconfig: Path, owned: bool) -> None:
+        self.folder = folder
+        self.kubeconfig = kubeconfig
+        self.owned = owned
+        self.keep_folder = False
+        self._serial = itertools.count(1)
+        self._api: Api | None = None
+        self._programs: _Programs | None = None
+
+    @classmethod
+    def own(cls) -> ControlPlane:
+        """Return a control plane of our own, not yet started."""
+        folder = Path(tempfile.mkdtemp(prefix="finetune-control-plane-"))
+        return cls(folder=folder, kubeconfig=folder / "admin.kubeconfig", owned=True)
+
+    @classmethod
+    def given(cls, kubeconfig: Path) -> ControlPlane:
+        """Return an existing cluster; the training-operator has to be installed in it."""
+        folder = Path(tempfile.mkdtemp(prefix="finetune-given-cluster-"))
+        return cls(folder=folder, kubeconfig=kubeconfig, owned=False)
+
+    @classmethod
+    def from_environment(cls) -> ControlPlane:
+        """Return the cluster that the environment names, else one of our own."""
+        given = os.environ.get(KUBECONFIG_VARIABLE)
+        return cls.given(Path(given)) if given else cls.own()
+
+    def __enter__(self) -> ControlPlane:
+        try:
+            self.start()
+        except BaseException:
+            self.keep_folder = True
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.keep_folder = self.keep_folder or error is not None
+        self.stop()
+
+    def start(self) -> None:
+        """Start everything and return when PyTorchJobs are served and reconciled."""
+        if self.owned:
+            self._programs = _Programs(self.folder)
+            self._programs.start_api_server()
+            self._programs.wait_for_api_server(self.api)
+            self._install_training_operator()
+            self._programs.start_controllers(self.training_operator_kubeconfig())
+            self._programs.wait_for_controllers()
+            self._wait_for_garbage_collector()
+
+    def stop(self) -> None:
+        """Kill everything; the folder with the logs stays if `keep_folder` is set."""
+        if self._programs:
+            self._programs.stop()
+        if not self.keep_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def api(self) -> Api:
+        """The API server, as cluster administrator."""
+        if self._api is None:
+            self._api = Api(self.kubeconfig)
+        return self._api
+
+    @property
+    def server(self) -> str:
+        """The URL of the API server."""
+        return str(_cluster_of(self.kubeconfig)["server"])
+
+    @property
+    def ca_file(self) -> Path:
+        """The certificate authority of the API server, for a proxy in front of it."""
+        return self._own().folder / "ca.crt"
+
+    def apply(self, source: Path | str | Resource | Iterable[Resource], namespace: str | None = None) -> list[Resource]:
+        """Apply a YAML file, YAML text, or objects; `namespace` is for those that state none."""
+        return [self.api.apply(manifest, namespace) for manifest in _manifests(source)]
+
+    def install_crds(self, source: Path | str | Resource | Iterable[Resource]) -> None:
+        """Apply CRDs, and return when objects of these kinds are served *and* garbage-collected.
+
+        The garbage collector looks for new kinds every 30 s only, and until then the deletion of
+        an owner goes unnoticed, so the controller manager is restarted, which takes about a second.
+        """
+        for definition in self.apply(source):
+            self._wait_until_established(definition)
+        if self._programs:
+            self._programs.restart_controller_manager()
+            self._wait_for_garbage_collector()
+
+    def create_namespace(self, prefix: str = "test", labels: Mapping[str, str] | None = None) -> str:
+        """Create a namespace with a name of its own and return it once pods can be created in it."""
+        name = f"{prefix}-{next(self._serial)}-{secrets.token_hex(2)}"
+        manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": dict(labels or {})}}
+        self.api.create(manifest)
+        wait_until(lambda: self.api.find("ServiceAccount", "default", name), f"the service account of {name}")
+        return name
+
+    def delete_namespace(self, name: str) -> None:
+        """Delete a namespace and whatever pods no kubelet will ever finish; does not wait."""
+        self.api.delete({"kind": "Namespace", "metadata": {"name": name}})
+        for pod in self.api.objects("Pod", name):
+            self.api.delete(pod, grace_seconds=0)
+
+    def kubeconfig_for(self, service_account: str, namespace: str, server: str | None = None) -> Path:
+        """Write a kubeconfig that has exactly the rights of a service account, and return its path.
+
+        `server` puts something else in front of the API server, such as a proxy that fails on
+        purpose; with an `http` address the certificate authority is left out.
+        """
+        token = self._token(service_account, namespace)
+        cluster = dict(_cluster_of(self.kubeconfig))
+        if server:
+            cluster["server"] = server
+        if cluster["server"].startswith("http://"):
+            cluster = {"server": cluster["server"]}
+        path = self.folder / f"{namespace}-{service_account}-{next(self._serial)}.kubeconfig"
+        _write_kubeconfig(path, cluster, {"token": token}, namespace)
+        return path
+
+    def audit_events(self, user: str | None = None) -> list[Resource]:
+        """Return what the API server was asked so far, oldest first, at the level Metadata.
+
+        A user of a service account is named `system:serviceaccount:<namespace>:<name>`. A watch
+        appears when it starts and again when it ends.
+        """
+        log = self._own().folder / "audit.log"
+        lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+        events: list[Resource] = [json.loads(line) for line in lines]
+        return [event for event in events if user is None or event["user"]["username"] == user]
+
+    def stop_training_operator(self) -> None:
+        """Stop the training-operator and with it its webhook: PyTorchJobs can then not be created."""
+        self._running().training_operator.stop()
+
+    def start_training_operator(self) -> None:
+        """Start the training-operator again and wait until it and its webhook serve."""
+        programs = self._running()
+        programs.training_operator.start()
+        programs.wait_for_training_operator()
+
+    @contextlib.contextmanager
+    def webhook_down(self, namespace: str) -> Iterator[None]:
+        """Make the creation of PyTorchJobs in one namespace fail as while the webhook starts.
+
+        The API server answers 500 InternalError "failed calling webhook ... connection refused".
+        """
+        configuration = _webhook_configuration(
+            f"unreachable-in-{namespace}",
+            f"https://127.0.0.1:{free_port()}{_WEBHOOK_PATH}",
+            ca_bundle=None,
+            namespace_selector={"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+        )
+        created = self.api.create(configuration)
+        try:
+            wait_until(lambda: not self._accepts_pytorchjobs(namespace), "the webhook to be asked")
+            yield
+        finally:
+            self.api.delete(created)
+            wait_until(lambda: self._accepts_pytorchjobs(namespace), "the webhook to be forgotten")
+
+    def set_webhook_enabled(self, enabled: bool) -> None:
+        """Register the training-operator's own validating webhook (the default), or remove it."""
+        if enabled:
+            self.api.apply(self._running().webhook_configuration())
+        else:
+            self.api.delete({"kind": "ValidatingWebhookConfiguration", "metadata": {"name": _WEBHOOK_CONFIGURATION}})
+
+    def training_operator_kubeconfig(self) -> Path:
+        """Return a kubeconfig with the rights of the training-operator's own ClusterRole."""
+        return self.kubeconfig_for("training-operator", TRAINING_OPERATOR_NAMESPACE)
+
+    def log(self, program: str) -> str:
+        """Return what a program (`kube-apiserver`, `etcd`, ...) has written so far."""
+        return (self._own().folder / f"{program}.log").read_text(errors="replace")
+
+    def _install_training_operator(self) -> None:
+        """Install what the training-operator's own manifests install, but for its Deployment."""
+        programs = self._running()
+        manifests = binaries.ensure_training_operator_manifests()
+        self.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": TRAINING_OPERATOR_NAMESPACE}})
+        for definition in self.apply(manifests / "crds" / "kubeflow.org_pytorchjobs.yaml"):
+            self._wait_until_established(definition)
+        for path in sorted((manifests / "rbac").glob("*.yaml")):
+            for manifest in _manifests(path):
+                for subject in manifest.get("subjects", []):
+                    subject["namespace"] = TRAINING_OPERATOR_NAMESPACE
+                self.api.apply(manifest, TRAINING_OPERATOR_NAMESPACE)
+        self.api.apply(programs.webhook_secret(), TRAINING_OPERATOR_NAMESPACE)
+        self.api.apply(programs.webhook_configuration())
+
+    def _wait_until_established(self, definition: Resource) -> None:
+        def established() -> bool:
+            present = self.api.refresh(definition) or {}
+            conditions = present.get("status", {}).get("conditions") or []
+            return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+
+        wait_until(established, f"{definition['metadata']['name']} to be served")
+
+    def _wait_for_garbage_collector(self) -> None:
+        """Wait until an orphan is collected: the collector begins only when it watches every kind."""
+        absent = {"apiVersion": "v1", "kind": "ConfigMap", "name": "absent", "uid": str(uuid.uuid4())}
+        metadata = {"generateName": "orphan-", "namespace": "default", "ownerReferences": [absent]}
+        orphan = self.api.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata})
+        wait_until(lambda: self.api.refresh(orphan) is None, "the garbage collector", START_TIMEOUT_SECONDS)
+
+    def _accepts_pytorchjobs(self, namespace: str) -> bool:
+        """Whether a PyTorchJob gets past the webhooks: being refused as invalid is getting past them."""
+        probe = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": "probe"}}
+        spec: Resource = {"pytorchReplicaSpecs": {"Worker": {"template": {"spec": {"containers": []}}}}}
+        try:
+            self.api.apply({**probe, "spec": spec}, namespace, dry_run=True)
+        except ApiError as error:
+            return "failed calling webhook" not in error.message
+        return True
+
+    def _token(self, service_account: str, namespace: str) -> str:
+        target = {"kind": "ServiceAccount", "metadata": {"name": service_account, "namespace": namespace}}
+        request = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenRequest",
+            "spec": {"expirationSeconds": 24 * 3600},
+        }
+        answer = self.api.request("POST", self.api.path_of(target, "token"), request)
+        return str(answer["status"]["token"])
+
+    def _own(self) -> ControlPlane:
+        if not self.owned:
+            raise RuntimeError("This needs a control plane of the tests' own; unset " + KUBECONFIG_VARIABLE + ".")
+        return self
+
+    def _running(self) -> _Programs:
+        if self._own()._programs is None:
+            raise RuntimeError("The control plane is not started.")
+        assert self._programs is not None
+        return self._programs
+
+
+class _Programs:
+    """The four processes, their ports, certificates and flags."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._etcd_port, self._etcd_peer_port = free_port(), free_port()
+        self._api_port, self._manager_port = free_port(), free_port()
+        self._webhook_port, self._probe_port = free_port(), free_port()
+        self._authority = Authority("finetune-test-ca")
+        # The rotation inside the training-operator accepts a CA of exactly this name, and else makes its own.
+        self._webhook_authority = Authority("training-operator-ca")
+        self._webhook_server = self._webhook_authority.server(f"training-operator.{TRAINING_OPERATOR_NAMESPACE}.svc")
+        self._write_files()
+        self._etcd = self._process("etcd", self._etcd_flags())
+        self._api_server = self._process("kube-apiserver", self._api_server_flags())
+        self._manager = self._process("kube-controller-manager", self._manager_flags())
+        self._training_operator: Process | None = None
+
+    @property
+    def training_operator(self) -> Process:
+        """The training-operator; it exists once the API server has given it a token."""
+        assert self._training_operator is not None
+        return self._training_operator
+
+    def start_api_server(self) -> None:
+        self._etcd.start()
+        self._api_server.start()
+
+    def wait_for_api_server(self, api: Api) -> None:
+        def ready() -> bool:
+            self._etcd.check()
+            self._api_server.check()
+            return api.is_ready()
+
+        wait_until(ready, "the API server to be ready", START_TIMEOUT_SECONDS)
+
+    def start_controllers(self, training_operator_kubeconfig: Path) -> None:
+        _WEBHOOK_MARKER.parent.mkdir(parents=True, exist_ok=True)
+        _WEBHOOK_MARKER.touch()
+        self._training_operator = Process(
+            "training-operator",
+            [binaries.ensure("training-operator"), *self._training_operator_flags(training_operator_kubeconfig)],
+            self._folder / "training-operator.log",
+            {"TMPDIR": str(self._folder), "MY_POD_NAMESPACE": TRAINING_OPERATOR_NAMESPACE},
+        )
+        self._manager.start()
+        self._training_operator.start()
+
+    def wait_for_controllers(self) -> None:
+        self._wait_for_controller_manager()
+        self.wait_for_training_operator()
+
+    def wait_for_training_operator(self) -> None:
+        self._wait_healthy(self.training_operator, f"http://127.0.0.1:{self._probe_port}/readyz")
+        # Ready means that the webhook listens; the controller itself is set up a moment later.
+        wait_until(
+            lambda: self.training_operator.has_said('Starting workers\t{"controller": "pytorchjob-controller"'),
+            "the training-operator to reconcile",
+            START_TIMEOUT_SECONDS,
+        )
+
+    def restart_controller_manager(self) -> None:
+        self._manager.stop()
+        self._manager.start()
+        self._wait_for_controller_manager()
+
+    def stop(self) -> None:
+        # The clients first, so that no log ends in a heap of refused connections.
+        for process in (self._training_operator, self._manager, self._api_server, self._etcd):
+            if process is not None:
+                process.stop()
+
+    def webhook_secret(self) -> Resource:
+        pairs = {
+            "ca.crt": self._webhook_authority.pair.certificate,
+            "ca.key": self._webhook_authority.pair.key,
+            "tls.crt": self._webhook_server.certificate,
+            "tls.key": self._webhook_server.key,
+        }
+        return {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": _WEBHOOK_SECRET},
+            "stringData": {name: pem.decode() for name, pem in pairs.items()},
+        }
+
+    def webhook_configuration(self) -> Resource:
+        return _webhook_configuration(
+            _WEBHOOK_CONFIGURATION,
+            f"https://127.0.0.1:{self._webhook_port}{_WEBHOOK_PATH}",
+            ca_bundle=self._webhook_authority.pair.certificate,
+        )
+
+    def _wait_for_controller_manager(self) -> None:
+        self._wait_healthy(self._manager, f"https://127.0.0.1:{self._manager_port}/healthz")
+
+    def _wait_healthy(self, process: Process, url: str) -> None:
+        def healthy() -> bool:
+            process.check()
+            return _answers(url, self._folder / "ca.crt")
+
+        wait_until(healthy, f"{process.name} to be healthy", START_TIMEOUT_SECONDS)
+
+    def _process(self, name: str, flags: Mapping[str, object]) -> Process:
+        command = [str(binaries.ensure(name)), *(f"--{flag}={value}" for flag, value in flags.items())]
+        return Process(name, command, self._folder / f"{name}.log")
+
+    def _write_files(self) -> None:
+        folder = self._folder
+        self._authority.pair.write(folder, "ca")
+        self._authority.server("kubernetes.default.svc", "10.96.0.1").write(folder, "server")
+        (folder / "tokens.key").write_bytes(signing_key())
+        (folder / "audit-policy.yaml").write_text(json.dumps(_AUDIT_POLICY))
+        webhook_folder = folder / "k8s-webhook-server" / "serving-certs"
+        webhook_folder.mkdir(parents=True)
+        self._webhook_server.write(webhook_folder, "tls")
+        self._write_client("admin", "kubernetes-admin", "system:masters")
+        self._write_client("controller-manager", "system:kube-controller-manager")
+
+    def _write_client(self, name: str, user: str, *groups: str) -> None:
+        certificate, key = self._authority.client(user, *groups).write(self._folder, name)
+        cluster = {
+            "server": f"https://127.0.0.1:{self._api_port}",
+            "certificate-authority": str(self._folder / "ca.crt"),
+        }
+        credentials = {"client-certificate": str(certificate), "client-key": str(key)}
+        _write_kubeconfig(self._folder / f"{name}.kubeconfig", cluster, credentials, "default")
+
+    def _etcd_flags(self) -> dict[str, object]:
+        peer_url = f"http://127.0.0.1:{self._etcd_peer_port}"
+        client_url = f"http://127.0.0.1:{self._etcd_port}"
+        return {
+            "data-dir": self._folder / "etcd",
+            "listen-client-urls": client_url,
+            "advertise-client-urls": client_url,
+            "listen-peer-urls": peer_url,
+            "initial-advertise-peer-urls": peer_url,
+            "initial-cluster": f"default={peer_url}",
+            "unsafe-no-fsync": "true",
+            "quota-backend-bytes": 4 * 1024**3,
+            "log-level": "warn",
+        }
+
+    def _api_server_flags(self) -> dict[str, object]:
+        folder = self._folder
+        return {
+            "etcd-servers": f"http://127.0.0.1:{self._etcd_port}",
+            "bind-address": "127.0.0.1",
+            "secure-port": self._api_port,
+            # An Endpoints object may not name loopback, and nobody here looks the API server up.
+            "endpoint-reconciler-type": "none",
+            "service-cluster-ip-range": "10.96.0.0/16",
+            "tls-cert-file": folder / "server.crt",
+            "tls-private-key-file": folder / "server.key",
+            "client-ca-file": folder / "ca.crt",
+            "authorization-mode": "Node,RBAC",
+            "enable-admission-plugins": "NodeRestriction",
+            "service-account-issuer": "https://kubernetes.default.svc",
+            "service-account-key-file": folder / "tokens.key",
+            "service-account-signing-key-file": folder / "tokens.key",
+            "audit-log-path": folder / "audit.log",
+            "audit-policy-file": folder / "audit-policy.yaml",
+        }
+
+    def _manager_flags(self) -> dict[str, object]:
+        kubeconfig = self._folder / "controller-manager.kubeconfig"
+        return {
+            "kubeconfig": kubeconfig,
+            "authentication-kubeconfig": kubeconfig,
+            "authorization-kubeconfig": kubeconfig,
+            "bind-address": "127.0.0.1",
+            "secure-port": self._manager_port,
+            "tls-cert-file": self._folder / "server.crt",
+            "tls-private-key-file": self._folder / "server.key",
+            "leader-elect": "false",
+            "controllers": ",".join(CONTROLLERS),
+            "use-service-account-credentials": "true",
+            "service-account-private-key-file": self._folder / "tokens.key",
+            "root-ca-file": self._folder / "ca.crt",
+            "pvclaimbinder-sync-period": "1s",
+            "kube-api-qps": 500,
+            "kube-api-burst": 1000,
+        }
+
+    def _training_operator_flags(self, kubeconfig: Path) -> list[str]:
+        return [
+            f"--kubeconfig={kubeconfig}",
+            "--enable-scheme=pytorchjob",
+            f"--webhook-server-port={self._webhook_port}",
+            f"--health-probe-bind-address=127.0.0.1:{self._probe_port}",
+            "--metrics-bind-address=0",
+            # Tests that wait for the default 20 requests a second would measure only that.
+            "--kube-api-qps=500",
+            "--kube-api-burst=1000",
+            "--controller-threads=4",
+        ]
+
+
+def _webhook_configuration(
+    name: str, url: str, *, ca_bundle: bytes | None, namespace_selector: Resource | None = None
+) -> Resource:
+    """Return the training-operator's registration with an address on loopback instead of a Service."""
+    client: Resource = {"url": url}
+    if ca_bundle is not None:
+        client["caBundle"] = base64.b64encode(ca_bundle).decode()
+    webhook: Resource = {
+        "name": "validator.pytorchjob.training-operator.kubeflow.org",
+        "admissionReviewVersions": ["v1"],
+        "clientConfig": client,
+        "failurePolicy": "Fail",
+        "sideEffects": "None",
+        "rules": [
+            {
+                "apiGroups": ["kubeflow.org"],
+                "apiVersions": ["v1"],
+                "operations": ["CREATE", "UPDATE"],
+                "resources": ["pytorchjobs"],
+            }
+        ],
+    }
+    if namespace_selector is not None:
+        webhook["namespaceSelector"] = namespace_selector
+    return {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingWebhookConfiguration",
+        "metadata": {"name": name},
+        "webhooks": [webhook],
+    }
+
+
+def _answers(url: str, ca_file: Path) -> bool:
+    try:
+        pool = urllib3.PoolManager(ca_certs=str(ca_file), retries=False)
+        return pool.request("GET", url, timeout=2).status == 200
+    except urllib3.exceptions.HTTPError:
+        return False
+
+
+def _manifests(source: Path | str | Resource | Iterable[Resource]) -> list[Resource]:
+    if isinstance(source, Path):
+        source = source.read_text()
+    if isinstance(source, str):
+        return [manifest for manifest in yaml.safe_load_all(source) if manifest]
+    if isinstance(source, dict):
+        return [source]
+    return list(source)
+
+
+def _cluster_of(kubeconfig: Path) -> Resource:
+    """Return the cluster entry of a kubeconfig's current context."""
+    content: dict[str, Any] = yaml.safe_load(kubeconfig.read_text())
+    contexts = {context["name"]: context["context"] for context in content["contexts"]}
+    clusters: dict[str, Resource] = {cluster["name"]: cluster["cluster"] for cluster in content["clusters"]}
+    return clusters[contexts[content["current-context"]]["cluster"]]
+
+
+def _write_kubeconfig(path: Path, cluster: Resource, user: Resource, namespace: str) -> None:
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "test", "cluster": cluster}],
+        "users": [{"name": "test", "user": user}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": namespace}}],
+        "current-context": "test",
+    }
+    path.touch(mode=0o600)
+    path.write_text(yaml.safe_dump(content))
+
+
+def is_given() -> bool:
+    """Whether the environment names a cluster to use instead of one of our own."""
+    return bool(os.environ.get(KUBECONFIG_VARIABLE))
+
+
+def main() -> None:
+    """Keep a control plane running until interrupted, for a look around or for many short test runs."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with ControlPlane.own() as control_plane:
+        print(f"export {KUBECONFIG_VARIABLE}={control_plane.kubeconfig}", flush=True)
+        stop.wait()
+
+
+if __name__ == "__main__":
+    main()

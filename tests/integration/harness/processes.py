@@ -1,0 +1,125 @@
+"""Child processes that never outlive the tests, and waiting for conditions instead of sleeping."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+_Seen = TypeVar("_Seen")
+
+_POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+# Below the range from which the kernel picks source ports of outgoing connections, so that no
+# connection opened between choosing and listening can take the port away.
+_PORTS = range(20000, 32000)
+
+
+class ProcessDiedError(RuntimeError):
+    """A program of the control plane ended by itself; the message carries the end of its log."""
+
+
+class TimedOutError(AssertionError):
+    """A condition did not come true in time; the message says which."""
+
+
+def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds: float = 30) -> _Seen:
+    """Return the first truthy value of a condition, or raise `TimedOutError` naming what was awaited."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise TimedOutError(f"After {timeout_seconds:g} s still waiting for {what}. Last seen: {value!r}")
+        time.sleep(_POLL_SECONDS)
+
+
+def free_port() -> int:
+    """Return a TCP port on loopback that nobody listens on."""
+    for port in random.sample(_PORTS, k=200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("200 random ports on loopback are all taken.")
+
+
+class Process:
+    """One program in a process group of its own, its output in a log file."""
+
+    def __init__(
+        self, name: str, command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._command = [str(word) for word in command]
+        self._environment = {**os.environ, **(environment or {})}
+        self._running: subprocess.Popen[bytes] | None = None
+        self._log_begins = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The process id while the program was started and not stopped."""
+        return self._running.pid if self._running else None
+
+    def start(self) -> None:
+        """Start the program; a second start after `stop` appends to the same log.
+
+        Has to be called from a thread that lives as long as the program should: on Linux the
+        kernel kills the program when that thread ends, which is what cleans up after a killed
+        test run.
+        """
+        with self.log.open("ab") as log:
+            self._log_begins = log.tell()
+            self._running = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+
+    def stop(self) -> None:
+        """Kill the process group at once: nothing in a throw-away control plane needs a goodbye."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+
+    def check(self) -> None:
+        """Raise `ProcessDiedError` if the program ended by itself."""
+        if self._running is not None and self._running.poll() is not None:
+            raise ProcessDiedError(f"{self.name} ended with exit code {self._running.returncode}.\n{self.tail()}")
+
+    def has_said(self, text: str) -> bool:
+        """Whether the program wrote a text to its log since it was last started."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_begins)
+            return text.encode() in log.read()
+
+    def tail(self, lines: int = 20) -> str:
+        """Return the last lines of the log."""
+        if not self.log.exists():
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _die_with_parent() -> None:
+    # The libc is looked up in the child: between fork and exec nothing else may be touched.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
