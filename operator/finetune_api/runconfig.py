@@ -12,7 +12,8 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel, Stage
 from finetune_api.report import attempt_id
-from finetune_api.spec import FineTuneJobSpec, Method
+from finetune_api.known_datasets import KNOWN_DATASETS
+from finetune_api.spec import Columns, Dataset, FineTuneJobSpec, Method, Splits, Task
 
 ATTEMPT_VARIABLE = "FINETUNE_ATTEMPT"
 RUN_CONFIG_FILE = "run-config.json"
@@ -90,15 +91,29 @@ DEFAULT_LEARNING_RATE: dict[Method, float] = {
 }
 
 
+def _resolve_dataset(dataset: Dataset) -> Dataset:
+    """What is known of the repository fills in what the user left out, field by field."""
+    known = KNOWN_DATASETS.get(dataset.repo or "")
+    if known is None or dataset.task not in (None, known.task):
+        return dataset
+    splits = dataset.splits if dataset.splits != Splits() else Splits.model_validate(dict(known.splits))
+    columns = {**known.columns, **dataset.columns.model_dump(exclude_none=True)}
+    return dataset.model_copy(
+        update={"task": Task(known.task), "columns": Columns.model_validate(columns), "splits": splits}
+    )
+
+
 def resolve(spec: FineTuneJobSpec) -> FineTuneJobSpec:
     """The spec with every default filled in that follows from other fields (never from device or data)."""
     training = spec.training
     run = spec.storage.run
-    several_tasks = len({dataset.task for dataset in spec.datasets}) > 1
+    datasets = [_resolve_dataset(dataset) for dataset in spec.datasets]
+    several_tasks = len({dataset.task for dataset in datasets}) > 1
     reduction = ("example" if several_tasks else "token") if training.loss_reduction == "auto" else None
     access_mode = run.access_mode or ("ReadWriteMany" if spec.topology.nodes > 1 else "ReadWriteOnce")
     return spec.model_copy(
         update={
+            "datasets": datasets,
             "training": training.model_copy(
                 update={
                     "learning_rate": training.learning_rate or DEFAULT_LEARNING_RATE[spec.tuning.method],

@@ -9,18 +9,35 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from finetune_api.base import ApiModel, Duration, Fraction, Name, Quantity, RepoId, Rule
+from finetune_api.known_datasets import KNOWN_DATASETS
 
 Path = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Text = Annotated[str, StringConstraints(max_length=20_000)]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-
-ONE_SOURCE = Rule(
-    "has(self.repo) != has(self.path)",
-    "give exactly one of repo (a Hub repository) and path (a file or directory)",
-)
+ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+SplitName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+SecretName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
+KubernetesName = Annotated[str, StringConstraints(max_length=253)]
+LabelValue = Annotated[str, StringConstraints(max_length=63)]
+Labels = Annotated[dict[str, LabelValue], Field(max_length=64)]
+ResourceAmount = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$", max_length=32),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "x-kubernetes-int-or-string": True,
+            "maxLength": 32,
+            "pattern": r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$",
+        }
+    ),
+]
+"""An amount of CPU, memory or another resource: `8`, `500m`, `64Gi`."""
+Resource = Annotated[dict[str, ResourceAmount], Field(max_length=32)]
 
 
 class Task(StrEnum):
@@ -44,6 +61,61 @@ class Method(StrEnum):
     PREFIX = "prefix"
 
 
+TASK_COLUMNS: dict[Task, tuple[str, ...]] = {
+    Task.CLASSIFICATION: ("text", "label"),
+    Task.MULTIPLE_CHOICE: ("question", "choices", "answer", "context"),
+    Task.QUESTION_ANSWERING: ("question", "answer", "context"),
+    Task.CHAT: ("messages",),
+    Task.SUMMARIZATION: ("document", "summary"),
+    Task.TEXT: ("text",),
+}
+"""The `columns` that a task reads. Another one would have no effect, and is refused."""
+
+ONE_SOURCE = Rule(
+    "has(self.repo) != has(self.path)",
+    "give exactly one of repo (a Hub repository) and path (a file or directory)",
+)
+REVISION_NEEDS_REPO = Rule(
+    "has(self.repo) || self.revision == 'main'",
+    "revision is a branch, tag or commit on the Hub and has no effect beside path: take it out",
+    ".revision",
+)
+
+
+def _literal(value: object) -> str:
+    """A Python value as CEL."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(str(value)) if isinstance(value, str) else repr(value)
+
+
+def _as_by_default(prefix: str, model: type[ApiModel]) -> str:
+    """CEL that holds while every field of the object at `prefix` has its default: nothing was asked of it."""
+    terms = []
+    for name, field in model.model_fields.items():
+        path = f"{prefix}.{field.alias or name}"
+        default = getattr(model(), name)
+        if default is None:
+            terms.append(f"!has({path})")
+        elif isinstance(default, list):
+            terms.append(f"size({path}) == {len(default)}")
+        else:
+            terms.append(f"{path} == {_literal(default)}")
+    return " && ".join(terms)
+
+
+def _reads_only(task: Task) -> Rule:
+    """Refuse columns that rows of this task do not have."""
+    foreign = [name for name in Columns.model_fields if name not in TASK_COLUMNS[task]]
+    given = " || ".join(f"has(self.columns.{name})" for name in foreign)
+    return Rule(
+        f"!has(self.task) || self.task != '{task}' || !({given})",
+        f"task {task} reads the columns {', '.join(TASK_COLUMNS[task])} and no others: take the others out, "
+        "or choose the task that they belong to",
+        ".columns",
+    )
+
+
 class Source(ApiModel):
     """Where a model, adapter or dataset comes from."""
 
@@ -54,7 +126,7 @@ class Source(ApiModel):
     path: Path | None = None
     """File or directory instead of `repo`; on a cluster relative to the cache volume, locally to the job's file."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (ONE_SOURCE,)
+    cel_rules: ClassVar[tuple[Rule, ...]] = (ONE_SOURCE, REVISION_NEEDS_REPO)
 
 
 class Adapter(Source):
@@ -100,11 +172,11 @@ class Columns(ApiModel):
 class Splits(ApiModel):
     """Names of the dataset's own splits to use. A split that is not named is cut from `train`."""
 
-    train: str = "train"
+    train: SplitName = "train"
     """Split to train on."""
-    validation: str | None = None
+    validation: SplitName | None = None
     """Split for validation, instead of a share cut from train."""
-    test: str | None = None
+    test: SplitName | None = None
     """Held-out split for the final evaluation."""
 
 
@@ -113,7 +185,7 @@ class Dataset(Source):
 
     name: Name
     """Short unique name; metrics are called `<name>/<metric>`."""
-    config: str | None = None
+    config: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
     """Configuration (subset) of a Hub dataset that has several."""
     task: Task | None = None
     """Task of the rows. May be left out for the reference datasets, which are known by name."""
@@ -139,6 +211,29 @@ class Dataset(Source):
     """Jinja template of the prompt over the row's columns, instead of the task's own."""
     answer_template: Text | None = None
     """Jinja template of the answer over the row's columns."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        ONE_SOURCE,
+        REVISION_NEEDS_REPO,
+        Rule(
+            f"has(self.task) || (has(self.repo) && self.repo in {sorted(KNOWN_DATASETS)})",
+            f"say with task what the rows teach ({', '.join(Task)}); it may be left out only for "
+            f"{', '.join(sorted(KNOWN_DATASETS))}",
+            ".task",
+            "FieldValueRequired",
+        ),
+        *(_reads_only(task) for task in Task),
+        Rule(
+            "!has(self.config) || has(self.repo)",
+            "config chooses a configuration of a Hub dataset and has no effect beside path: take it out",
+            ".config",
+        ),
+        Rule(
+            "self.lossOn == 'all' || (has(self.task) && self.task == 'chat')",
+            "lossOn: last chooses among the turns of a chat and has no effect on other tasks: take it out",
+            ".lossOn",
+        ),
+    )
 
 
 class Split(ApiModel):
@@ -169,9 +264,11 @@ class Lora(ApiModel):
     """Dropout on the adapters' input."""
     target_modules: Annotated[str, StringConstraints(min_length=1, max_length=2000)] = "all-linear"
     """`all-linear`, names separated by commas (`q_proj,v_proj`), or a regular expression of whole module names."""
-    layers: Annotated[str, StringConstraints(pattern=r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$")] | None = None
+    layers: (
+        Annotated[str, StringConstraints(pattern=r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$", max_length=1000)] | None
+    ) = None
     """Layers that get adapters, such as `12-29` or `0,4,8`. No backward pass runs below the lowest one."""
-    modules_to_save: list[str] = []
+    modules_to_save: Annotated[list[ModuleName], Field(max_length=64)] = []
     """Modules trained whole and saved with the adapter, such as `lm_head`."""
     dora: bool = False
     """Weight-decomposed adapters (https://arxiv.org/abs/2402.09353)."""
@@ -223,6 +320,35 @@ class Tuning(ApiModel):
     """Used by `prefix`."""
     quantization: Quantization = Quantization()
     """Used by `qlora`."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"self.method in ['lora', 'qlora'] || ({_as_by_default('self.lora', Lora)})",
+            "lora is used by the methods lora and qlora only: choose one of them, or take lora out",
+            ".lora",
+        ),
+        Rule(
+            f"self.method == 'prompt' || ({_as_by_default('self.prompt', PromptTuning)})",
+            "prompt is used by the method prompt only: choose it, or take prompt out",
+            ".prompt",
+        ),
+        Rule(
+            f"self.method == 'prefix' || ({_as_by_default('self.prefix', PrefixTuning)})",
+            "prefix is used by the method prefix only: choose it, or take prefix out",
+            ".prefix",
+        ),
+        Rule(
+            f"self.method == 'qlora' || ({_as_by_default('self.quantization', Quantization)})",
+            "quantization is used by the method qlora only: choose it, or take quantization out",
+            ".quantization",
+        ),
+        Rule(
+            "self.method != 'qlora' || self.lora.init != 'pissa'",
+            "pissa starts from the singular vectors of the weights, which qlora holds in 4 bits only: "
+            "choose the method lora, or another init",
+            ".lora.init",
+        ),
+    )
 
 
 class Scheduler(ApiModel):
@@ -306,6 +432,15 @@ class Training(ApiModel):
     resume_from: ResumeFrom | None = None
     """Start from the weights and optimiser state of another job's checkpoint."""
 
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.scheduler.type != 'constant' || self.minLearningRateRatio == 0.0",
+            "the constant schedule never falls, so minLearningRateRatio has no effect: take it out, "
+            "or choose cosine, linear or wsd",
+            ".minLearningRateRatio",
+        ),
+    )
+
 
 class Topology(ApiModel):
     """Where it is trained."""
@@ -318,6 +453,14 @@ class Topology(ApiModel):
     """GPU such as `A100-80GB`, for the memory plan, the time and the price."""
     sharding: Literal["full", "hybrid"] = "full"
     """`full` shards over all ranks, `hybrid` within a node and replicates over nodes."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.gpuType) || !has(self.gpusPerNode) || self.gpusPerNode > 0",
+            "gpusPerNode: 0 trains on the CPU, so gpuType has no effect: take one of them out",
+            ".gpuType",
+        ),
+    )
 
 
 class Checkpoint(ApiModel):
@@ -343,12 +486,26 @@ class RunVolume(ApiModel):
     """An existing claim. Left out: one is made with the fields below."""
     size: Quantity = "100Gi"
     """Size of the claim that is made."""
-    storage_class_name: str | None = None
+    storage_class_name: KubernetesName | None = None
     """Storage class of the claim that is made; the cluster's default when left out."""
     access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] | None = None
     """Left out: ReadWriteMany for several nodes, ReadWriteOnce for one."""
     keep: bool = True
     """Keep the claim when the job is deleted."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.claimName) || (self.size == '100Gi' && !has(self.storageClassName))",
+            "size and storageClassName are for a claim that is made and have no effect on the existing one: "
+            "take them out, or take claimName out",
+            ".claimName",
+        ),
+        Rule(
+            "!has(self.claimName) || self.keep",
+            "an existing claim is never deleted: take keep: false out, or take claimName out",
+            ".keep",
+        ),
+    )
 
 
 class Storage(ApiModel):
@@ -365,7 +522,7 @@ class Gate(ApiModel):
 
     must_improve: bool = True
     """The macro-mean's paired 95% lower bound is above 0 and no dataset is significantly worse."""
-    minimum: dict[str, float] = {}
+    minimum: Annotated[dict[str, float], Field(max_length=64)] = {}
     """Least value for a metric: `{banking77/accuracy: 0.9}`."""
 
 
@@ -382,10 +539,21 @@ class Evaluation(ApiModel):
     """Rows a dataset that are evaluated, drawn with the split's seed. Left out: all."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Tokens generated for a free answer at most."""
-    prompts: list[Text] = []
+    prompts: Annotated[list[Text], Field(max_length=64)] = []
     """Prompts answered by base and tuned model side by side in the report."""
-    metrics: list[Literal["accuracy", "macro-f1", "exact-match", "f1", "rouge", "bleu", "perplexity"]] = []
+    metrics: Annotated[
+        list[Literal["accuracy", "macro-f1", "exact-match", "f1", "rouge", "bleu", "perplexity"]], Field(max_length=16)
+    ] = []
     """Further metrics beside each task's own."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.baseline || !self.gate.mustImprove",
+            "mustImprove compares with the untuned model, which baseline: false does not measure: "
+            "take baseline out, or set mustImprove: false",
+            ".gate.mustImprove",
+        ),
+    )
 
 
 class Publish(ApiModel):
@@ -400,7 +568,14 @@ class Publish(ApiModel):
     format: Literal["adapter", "merged"] = "adapter"
     """Upload the adapter, or the base model with the adapter merged in. Full tuning always uploads the model."""
 
-    cel_rules: ClassVar[tuple[Rule, ...]] = (ONE_SOURCE,)
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        ONE_SOURCE,
+        Rule(
+            "has(self.repo) || self.private",
+            "private is about a Hub repository and has no effect beside path: take it out",
+            ".private",
+        ),
+    )
 
 
 class Wandb(ApiModel):
@@ -424,7 +599,7 @@ class Tracking(ApiModel):
 class SecretKey(ApiModel):
     """One key of a Secret in the job's namespace."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
+    name: SecretName
     """Name of the Secret."""
     key: Annotated[str, StringConstraints(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)] = "token"
     """Key in the Secret."""
@@ -458,6 +633,19 @@ class Timeouts(ApiModel):
     hang: Duration = "20m"
     """Time without a step after which the ranks write their stacks and the attempt is retried."""
 
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "duration(self.startup) >= duration('1m')",
+            "pods need a minute at least to start and meet: write 1m or more",
+            ".startup",
+        ),
+        Rule(
+            "duration(self.hang) >= duration('1m')",
+            "below a minute a slow step would pass for a hang: write 1m or more",
+            ".hang",
+        ),
+    )
+
 
 class Cleanup(ApiModel):
     """What is removed afterwards. The FineTuneJob itself never is."""
@@ -469,11 +657,11 @@ class Cleanup(ApiModel):
 class Toleration(ApiModel):
     """A Kubernetes toleration."""
 
-    key: str | None = None
+    key: KubernetesName | None = None
     """Taint key."""
     operator: Literal["Exists", "Equal"] = "Equal"
     """How key and value are compared."""
-    value: str | None = None
+    value: LabelValue | None = None
     """Taint value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Taint effect; all when left out."""
@@ -493,38 +681,132 @@ class EnvVar(ApiModel):
 class Resources(ApiModel):
     """CPU, memory and other resources of a training pod; GPUs come from `topology`."""
 
-    requests: dict[str, str] = {}
-    """Requests, such as `{cpu: "8", memory: 64Gi}`."""
-    limits: dict[str, str] = {}
+    requests: Resource = {}
+    """Requests, such as `{cpu: 8, memory: 64Gi}`."""
+    limits: Resource = {}
     """Limits."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        *(
+            Rule(
+                f"!('nvidia.com/gpu' in self.{kind})",
+                "GPUs come from topology.gpusPerNode: take nvidia.com/gpu out",
+                f".{kind}",
+            )
+            for kind in ("requests", "limits")
+        ),
+    )
+
+
+RESERVED_PREFIXES = ("app.kubernetes.io/", "finetune.dev/", "training.kubeflow.org/", "kueue.x-k8s.io/")
+"""Labels and annotations that the operator and the controllers it works with write themselves."""
+
+
+def _no_reserved(kind: str) -> Rule:
+    own = " || ".join(f"k.startsWith('{prefix}')" for prefix in RESERVED_PREFIXES)
+    return Rule(
+        f"!self.{kind}.exists(k, {own})",
+        f"{', '.join(RESERVED_PREFIXES)} belong to the operator and to the controllers it works with: "
+        "use a prefix of your own (a Kueue queue is set with queueName)",
+        f".{kind}",
+    )
 
 
 class PodTemplate(ApiModel):
     """What may be said about the pods: an allow-list."""
 
-    node_selector: dict[str, str] = {}
+    node_selector: Labels = {}
     """Labels a node must have."""
-    tolerations: list[Toleration] = []
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
     """Taints that are tolerated."""
-    priority_class_name: str = ""
+    priority_class_name: KubernetesName = ""
     """PriorityClass of the pods."""
-    queue_name: str = ""
+    queue_name: LabelValue = ""
     """Kueue LocalQueue of the stages that ask for GPUs."""
-    labels: dict[str, str] = {}
+    labels: Labels = {}
     """Further labels on the pods."""
-    annotations: dict[str, str] = {}
+    annotations: Annotated[dict[str, Annotated[str, StringConstraints(max_length=4096)]], Field(max_length=64)] = {}
     """Further annotations on the pods."""
-    env: list[EnvVar] = []
+    env: Annotated[list[EnvVar], Field(max_length=128)] = []
     """Further environment variables of the trainer."""
     resources: Resources = Resources()
     """CPU and memory of a training pod."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        _no_reserved("labels"),
+        _no_reserved("annotations"),
+        Rule(
+            "!self.env.exists(e, e.name.matches("
+            "'^(FINETUNE_.*|PET_.*|TORCHELASTIC_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT))$'))",
+            "FINETUNE_*, PET_*, TORCHELASTIC_*, RANK, WORLD_SIZE, LOCAL_* and MASTER_* tell the ranks who they are "
+            "and are set by the operator: take them out",
+            ".env",
+        ),
+        Rule(
+            "!self.env.exists(e, e.name in "
+            "['HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_PUBLISH_TOKEN', 'WANDB_API_KEY'])",
+            "a token in env is readable by everyone who may read the job: put it into a Secret and name that "
+            "in spec.credentials",
+            ".env",
+        ),
+    )
 
 
 class ImagePullSecret(ApiModel):
     """Reference to a Secret for pulling the image."""
 
-    name: str
+    name: SecretName
     """Name of the Secret."""
+
+
+class Mutability(StrEnum):
+    """When a field of the spec may change."""
+
+    ALWAYS = "always"
+    SUSPENDED = "while suspended"
+    NEVER = "never"
+
+
+MUTABILITY: dict[str, Mutability] = {
+    "model": Mutability.NEVER,
+    "datasets": Mutability.NEVER,
+    "split": Mutability.NEVER,
+    "tuning": Mutability.NEVER,
+    "training": Mutability.NEVER,
+    "topology": Mutability.SUSPENDED,
+    "checkpoint": Mutability.NEVER,
+    "storage": Mutability.NEVER,
+    "evaluation": Mutability.NEVER,
+    "publish": Mutability.NEVER,
+    "tracking": Mutability.NEVER,
+    "credentials": Mutability.ALWAYS,
+    "retry": Mutability.ALWAYS,
+    "timeouts": Mutability.ALWAYS,
+    "cleanup": Mutability.ALWAYS,
+    "suspend": Mutability.ALWAYS,
+    "podTemplate": Mutability.SUSPENDED,
+    "image": Mutability.NEVER,
+    "imagePullSecrets": Mutability.NEVER,
+}
+"""When each field of the spec may change: what a finished or running job is made of stays as it was applied."""
+
+OPTIONAL_FIELDS = ("publish", "image")
+"""Fields of the spec without a default: they may be absent before and after a change."""
+
+
+def _mutability_rules() -> tuple[Rule, ...]:
+    rules = []
+    for name, mutability in MUTABILITY.items():
+        same = f"self.{name} == oldSelf.{name}"
+        if name in OPTIONAL_FIELDS:
+            same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
+        if mutability is Mutability.NEVER:
+            sentence = f"{name} cannot change once the job exists: apply the change under a new metadata.name"
+            rules.append(Rule(same, sentence, f".{name}", "FieldValueForbidden"))
+        elif mutability is Mutability.SUSPENDED:
+            sentence = f"{name} can change only while the job is suspended: set suspend: true first"
+            rules.append(Rule(f"oldSelf.suspend || {same}", sentence, f".{name}", "FieldValueForbidden"))
+    return tuple(rules)
 
 
 class FineTuneJobSpec(ApiModel):
@@ -566,8 +848,73 @@ class FineTuneJobSpec(ApiModel):
     """What may be said about the pods."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=500)] | None = None
     """Trainer image; the operator's own default when left out."""
-    image_pull_secrets: list[ImagePullSecret] = []
+    image_pull_secrets: Annotated[list[ImagePullSecret], Field(max_length=16)] = []
     """Secrets for pulling the image."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        *_mutability_rules(),
+        Rule(
+            "self.datasets.all(d, self.datasets.exists_one(other, other.name == d.name))",
+            "two datasets have the same name, and metrics are called by it: give each a name of its own",
+            ".datasets",
+        ),
+        Rule(
+            "!has(self.model.adapter) || self.tuning.method in ['lora', 'qlora']",
+            "adapter is a LoRA to go on training: choose the method lora or qlora, or take adapter out",
+            ".model.adapter",
+        ),
+        Rule(
+            "!has(self.model.adapter) || !has(self.training.resumeFrom)",
+            "adapter and training.resumeFrom are two starting points: give one of them",
+            ".training.resumeFrom",
+        ),
+        Rule(
+            "!(self.tuning.method in ['prompt', 'prefix']) || !has(self.training.packing) || !self.training.packing",
+            "prompt and prefix put their tokens once before a row, so packed documents would see each other's: "
+            "take packing out",
+            ".training.packing",
+        ),
+        Rule(
+            "self.tuning.method != 'prefix' || !has(self.training.activationCheckpointing) "
+            "|| !self.training.activationCheckpointing",
+            "prefix hands its keys and values over in a cache, which activation checkpointing cannot recompute: "
+            "take activationCheckpointing out",
+            ".training.activationCheckpointing",
+        ),
+        Rule(
+            "!(self.tuning.method in ['prompt', 'prefix']) || !has(self.publish) || self.publish.format != 'merged'",
+            "prompt and prefix are not part of the weights and cannot be merged into them: choose format: adapter",
+            ".publish.format",
+        ),
+        Rule(
+            "self.topology.nodes == 1 || !has(self.storage.run.accessMode) "
+            "|| self.storage.run.accessMode != 'ReadWriteOnce'",
+            "several nodes write to the run volume at once: choose ReadWriteMany, or nodes: 1",
+            ".storage.run.accessMode",
+        ),
+        Rule(
+            "!self.evaluation.gate.mustImprove && size(self.evaluation.gate.minimum) == 0 "
+            "|| self.split.validation + self.split.test > 0.0 "
+            "|| self.datasets.all(d, has(d.splits.validation) || has(d.splits.test))",
+            "nothing is held out that the gate could measure on: set split.validation or split.test above 0, "
+            "or name a validation or test split of each dataset",
+            ".split",
+        ),
+        Rule(
+            "!has(self.training.earlyStopping) || self.split.validation > 0.0 "
+            "|| self.datasets.exists(d, has(d.splits.validation))",
+            "early stopping watches validation and there is none: set split.validation above 0, "
+            "or name a dataset's validation split",
+            ".training.earlyStopping",
+        ),
+        Rule(
+            "self.evaluation.gate.minimum.all(key, key.startsWith('macro/') "
+            "|| self.datasets.exists(d, key.startsWith(d.name + '/')))",
+            "a minimum is called <dataset>/<metric>, such as banking77/accuracy, with a dataset of this job, "
+            "or macro/<metric>",
+            ".evaluation.gate.minimum",
+        ),
+    )
 
 
 class ObjectMeta(ApiModel):
@@ -591,3 +938,12 @@ class FineTuneJob(ApiModel):
     metadata: ObjectMeta
     spec: FineTuneJobSpec
     status: dict[str, Any] | None = None
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$') && size(self.metadata.name) <= 63",
+            "a job's name is part of host names: at most 63 lower-case letters, digits and '-', "
+            "beginning and ending with a letter or digit",
+            ".metadata.name",
+        ),
+    )
