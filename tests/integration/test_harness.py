@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import yaml
 
 from .harness.api import Api, ApiError, Resource
 from .harness.control_plane import ControlPlane
@@ -190,6 +191,19 @@ def test_pods_of_a_lost_node_terminate_until_the_node_is_out_of_service(
     wait_until_gone(control_plane.api, pod)
 
 
+def test_a_lost_node_that_comes_back_is_ready_and_without_taints(
+    control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet
+) -> None:
+    node = f"node-{namespace}"
+    kubelet.add_node(node)
+    kubelet.lose_node(node)
+    lost = control_plane.api.get("Node", node)
+    assert {taint["key"] for taint in lost["spec"]["taints"]} >= {"node.kubernetes.io/unreachable"}
+    back = kubelet.add_node(node)
+    assert "taints" not in back["spec"]
+    assert condition_of(back, "Ready")["status"] == "True"
+
+
 def test_preemption_eviction_and_waiting_look_as_a_cluster_writes_them(
     control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet
 ) -> None:
@@ -239,13 +253,23 @@ def test_a_service_account_may_do_what_its_role_says_and_the_audit_log_tells_wha
     assert api.objects("ConfigMap", namespace)
     with pytest.raises(ApiError, match="forbidden"):
         api.objects("Secret", namespace)
-    events = own_control_plane.audit_events(f"system:serviceaccount:{namespace}:reader")
+    user = f"system:serviceaccount:{namespace}:reader"
+    events = own_control_plane.audit_events(user)
     asked = [
         (event["verb"], event["objectRef"]["resource"], event["responseStatus"]["code"])
         for event in events
         if "objectRef" in event
     ]
     assert asked == [("list", "configmaps", 200), ("list", "secrets", 403)]
+    assert own_control_plane.permissions_used(user) == {("", "configmaps", "list")}
+
+
+def test_a_proxy_can_stand_between_a_service_account_and_the_api_server(
+    control_plane: ControlPlane, namespace: str
+) -> None:
+    path = control_plane.kubeconfig_for("default", namespace, server="http://127.0.0.1:1")
+    (cluster,) = yaml.safe_load(path.read_text())["clusters"]
+    assert cluster["cluster"] == {"server": "http://127.0.0.1:1"}
 
 
 def test_the_training_operator_refuses_what_its_webhook_forbids(

@@ -7,7 +7,6 @@ Run `python -m tests.integration.harness.control_plane` for one to use by hand.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import itertools
 import json
@@ -23,54 +22,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import urllib3
 import yaml
 
 from . import binaries
 from .api import Api, ApiError, Resource
-from .certificates import Authority, signing_key
-from .processes import Process, free_port, wait_until
-
-START_TIMEOUT_SECONDS = 120
-"""Generous, because two busy cores take several times the usual seconds."""
+from .processes import free_port, wait_until
+from .programs import (
+    START_TIMEOUT_SECONDS,
+    TRAINING_OPERATOR_NAMESPACE,
+    WEBHOOK_CONFIGURATION,
+    WEBHOOK_PATH,
+    Programs,
+    webhook_configuration,
+    write_kubeconfig,
+)
 
 KUBECONFIG_VARIABLE = "FINETUNE_TEST_KUBECONFIG"
 """Names a cluster to use instead of starting one. Not KUBECONFIG: tests must never reach a cluster by accident."""
-
-CONTROLLERS = (
-    "clusterrole-aggregation-controller",
-    "garbage-collector-controller",
-    "job-controller",
-    "namespace-controller",
-    "persistentvolume-binder-controller",
-    "persistentvolume-protection-controller",
-    "persistentvolumeclaim-protection-controller",
-    "resourcequota-controller",
-    "root-ca-certificate-publisher-controller",
-    "serviceaccount-controller",
-    "ttl-after-finished-controller",
-)
-"""No node lifecycle and no eviction: the fake kubelet decides when a node is lost."""
-
-TRAINING_OPERATOR_NAMESPACE = "kubeflow"
-_WEBHOOK_CONFIGURATION = "validator.training-operator.kubeflow.org"
-_WEBHOOK_SECRET = "training-operator-webhook-cert"
-_WEBHOOK_PATH = "/validate-kubeflow-org-v1-pytorchjob"
-# Compiled into the training-operator. It only asks whether the file is there; what it serves
-# comes from the same folders under TMPDIR, which is ours.
-_WEBHOOK_MARKER = Path("/tmp/k8s-webhook-server/serving-certs/tls.crt")
-
-_AUDIT_POLICY: Resource = {
-    "apiVersion": "audit.k8s.io/v1",
-    "kind": "Policy",
-    "omitStages": ["RequestReceived"],
-    "rules": [
-        # What the control plane does among itself is not evidence of anything.
-        {"level": "None", "users": ["system:apiserver", "system:kube-controller-manager"]},
-        {"level": "None", "nonResourceURLs": ["/healthz*", "/readyz*", "/livez*"]},
-        {"level": "Metadata"},
-    ],
-}
 
 
 class ControlPlane:
@@ -86,7 +54,7 @@ class ControlPlane:
         self.keep_folder = False
         self._serial = itertools.count(1)
         self._api: Api | None = None
-        self._programs: _Programs | None = None
+        self._programs: Programs | None = None
 
     @classmethod
     def own(cls) -> ControlPlane:
@@ -124,7 +92,7 @@ class ControlPlane:
     def start(self) -> None:
         """Start everything and return when PyTorchJobs are served and reconciled."""
         if self.owned:
-            self._programs = _Programs(self.folder)
+            self._programs = Programs(self.folder)
             self._programs.start_api_server()
             self._programs.wait_for_api_server(self.api)
             self._install_training_operator()
@@ -199,7 +167,7 @@ class ControlPlane:
         if cluster["server"].startswith("http://"):
             cluster = {"server": cluster["server"]}
         path = self.folder / f"{namespace}-{service_account}-{next(self._serial)}.kubeconfig"
-        _write_kubeconfig(path, cluster, {"token": token}, namespace)
+        write_kubeconfig(path, cluster, {"token": token}, namespace)
         return path
 
     def audit_events(self, user: str | None = None) -> list[Resource]:
@@ -229,9 +197,9 @@ class ControlPlane:
 
         The API server answers 500 InternalError "failed calling webhook ... connection refused".
         """
-        configuration = _webhook_configuration(
+        configuration = webhook_configuration(
             f"unreachable-in-{namespace}",
-            f"https://127.0.0.1:{free_port()}{_WEBHOOK_PATH}",
+            f"https://127.0.0.1:{free_port()}{WEBHOOK_PATH}",
             ca_bundle=None,
             namespace_selector={"matchLabels": {"kubernetes.io/metadata.name": namespace}},
         )
@@ -248,11 +216,26 @@ class ControlPlane:
         if enabled:
             self.api.apply(self._running().webhook_configuration())
         else:
-            self.api.delete({"kind": "ValidatingWebhookConfiguration", "metadata": {"name": _WEBHOOK_CONFIGURATION}})
+            self.api.delete({"kind": "ValidatingWebhookConfiguration", "metadata": {"name": WEBHOOK_CONFIGURATION}})
 
     def training_operator_kubeconfig(self) -> Path:
         """Return a kubeconfig with the rights of the training-operator's own ClusterRole."""
         return self.kubeconfig_for("training-operator", TRAINING_OPERATOR_NAMESPACE)
+
+    def permissions_used(self, user: str) -> set[tuple[str, str, str]]:
+        """Return (API group, resource or resource/subresource, verb) of all that a user was allowed to do.
+
+        In the words of a Role, so that what a chart grants can be compared with what is used.
+        """
+        references = [
+            (event["objectRef"], event["verb"])
+            for event in self.audit_events(user)
+            if "objectRef" in event and event["responseStatus"]["code"] != 403
+        ]
+        return {
+            (reference.get("apiGroup", ""), "/".join(_resource_and_subresource(reference)), verb)
+            for reference, verb in references
+        }
 
     def log(self, program: str) -> str:
         """Return what a program (`kube-apiserver`, `etcd`, ...) has written so far."""
@@ -313,259 +296,15 @@ class ControlPlane:
             raise RuntimeError("This needs a control plane of the tests' own; unset " + KUBECONFIG_VARIABLE + ".")
         return self
 
-    def _running(self) -> _Programs:
+    def _running(self) -> Programs:
         if self._own()._programs is None:
             raise RuntimeError("The control plane is not started.")
         assert self._programs is not None
         return self._programs
 
 
-class _Programs:
-    """The four processes, their ports, certificates and flags."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._etcd_port, self._etcd_peer_port = free_port(), free_port()
-        self._api_port, self._manager_port = free_port(), free_port()
-        self._webhook_port, self._probe_port = free_port(), free_port()
-        self._authority = Authority("finetune-test-ca")
-        # The rotation inside the training-operator accepts a CA of exactly this name, and else makes its own.
-        self._webhook_authority = Authority("training-operator-ca")
-        self._webhook_server = self._webhook_authority.server(f"training-operator.{TRAINING_OPERATOR_NAMESPACE}.svc")
-        self._write_files()
-        self._etcd = self._process("etcd", self._etcd_flags())
-        self._api_server = self._process("kube-apiserver", self._api_server_flags())
-        self._manager = self._process("kube-controller-manager", self._manager_flags())
-        self._training_operator: Process | None = None
-
-    @property
-    def training_operator(self) -> Process:
-        """The training-operator; it exists once the API server has given it a token."""
-        assert self._training_operator is not None
-        return self._training_operator
-
-    def start_api_server(self) -> None:
-        self._etcd.start()
-        self._api_server.start()
-
-    def wait_for_api_server(self, api: Api) -> None:
-        def ready() -> bool:
-            self._etcd.check()
-            self._api_server.check()
-            return api.is_ready()
-
-        wait_until(ready, "the API server to be ready", START_TIMEOUT_SECONDS)
-
-    def start_controllers(self, training_operator_kubeconfig: Path) -> None:
-        _WEBHOOK_MARKER.parent.mkdir(parents=True, exist_ok=True)
-        _WEBHOOK_MARKER.touch()
-        self._training_operator = Process(
-            "training-operator",
-            [binaries.ensure("training-operator"), *self._training_operator_flags(training_operator_kubeconfig)],
-            self._folder / "training-operator.log",
-            {"TMPDIR": str(self._folder), "MY_POD_NAMESPACE": TRAINING_OPERATOR_NAMESPACE},
-        )
-        self._manager.start()
-        self._training_operator.start()
-
-    def wait_for_controllers(self) -> None:
-        self._wait_for_controller_manager()
-        self.wait_for_training_operator()
-
-    def wait_for_training_operator(self) -> None:
-        self._wait_healthy(self.training_operator, f"http://127.0.0.1:{self._probe_port}/readyz")
-        # Ready means that the webhook listens; the controller itself is set up a moment later.
-        wait_until(
-            lambda: self.training_operator.has_said('Starting workers\t{"controller": "pytorchjob-controller"'),
-            "the training-operator to reconcile",
-            START_TIMEOUT_SECONDS,
-        )
-
-    def restart_controller_manager(self) -> None:
-        self._manager.stop()
-        self._manager.start()
-        self._wait_for_controller_manager()
-
-    def stop(self) -> None:
-        # The clients first, so that no log ends in a heap of refused connections.
-        for process in (self._training_operator, self._manager, self._api_server, self._etcd):
-            if process is not None:
-                process.stop()
-
-    def webhook_secret(self) -> Resource:
-        pairs = {
-            "ca.crt": self._webhook_authority.pair.certificate,
-            "ca.key": self._webhook_authority.pair.key,
-            "tls.crt": self._webhook_server.certificate,
-            "tls.key": self._webhook_server.key,
-        }
-        return {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": {"name": _WEBHOOK_SECRET},
-            "stringData": {name: pem.decode() for name, pem in pairs.items()},
-        }
-
-    def webhook_configuration(self) -> Resource:
-        return _webhook_configuration(
-            _WEBHOOK_CONFIGURATION,
-            f"https://127.0.0.1:{self._webhook_port}{_WEBHOOK_PATH}",
-            ca_bundle=self._webhook_authority.pair.certificate,
-        )
-
-    def _wait_for_controller_manager(self) -> None:
-        self._wait_healthy(self._manager, f"https://127.0.0.1:{self._manager_port}/healthz")
-
-    def _wait_healthy(self, process: Process, url: str) -> None:
-        def healthy() -> bool:
-            process.check()
-            return _answers(url, self._folder / "ca.crt")
-
-        wait_until(healthy, f"{process.name} to be healthy", START_TIMEOUT_SECONDS)
-
-    def _process(self, name: str, flags: Mapping[str, object]) -> Process:
-        command = [str(binaries.ensure(name)), *(f"--{flag}={value}" for flag, value in flags.items())]
-        return Process(name, command, self._folder / f"{name}.log")
-
-    def _write_files(self) -> None:
-        folder = self._folder
-        self._authority.pair.write(folder, "ca")
-        self._authority.server("kubernetes.default.svc", "10.96.0.1").write(folder, "server")
-        (folder / "tokens.key").write_bytes(signing_key())
-        (folder / "audit-policy.yaml").write_text(json.dumps(_AUDIT_POLICY))
-        webhook_folder = folder / "k8s-webhook-server" / "serving-certs"
-        webhook_folder.mkdir(parents=True)
-        self._webhook_server.write(webhook_folder, "tls")
-        self._write_client("admin", "kubernetes-admin", "system:masters")
-        self._write_client("controller-manager", "system:kube-controller-manager")
-
-    def _write_client(self, name: str, user: str, *groups: str) -> None:
-        certificate, key = self._authority.client(user, *groups).write(self._folder, name)
-        cluster = {
-            "server": f"https://127.0.0.1:{self._api_port}",
-            "certificate-authority": str(self._folder / "ca.crt"),
-        }
-        credentials = {"client-certificate": str(certificate), "client-key": str(key)}
-        _write_kubeconfig(self._folder / f"{name}.kubeconfig", cluster, credentials, "default")
-
-    def _etcd_flags(self) -> dict[str, object]:
-        peer_url = f"http://127.0.0.1:{self._etcd_peer_port}"
-        client_url = f"http://127.0.0.1:{self._etcd_port}"
-        return {
-            "data-dir": self._folder / "etcd",
-            "listen-client-urls": client_url,
-            "advertise-client-urls": client_url,
-            "listen-peer-urls": peer_url,
-            "initial-advertise-peer-urls": peer_url,
-            "initial-cluster": f"default={peer_url}",
-            "unsafe-no-fsync": "true",
-            "quota-backend-bytes": 4 * 1024**3,
-            "log-level": "warn",
-        }
-
-    def _api_server_flags(self) -> dict[str, object]:
-        folder = self._folder
-        return {
-            "etcd-servers": f"http://127.0.0.1:{self._etcd_port}",
-            "bind-address": "127.0.0.1",
-            "secure-port": self._api_port,
-            # An Endpoints object may not name loopback, and nobody here looks the API server up.
-            "endpoint-reconciler-type": "none",
-            "service-cluster-ip-range": "10.96.0.0/16",
-            "tls-cert-file": folder / "server.crt",
-            "tls-private-key-file": folder / "server.key",
-            "client-ca-file": folder / "ca.crt",
-            "authorization-mode": "Node,RBAC",
-            "enable-admission-plugins": "NodeRestriction",
-            "service-account-issuer": "https://kubernetes.default.svc",
-            "service-account-key-file": folder / "tokens.key",
-            "service-account-signing-key-file": folder / "tokens.key",
-            "audit-log-path": folder / "audit.log",
-            "audit-policy-file": folder / "audit-policy.yaml",
-        }
-
-    def _manager_flags(self) -> dict[str, object]:
-        kubeconfig = self._folder / "controller-manager.kubeconfig"
-        return {
-            "kubeconfig": kubeconfig,
-            "authentication-kubeconfig": kubeconfig,
-            "authorization-kubeconfig": kubeconfig,
-            "bind-address": "127.0.0.1",
-            "secure-port": self._manager_port,
-            "tls-cert-file": self._folder / "server.crt",
-            "tls-private-key-file": self._folder / "server.key",
-            "leader-elect": "false",
-            "controllers": ",".join(CONTROLLERS),
-            "use-service-account-credentials": "true",
-            "service-account-private-key-file": self._folder / "tokens.key",
-            "root-ca-file": self._folder / "ca.crt",
-            "pvclaimbinder-sync-period": "1s",
-            "kube-api-qps": 500,
-            "kube-api-burst": 1000,
-        }
-
-    def _training_operator_flags(self, kubeconfig: Path) -> list[str]:
-        return [
-            f"--kubeconfig={kubeconfig}",
-            "--enable-scheme=pytorchjob",
-            f"--webhook-server-port={self._webhook_port}",
-            f"--health-probe-bind-address=127.0.0.1:{self._probe_port}",
-            "--metrics-bind-address=0",
-            # Tests that wait for the default 20 requests a second would measure only that.
-            "--kube-api-qps=500",
-            "--kube-api-burst=1000",
-            "--controller-threads=4",
-        ]
-
-
-def _webhook_configuration(
-    name: str, url: str, *, ca_bundle: bytes | None, namespace_selector: Resource | None = None
-) -> Resource:
-    """Return the training-operator's registration with an address on loopback instead of a Service."""
-    client: Resource = {"url": url}
-    if ca_bundle is not None:
-        client["caBundle"] = base64.b64encode(ca_bundle).decode()
-    webhook: Resource = {
-        "name": "validator.pytorchjob.training-operator.kubeflow.org",
-        "admissionReviewVersions": ["v1"],
-        "clientConfig": client,
-        "failurePolicy": "Fail",
-        "sideEffects": "None",
-        "rules": [
-            {
-                "apiGroups": ["kubeflow.org"],
-                "apiVersions": ["v1"],
-                "operations": ["CREATE", "UPDATE"],
-                "resources": ["pytorchjobs"],
-            }
-        ],
-    }
-    if namespace_selector is not None:
-        webhook["namespaceSelector"] = namespace_selector
-    return {
-        "apiVersion": "admissionregistration.k8s.io/v1",
-        "kind": "ValidatingWebhookConfiguration",
-        "metadata": {"name": name},
-        "webhooks": [webhook],
-    }
-
-
-def _answers(url: str, ca_file: Path) -> bool:
-    try:
-        pool = urllib3.PoolManager(ca_certs=str(ca_file), retries=False)
-        return pool.request("GET", url, timeout=2).status == 200
-    except urllib3.exceptions.HTTPError:
-        return False
-
-
-def _manifests(source: Path | str | Resource | Iterable[Resource]) -> list[Resource]:
-    if isinstance(source, Path):
-        source = source.read_text()
-    if isinstance(source, str):
-        return [manifest for manifest in yaml.safe_load_all(source) if manifest]
-    if isinstance(source, dict):
-        return [source]
-    return list(source)
+def _resource_and_subresource(reference: Resource) -> list[str]:
+    return [reference[part] for part in ("resource", "subresource") if reference.get(part)]
 
 
 def _cluster_of(kubeconfig: Path) -> Resource:
@@ -576,17 +315,14 @@ def _cluster_of(kubeconfig: Path) -> Resource:
     return clusters[contexts[content["current-context"]]["cluster"]]
 
 
-def _write_kubeconfig(path: Path, cluster: Resource, user: Resource, namespace: str) -> None:
-    content = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "test", "cluster": cluster}],
-        "users": [{"name": "test", "user": user}],
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": namespace}}],
-        "current-context": "test",
-    }
-    path.touch(mode=0o600)
-    path.write_text(yaml.safe_dump(content))
+def _manifests(source: Path | str | Resource | Iterable[Resource]) -> list[Resource]:
+    if isinstance(source, Path):
+        source = source.read_text()
+    if isinstance(source, str):
+        return [manifest for manifest in yaml.safe_load_all(source) if manifest]
+    if isinstance(source, dict):
+        return [source]
+    return list(source)
 
 
 def is_given() -> bool:

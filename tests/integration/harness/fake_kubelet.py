@@ -51,14 +51,14 @@ class FakeKubelet:
     # Nodes
 
     def add_node(self, name: str = "node-a", *, gpus: int = 8, labels: Mapping[str, str] | None = None) -> Resource:
-        """Create a node that is ready, or return the one of that name made ready again."""
+        """Create a node that is ready, or bring the lost one of that name back."""
         manifest = {
             "apiVersion": "v1",
             "kind": "Node",
             "metadata": {"name": name, "labels": {FAKE_NODE_LABEL: "true", **(labels or {})}},
         }
-        if self.api.find("Node", name) is None:
-            self.api.create(manifest)
+        node = self.api.find("Node", name) or self.api.create(manifest)
+        self.api.patch(node, {"spec": {"taints": None}})
         capacity = {"cpu": "64", "memory": "512Gi", "pods": "110", "nvidia.com/gpu": str(gpus)}
         node = self._set_node_ready(name, "True", "KubeletReady")
         return self.api.patch(node, {"status": {"capacity": capacity, "allocatable": capacity}}, "status")
