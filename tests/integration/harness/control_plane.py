@@ -26,7 +26,7 @@ import yaml
 
 from . import binaries
 from .api import Api, ApiError, Resource
-from .processes import free_port, wait_until
+from .processes import free_ports, wait_until
 from .programs import (
     START_TIMEOUT_SECONDS,
     TRAINING_OPERATOR_NAMESPACE,
@@ -77,7 +77,8 @@ class ControlPlane:
     def __enter__(self) -> ControlPlane:
         try:
             self.start()
-        except BaseException:
+        except BaseException as error:
+            error.add_note(f"Logs of the control plane are kept in {self.folder}")
             self.keep_folder = True
             self.stop()
             raise
@@ -197,9 +198,10 @@ class ControlPlane:
 
         The API server answers 500 InternalError "failed calling webhook ... connection refused".
         """
+        (silent_port,) = free_ports(1)
         configuration = webhook_configuration(
             f"unreachable-in-{namespace}",
-            f"https://127.0.0.1:{free_port()}{WEBHOOK_PATH}",
+            f"https://127.0.0.1:{silent_port}{WEBHOOK_PATH}",
             ca_bundle=None,
             namespace_selector={"matchLabels": {"kubernetes.io/metadata.name": namespace}},
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import random
 import signal
@@ -44,16 +45,22 @@ def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds
         time.sleep(_POLL_SECONDS)
 
 
-def free_port() -> int:
-    """Return a TCP port on loopback that nobody listens on."""
-    for port in random.sample(_PORTS, k=200):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("200 random ports on loopback are all taken.")
+def free_ports(count: int) -> list[int]:
+    """Return that many different TCP ports on loopback on which nobody listens."""
+    candidates = random.sample(_PORTS, k=100 * count)
+    free = list(itertools.islice((port for port in candidates if _is_free(port)), count))
+    if len(free) < count:
+        raise RuntimeError(f"Of {len(candidates)} random ports on loopback fewer than {count} are free.")
+    return free
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 class Process:

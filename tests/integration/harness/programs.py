@@ -16,7 +16,7 @@ import yaml
 from . import binaries
 from .api import Api, Resource
 from .certificates import Authority, signing_key
-from .processes import Process, free_port, wait_until
+from .processes import Process, free_ports, wait_until
 
 START_TIMEOUT_SECONDS = 120
 """Generous, because two busy cores take several times the usual seconds."""
@@ -62,9 +62,8 @@ class Programs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._etcd_port, self._etcd_peer_port = free_port(), free_port()
-        self._api_port, self._manager_port = free_port(), free_port()
-        self._webhook_port, self._probe_port = free_port(), free_port()
+        self._etcd_port, self._etcd_peer_port, self._api_port, *others = free_ports(6)
+        self._manager_port, self._webhook_port, self._probe_port = others
         self._authority = Authority("finetune-test-ca")
         # The rotation inside the training-operator accepts a CA of exactly this name, and else makes its own.
         self._webhook_authority = Authority("training-operator-ca")
