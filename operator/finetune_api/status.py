@@ -92,6 +92,8 @@ class AttemptRecord(ApiModel):
     """When its child was made."""
     running_since: Time | None = None
     """When all its pods ran."""
+    exited: Time | None = None
+    """When its pods were first seen to end: what they left is read within a bounded time of it."""
     ended: Time | None = None
     """When its end was recorded."""
     outcome: Literal["running", "succeeded", "failed", "suspended"] = "running"
@@ -160,6 +162,10 @@ class JobStatus(ApiModel):
     """Counted failures a stage since its budget was last renewed."""
     retry_at: Time | None = None
     """When the next attempt may start, while backing off."""
+    waiting_since: Time | None = None
+    """Since when the job waits for something that only its user can give: a Secret, a claim, a better token."""
+    credentials_seen: str = ""
+    """State of the Secrets when a token was refused; the job goes on once it differs."""
     last_checkpoint: CheckpointRef | None = None
     """Newest published checkpoint."""
     plan: Plan | None = None
@@ -182,6 +188,8 @@ class JobStatus(ApiModel):
     """Page of the W&B run."""
     active_seconds: int = 0
     """Running time over all attempts of all stages."""
+    active_until: Time | None = None
+    """Until when activeSeconds is counted, while all pods run."""
     gpu_hours: float = 0.0
     """GPU-hours used."""
     price: float | None = None

@@ -1,7 +1,8 @@
 """What a decision is made from (Observation) and what it consists of (Decision). Values only.
 
-Cluster and local runner both make an Observation, call `decide`, write `Decision.status` first and carry
-out `Decision.actions` only if that write was accepted.
+Cluster and local runner both make an Observation, call `decide`, write `Decision.status` and carry out
+`Decision.actions` only if that write was accepted (or was not needed). `decide` itself gives actions only when
+the status it was shown holds their conclusion already: after each write, observe and decide again.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ class Pod:
     waiting: str = ""
     """Why it does not start, in a sentence: image, Secret, claim, unschedulable."""
     started: datetime | None = None
+    """When its container began to run."""
+    finished: datetime | None = None
+    """When its container ended."""
+    node: str = ""
+    """Name of its node."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class Environment:
     backoff_cap_seconds: float = 300.0
     hang_backstop_factor: float = 2.0
     grace_seconds: int = 120
+    gpus_per_node: int = 1
+    """What `topology.gpusPerNode` means when it is left out: 1, locally the GPUs that are there."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ class Observation:
     uid: str
     generation: int
     spec: FineTuneJobSpec
+    """Means nothing when `invalid`."""
     status: JobStatus
     """As persisted, never as we wish it were."""
     now: datetime
@@ -167,4 +176,4 @@ class Decision:
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
-    """Seconds after which to look again even if nothing is seen to change."""
+    """Seconds after which to look again even if nothing is seen to change; 0 when the status is to be written first."""

@@ -1,0 +1,33 @@
+"""Names of everything a job owns: deterministic, within 63 characters and DNS-1035 for any job name."""
+
+from __future__ import annotations
+
+import hashlib
+
+from finetune_api.base import Stage
+
+MAX_LENGTH = 63
+WORKER_SUFFIX_LENGTH = len("-worker-4095")
+
+
+def bounded(name: str, suffix: str, limit: int = MAX_LENGTH) -> str:
+    """`name` + `suffix` in at most `limit` characters, beginning with a letter; a cut name carries a digest of itself.
+
+    PyTorchJobs are DNS-1035 labels, so that a name which begins with a digit gets a prefix.
+    """
+    stem = name if name[:1].isalpha() else f"ft-{name}"
+    if len(stem) + len(suffix) <= limit:
+        return stem + suffix
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    kept = stem[: limit - len(suffix) - len(digest) - 1].rstrip("-")
+    return f"{kept}-{digest}{suffix}"
+
+
+def child_name(job: str, stage: Stage, number: int) -> str:
+    """Name of the child of one attempt, short enough for `-worker-<index>` to follow."""
+    return bounded(job, f"-{stage}-{number}", MAX_LENGTH - WORKER_SUFFIX_LENGTH)
+
+
+def shared_name(job: str, what: str) -> str:
+    """Name of something that all stages share: `config`, `report`, `run`, `trainer`, …"""
+    return bounded(job, f"-{what}")

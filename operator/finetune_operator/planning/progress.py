@@ -1,0 +1,117 @@
+"""What a report adds to the status, and when a status that only moved on is worth a write."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from finetune_api.base import Stage
+from finetune_api.report import MetricResult, Progress, Report, Results
+from finetune_api.status import AttemptRecord, JobStatus, Origin
+from finetune_operator.planning.conditions import cut
+
+WRITE_INTERVAL_SECONDS = 60
+WARNINGS_KEPT = 30
+PROGRESS_FIELDS = frozenset(
+    {
+        "progress",
+        "progressText",
+        "activity",
+        "lastCheckpoint",
+        "metricText",
+        "choices",
+        "warnings",
+        "wandbUrl",
+        "activeSeconds",
+        "activeUntil",
+        "gpuHours",
+        "price",
+    }
+)
+"""Fields of the status that move all the time: nothing is decided by them; written at most once a minute."""
+
+
+def absorb(status: JobStatus, record: AttemptRecord, report: Report) -> None:
+    """Take over in place what a running (or just ended) attempt has to say."""
+    status.progress = report.progress
+    status.progress_text = progress_text(report.progress)
+    status.activity = cut(report.activity, 200)
+    status.last_checkpoint = report.last_checkpoint or status.last_checkpoint
+    status.choices = status.choices | report.choices
+    status.warnings = merged_warnings(status.warnings, report.warnings)
+    status.wandb_url = report.wandb_url or status.wandb_url
+    if report.progress.validation is not None:
+        shown = report.progress.validation
+        status.metric_text = f"{shown.metric} {shown.value:.3f}"
+    if report.resumed_from_step is not None:
+        record.resumed_from_step = report.resumed_from_step
+
+
+def conclude(status: JobStatus, report: Report) -> None:
+    """Take over in place what a stage that succeeded has found, for good."""
+    status.datasets = report.datasets or status.datasets
+    status.plan = report.plan or status.plan
+    status.export = report.export or status.export
+    status.published = report.published or status.published
+    if report.results is not None:
+        status.results = report.results
+        status.metric_text = metric_text(report.results)
+    origin = {name: value for name, value in report.origin.items() if name in Origin.model_fields or name in _ALIASES}
+    if origin:
+        status.origin = Origin.model_validate(status.origin.model_dump(by_alias=True) | _known(origin))
+    if report.stage is not Stage.TRAIN:
+        status.activity = ""
+
+
+_ALIASES = {field.alias: name for name, field in Origin.model_fields.items() if field.alias}
+
+
+def _known(origin: dict[str, object]) -> dict[str, object]:
+    """The fields of Origin among those of a report, by their name on the wire."""
+    wire = {name: alias for alias, name in _ALIASES.items()}
+    return {wire.get(name, name): value for name, value in origin.items()}
+
+
+def merged_warnings(before: list[str], new: list[str]) -> list[str]:
+    """Both without repetition, the newest kept."""
+    return list(dict.fromkeys([*before, *(cut(sentence, 500) for sentence in new)]))[-WARNINGS_KEPT:]
+
+
+def progress_text(progress: Progress) -> str:
+    """`120/450 (27%)` for a column; steps alone while the total is unknown."""
+    if progress.total <= 0:
+        return str(progress.step) if progress.step else ""
+    return f"{progress.step}/{progress.total} ({100 * progress.step // progress.total}%)"
+
+
+def metric_text(results: Results) -> str:
+    """`0.415 → 0.623`: the metric that the gate reads, the mean over datasets where there are several."""
+    headline = _headline(results.metrics)
+    if headline is None:
+        return ""
+    tuned = f"{headline.tuned:.3f}"
+    return tuned if headline.base is None else f"{headline.base:.3f} → {tuned}"
+
+
+def _headline(metrics: list[MetricResult]) -> MetricResult | None:
+    primary = [metric for metric in metrics if metric.primary]
+    mean = [metric for metric in primary or metrics if metric.dataset == "macro"]
+    return next(iter(mean or primary or metrics), None)
+
+
+def material(status: JobStatus) -> dict[str, object]:
+    """The wire form without what only moves on: two equal ones hold the same conclusions."""
+    return {name: value for name, value in status.to_wire().items() if name not in PROGRESS_FIELDS}
+
+
+def worth_writing(old: JobStatus, new: JobStatus, written: datetime | None, now: datetime) -> bool:
+    """Whether `new` is to be written over the persisted `old`, last written by this process at `written`.
+
+    Equal: no. Another conclusion: at once. Progress alone: when the last write is a minute old. A fresh process
+    (`written` is None) waits as well, from `activeUntil`, so that a restart with a thousand jobs is no storm.
+    """
+    if new.to_wire() == old.to_wire():
+        return False
+    if material(new) != material(old):
+        return True
+    last = written or old.active_until
+    return last is None or now - last >= timedelta(seconds=WRITE_INTERVAL_SECONDS)
