@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Stage
-from finetune_api.report import attempt_id
 from finetune_api.known_datasets import KNOWN_DATASETS
+from finetune_api.report import attempt_id
 from finetune_api.spec import Columns, Dataset, FineTuneJobSpec, Method, Splits, Task
 
 ATTEMPT_VARIABLE = "FINETUNE_ATTEMPT"

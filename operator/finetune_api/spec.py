@@ -110,7 +110,7 @@ def _reads_only(task: Task) -> Rule:
     given = " || ".join(f"has(self.columns.{name})" for name in foreign)
     return Rule(
         f"!has(self.task) || self.task != '{task}' || !({given})",
-        f"task {task} reads the columns {', '.join(TASK_COLUMNS[task])} and no others: take the others out, "
+        f"task {task} reads no other columns than {', '.join(TASK_COLUMNS[task])}: take the others out, "
         "or choose the task that they belong to",
         ".columns",
     )
