@@ -152,6 +152,8 @@ class JobStatus(ApiModel):
     """How far the running stage is."""
     progress_text: str = ""
     """The same for a column: `120/450 (27%)`."""
+    eta_text: str = ""
+    """Time to the end of the stage, for a column: `1h20m`."""
     activity: str = ""
     """What is being done, in a few words."""
     attempts: Annotated[list[AttemptRecord], Field(max_length=50)] = []
