@@ -1,0 +1,200 @@
+"""Rows of one file, one after the other, whatever the format: memory does not grow with the file.
+
+A row that cannot be read is yielded as the reason why, with its number: bad rows are counted by those who know
+how many are too many. JSON documents (`.json`) are the exception: they are read whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+Row = dict[str, Any]
+RowOrReason = Row | str
+
+BATCH_ROWS = 1024
+COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
+DELIMITERS = ",;\t|"
+
+csv.field_size_limit(1 << 30)
+
+
+class UnreadableFileError(Exception):
+    """The file as a whole cannot be read; the message says why."""
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file name stands for (`.csv` for `a/b.csv.gz`), or None."""
+    path = Path(name.lower())
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    return suffix if suffix in READERS else None
+
+
+def read_rows(path: Path) -> Iterator[RowOrReason]:
+    """The rows of a file in order; in place of a row that cannot be read, the reason.
+
+    Raises UnreadableFileError where the format is unknown or the file damaged.
+    """
+    name = format_of(path.name)
+    if name is None:
+        known = ", ".join(suffix.removeprefix(".") for suffix in READERS)
+        raise UnreadableFileError(f"{path.name} has no format that is known here ({known})")
+    try:
+        yield from READERS[name](path)
+    except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
+        raise UnreadableFileError(f"{path.name} cannot be read: {_first_line(error)}") from error
+
+
+def column_names(path: Path) -> list[str]:
+    """Columns of a file: from its header or schema, for JSON from its first rows."""
+    names: dict[str, None] = {}
+    rows = read_rows(path)
+    for _, row in zip(range(BATCH_ROWS), rows, strict=False):
+        if isinstance(row, dict):
+            names |= dict.fromkeys(str(name) for name in row)
+    return list(names)
+
+
+def class_names(path: Path) -> dict[str, list[str]]:
+    """Names of integer labels that a Parquet or Arrow file carries in its schema, by column."""
+    if format_of(path.name) != ".parquet":
+        return {}
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except (pa.ArrowException, OSError, ValueError):
+        return {}
+    features = metadata.get("info", {}).get("features", {})
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+def has_foreign_bytes(text: str) -> bool:
+    """Whether the text came from bytes that are not UTF-8 (see `as_windows_1252`)."""
+    return any("\udc80" <= char <= "\udcff" for char in text)
+
+
+def as_windows_1252(text: str) -> str:
+    """The text with each byte that was not UTF-8 read as Windows-1252, which is what such files mostly are."""
+    return "".join(_windows_1252(char) if "\udc80" <= char <= "\udcff" else char for char in text)
+
+
+def _windows_1252(char: str) -> str:
+    byte = bytes([ord(char) - 0xDC00])
+    try:
+        return byte.decode("cp1252")
+    except UnicodeDecodeError:
+        return byte.decode("latin-1")
+
+
+def _open_text(path: Path) -> TextIOWrapper:
+    stream = pa.input_stream(str(path), compression="detect")
+    return TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _read_csv(path: Path, delimiter: str | None = None) -> Iterator[RowOrReason]:
+    with _open_text(path) as file:
+        first = file.readline()
+    found = delimiter or max(DELIMITERS, key=first.count)
+    with _open_text(path) as file:
+        lines = csv.reader(file, delimiter=found, strict=False)
+        header = [name.strip() for name in next(lines, [])]
+        for fields in lines:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                yield f"{len(fields)} fields where the header has {len(header)}"
+            else:
+                yield dict(zip(header, fields, strict=True))
+
+
+def _read_tsv(path: Path) -> Iterator[RowOrReason]:
+    return _read_csv(path, "\t")
+
+
+def _read_json_lines(path: Path) -> Iterator[RowOrReason]:
+    with _open_text(path) as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield f"not JSON: {_first_line(error)}"
+                continue
+            yield row if isinstance(row, dict) else "not a JSON object"
+
+
+def _read_json(path: Path) -> Iterator[RowOrReason]:
+    with _open_text(path) as file:
+        text = file.read()
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        if "Extra data" in str(error):
+            yield from _read_json_lines(path)
+            return
+        raise UnreadableFileError(f"{path.name} is not JSON: {_first_line(error)}") from error
+    for row in _rows_of_document(document):
+        yield row if isinstance(row, dict) else "not a JSON object"
+
+
+def _rows_of_document(document: Any) -> list[Any]:
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict):
+        return [document]
+    lists = [value for value in document.values() if isinstance(value, list)]
+    if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]):
+        return list(lists[0])
+    if lists and len(lists) == len(document) and len({len(values) for values in lists}) == 1:
+        return [dict(zip(document, values, strict=True)) for values in zip(*lists, strict=True)]
+    if document and all(isinstance(value, dict) for value in document.values()):
+        return list(document.values())
+    return [document]
+
+
+def _read_text(path: Path) -> Iterator[RowOrReason]:
+    with _open_text(path) as file:
+        for line in file:
+            if line.strip():
+                yield {"text": line.rstrip("\r\n")}
+
+
+def _read_parquet(path: Path) -> Iterator[RowOrReason]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            yield from batch.to_pylist()
+
+
+def _read_arrow(path: Path) -> Iterator[RowOrReason]:
+    with pa.memory_map(str(path)) as stream:
+        for batch in pyarrow.ipc.open_stream(stream):
+            yield from batch.to_pylist()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+READERS: dict[str, Callable[[Path], Iterator[RowOrReason]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".txt": _read_text,
+}

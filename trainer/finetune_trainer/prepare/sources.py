@@ -1,0 +1,271 @@
+"""Which files of a dataset make up which split, and the rows of a split with their places.
+
+The same rules serve a directory and a repository: configurations and patterns from the YAML head of README.md
+where there are any, else the split that a file's name or folder says, else everything is `train`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rapidfuzz.process import extractOne
+
+from finetune_api.report import FailureClass
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.prepare import readers
+from finetune_trainer.prepare.readers import Row, UnreadableFileError, format_of
+
+SPLIT_WORDS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SHARD = re.compile(r"^(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b")
+_NOT_DATA = re.compile(
+    r"(^|/)(\.|dataset_infos?\.json$|dataset_dict\.json$|state\.json$|config\.json$|README)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row of a split: its columns, or why it cannot be read."""
+
+    number: int
+    """From 1, counted over all files of the split."""
+    place: str
+    """`train.csv, row 12`."""
+    fields: Row | None
+    problem: str = ""
+    foreign_bytes: bool = False
+    """Whether some bytes were not UTF-8 and were read as Windows-1252."""
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """The files of one split."""
+
+    name: str
+    files: tuple[Path, ...]
+    columns: tuple[str, ...]
+    class_names: dict[str, list[str]] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[SourceRow]:
+        number = 0
+        for path in self.files:
+            for in_file, row in enumerate(readers.read_rows(path), start=1):
+                number += 1
+                yield _source_row(number, f"{path.name}, row {in_file}", row)
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A dataset on this machine."""
+
+    splits: dict[str, SplitSource]
+    origin: str
+    """`owner/name@commit` or `path sha256:…`."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the YAML head of a dataset's README.md says."""
+
+    configs: tuple[dict[str, Any], ...] = ()
+    infos: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, readme: str) -> Head:
+        """The head of a README; an absent or unreadable one says nothing."""
+        match = re.match(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", readme, re.DOTALL)
+        try:
+            head = yaml.safe_load(match[1]) if match else {}
+        except yaml.YAMLError:
+            head = {}
+        head = head if isinstance(head, dict) else {}
+        infos = head.get("dataset_info") or []
+        infos = [infos] if isinstance(infos, dict) else infos
+        configs = head.get("configs") or []
+        return cls(
+            tuple(config for config in configs if isinstance(config, dict) and config.get("data_files")),
+            tuple(info for info in infos if isinstance(info, dict)),
+        )
+
+    def class_names(self, config: str | None) -> dict[str, list[str]]:
+        """Names of integer labels, by column, of that configuration."""
+        chosen = [info for info in self.infos if config is None or info.get("config_name") in (config, None)]
+        names: dict[str, list[str]] = {}
+        for feature in chosen[0].get("features") or [] if chosen else []:
+            kind = feature.get("dtype")
+            if isinstance(kind, dict) and isinstance(kind.get("class_label"), dict):
+                given = kind["class_label"].get("names") or {}
+                names[feature["name"]] = [str(name) for name in (given.values() if isinstance(given, dict) else given)]
+        return names
+
+
+def choose_files(names: Sequence[str], head: Head, config: str | None, field: str) -> tuple[dict[str, list[str]], str]:
+    """(files by split, the configuration chosen) of a repository or directory with these file names.
+
+    Raises TrainerError (bad-spec) where the configuration is missing or must be named, (bad-data) where there is
+    nothing to read.
+    """
+    data = sorted(name for name in names if format_of(name) and not _NOT_DATA.search(name))
+    if head.configs:
+        chosen = _choose_config(head.configs, config, field)
+        found = _by_patterns(data, chosen)
+        if found:
+            return found, str(chosen.get("config_name", "default"))
+    elif config:
+        inside = [name for name in data if config in Path(name).parts[:-1]]
+        if not inside:
+            folders = sorted({part for name in data for part in Path(name).parts[:-1]})
+            known = f" It has {', '.join(folders)}." if folders else " It has no configurations."
+            raise TrainerError(
+                FailureClass.BAD_SPEC, f"The dataset has no configuration {config!r}.{known}", f"{field}.config"
+            )
+        data = inside
+    if not data:
+        raise TrainerError(
+            FailureClass.BAD_DATA,
+            "The dataset holds no file that can be read here (csv, tsv, jsonl, json, parquet, arrow, txt).",
+            field,
+        )
+    return _by_names(data), config or "default"
+
+
+def _choose_config(configs: Sequence[dict[str, Any]], wanted: str | None, field: str) -> dict[str, Any]:
+    by_name = {str(config.get("config_name", "default")): config for config in configs}
+    if wanted is not None:
+        if wanted not in by_name:
+            raise TrainerError(
+                FailureClass.BAD_SPEC,
+                f"The dataset has no configuration {wanted!r}.{near_match(wanted, by_name)} "
+                f"It has {', '.join(sorted(by_name))}.",
+                f"{field}.config",
+            )
+        return by_name[wanted]
+    defaults = [config for config in configs if config.get("default")]
+    if defaults or "default" in by_name or len(by_name) == 1:
+        return defaults[0] if defaults else by_name.get("default", next(iter(by_name.values())))
+    raise TrainerError(
+        FailureClass.BAD_SPEC,
+        f"The dataset has several configurations ({', '.join(sorted(by_name))}): name one.",
+        f"{field}.config",
+    )
+
+
+def _by_patterns(data: Sequence[str], config: dict[str, Any]) -> dict[str, list[str]]:
+    files = config["data_files"]
+    if isinstance(files, str) or (isinstance(files, list) and all(isinstance(entry, str) for entry in files)):
+        files = [{"split": "train", "path": files}]
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    found: dict[str, list[str]] = {}
+    for entry in files:
+        patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
+        folder = str(config.get("data_dir") or "")
+        patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
+        matching = [name for name in data if any(fnmatch(name, pattern) for pattern in patterns)]
+        if matching:
+            found[str(entry["split"])] = matching
+    return found
+
+
+def _by_names(data: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in data:
+        split = split_of(name)
+        if split:
+            found.setdefault(split, []).append(name)
+    return found if "train" in found or found else {"train": list(data)}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's path says it belongs to, or None: `data/dev.csv`, `train/0000.parquet`."""
+    path = Path(name)
+    shard = _SHARD.match(path.name)
+    if shard:
+        return shard["split"]
+    for part in (path.name.partition(".")[0], *reversed(path.parts[:-1])):
+        words = re.split(r"[-_. 0-9]+", part.lower())
+        for split, known in SPLIT_WORDS.items():
+            if any(word in known for word in words):
+                return split
+    return None
+
+
+def open_source(
+    root: Path,
+    files: dict[str, list[str]],
+    names: dict[str, list[str]],
+    origin: str,
+    notes: tuple[str, ...] = (),
+) -> DatasetSource:
+    """A dataset of files below `root`. `names`: class names from the README, used where the files have none."""
+    splits: dict[str, SplitSource] = {}
+    for split, members in files.items():
+        paths = tuple(root / member for member in members)
+        try:
+            columns = dict.fromkeys(name for path in paths[:1] for name in readers.column_names(path))
+        except UnreadableFileError as error:
+            raise TrainerError(FailureClass.BAD_DATA, f"{error}.") from error
+        splits[split] = SplitSource(split, paths, tuple(columns), names | readers.class_names(paths[0]))
+    return DatasetSource(splits, origin, notes)
+
+
+def open_path(path: Path, given: str, config: str | None, field: str) -> DatasetSource:
+    """The dataset of a file (one split, `train`) or a directory. `given` is the path as the user wrote it."""
+    if path.is_file():
+        if format_of(path.name) is None:
+            known = ", ".join(suffix.removeprefix(".") for suffix in readers.READERS)
+            raise TrainerError(
+                FailureClass.BAD_SPEC, f"{given} is of no format that can be read here ({known}).", f"{field}.path"
+            )
+        files, root, names = {"train": [path.name]}, path.parent, {}
+    else:
+        members = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
+        readme = path / "README.md"
+        head = Head.parse(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else Head()
+        files, chosen = choose_files(members, head, config, field)
+        root, names = path, head.class_names(chosen)
+    return open_source(root, files, names, f"{given} sha256:{digest_of_files(root, files)}")
+
+
+def digest_of_files(root: Path, files: dict[str, list[str]]) -> str:
+    """sha256 over the names and contents of the files."""
+    total = sha256()
+    for split, members in sorted(files.items()):
+        for member in members:
+            total.update(f"{split}/{member}\0{file_digest(root / member)}\n".encode())
+    return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def near_match(given: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """` Did you mean "…"?`, or nothing where no known name is near."""
+    best = extractOne(given.lower(), {name: name.lower() for name in known}, score_cutoff=70)
+    return f" Did you mean {best[2]!r}?" if best else ""
+
+
+def _source_row(number: int, place: str, row: Row | str) -> SourceRow:
+    if isinstance(row, str):
+        return SourceRow(number, place, None, row)
+    foreign = any(isinstance(value, str) and readers.has_foreign_bytes(value) for value in row.values())
+    if foreign:
+        row = {k: readers.as_windows_1252(v) if isinstance(v, str) else v for k, v in row.items()}
+    return SourceRow(number, place, row, foreign_bytes=foreign)

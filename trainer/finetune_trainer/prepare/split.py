@@ -1,0 +1,125 @@
+"""Who learns and who is held out: a pure function of the rows' contents and the seed.
+
+Nothing here depends on the rows' order in the file: rows are ranked by a keyed hash of their content, so a
+shuffled file gives the same split. Rows that belong together (groups, near-duplicates) move as one unit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Literal
+
+Side = Literal["train", "validation", "test", "left out"]
+HELD_OUT: tuple[Side, ...] = ("validation", "test")
+
+
+def content_key(seed: int, content: str) -> int:
+    """64-bit rank of a row with that content under that seed: what decides instead of the row's position."""
+    return int.from_bytes(blake2b(content.encode(), digest_size=8, key=str(seed).encode()[:64]).digest(), "big")
+
+
+@dataclass
+class Unit:
+    """Rows that may not be parted."""
+
+    rank: int
+    rows: list[int] = field(default_factory=list)
+    strata: Counter[Hashable] = field(default_factory=Counter)
+
+
+def units_of(ranks: Sequence[int], strata: Sequence[Hashable], together: Sequence[Hashable]) -> list[Unit]:
+    """Rows with an equal value in `together` as units, in the order of their ranks (the least of their rows')."""
+    units: dict[Hashable, Unit] = {}
+    for row, (rank, stratum, key) in enumerate(zip(ranks, strata, together, strict=True)):
+        unit = units.setdefault(key, Unit(rank))
+        unit.rank = min(unit.rank, rank)
+        unit.rows.append(row)
+        unit.strata[stratum] += 1
+    return sorted(units.values(), key=lambda unit: (unit.rank, len(unit.rows)))
+
+
+def quotas(sizes: dict[Hashable, int], share: float) -> dict[Hashable, int]:
+    """Rows of each stratum to hold out: share × size rounded down or up so that the sum is round(share × all).
+
+    Largest remainders first (Hamilton's method), so each stratum is within 1 of its exact share.
+    """
+    exact = {stratum: share * size for stratum, size in sizes.items()}
+    held = {stratum: int(value + 1e-9) for stratum, value in exact.items()}
+    missing = round(share * sum(sizes.values())) - sum(held.values())
+    by_remainder = sorted(exact, key=lambda stratum: (held[stratum] - exact[stratum], str(stratum)))
+    for stratum in by_remainder[: max(missing, 0)]:
+        if exact[stratum] > held[stratum] + 1e-9:
+            held[stratum] += 1
+    return held
+
+
+def assign(
+    ranks: Sequence[int],
+    strata: Sequence[Hashable],
+    together: Sequence[Hashable],
+    shares: dict[Side, float],
+) -> list[Side]:
+    """The side of each row; what no share asks for is `train`.
+
+    ranks: a row's `content_key`; strata: what is kept in proportion (the label; a constant for none); together:
+    rows with an equal value go to one side. Larger units are placed first, each on the held-out side that lacks
+    most of what it holds, if all of it fits; single rows then fill each side's quota exactly. Every stratum
+    keeps at least one row in train.
+    """
+    sizes = Counter(strata)
+    wanted = {side: Counter(quotas(dict(sizes), share)) for side, share in shares.items()}
+    _leave_one_to_train(wanted, sizes)
+    remaining = Counter(sizes)
+    sides: list[Side] = ["train"] * len(ranks)
+    units = units_of(ranks, strata, together)
+    for unit in sorted(units, key=lambda unit: -len(unit.rows)):
+        side = _side_of(unit, wanted, remaining)
+        if side == "train":
+            continue
+        wanted[side] -= unit.strata
+        remaining -= unit.strata
+        for row in unit.rows:
+            sides[row] = side
+    return sides
+
+
+def _side_of(unit: Unit, wanted: dict[Side, Counter[Hashable]], remaining: Counter[Hashable]) -> Side:
+    size = len(unit.rows)
+    if any(remaining[stratum] - count < 1 for stratum, count in unit.strata.items()):
+        return "train"
+    fitting = [
+        side
+        for side, lacking in wanted.items()
+        if lacking.total() >= size and (size > 1 or lacking[next(iter(unit.strata))] > 0)
+    ]
+    return max(
+        fitting,
+        key=lambda side: sum(min(wanted[side][s], n) for s, n in unit.strata.items()) / wanted[side].total(),
+        default="train",
+    )
+
+
+def _leave_one_to_train(wanted: dict[Side, Counter[Hashable]], sizes: Counter[Hashable]) -> None:
+    for stratum, size in sizes.items():
+        for held in wanted.values():
+            excess = sum(other[stratum] for other in wanted.values()) - (size - 1)
+            held[stratum] = max(0, held[stratum] - max(excess, 0))
+
+
+def draw(ranks: Sequence[int], strata: Sequence[Hashable], count: int) -> list[bool]:
+    """Which rows are among the `count` that are drawn: in proportion to the strata, in the order of the ranks.
+
+    Rows of equal content have equal ranks; the earlier is taken first.
+    """
+    if count >= len(ranks):
+        return [True] * len(ranks)
+    left = Counter(quotas(dict(Counter(strata)), count / len(ranks)))
+    taken = [False] * len(ranks)
+    for row in sorted(range(len(ranks)), key=lambda row: (ranks[row], row)):
+        if left[strata[row]] > 0:
+            left[strata[row]] -= 1
+            taken[row] = True
+    return taken
