@@ -1,0 +1,312 @@
+"""Adapters: which, where, and their first values, which are the same whatever the number of ranks.
+
+Adapters are attached to the empty model; values come after the real weights are there. Every value is drawn from
+(seed, parameter name), never from a rank's own random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from finetune_api.report import FailureClass
+from finetune_api.spec import Lora, Method, Tuning
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.model import nf4
+from finetune_trainer.model.weights import SafetensorsDirectory, fill, shape_mismatch, whole
+
+ADAPTER = "default"
+ADAPTER_FILE = "adapter_model.safetensors"
+EXACT_SVD_ELEMENTS = 2**22
+"""Matrices up to this size get PiSSA's vectors from a full decomposition, larger ones from a randomised one."""
+
+_NAMES = re.compile(r"^[A-Za-z0-9_]+(\s*,\s*[A-Za-z0-9_]+)*$")
+
+
+# --- which adapters --------------------------------------------------------------------------------------------------
+
+
+def attach(model: PreTrainedModel, tuning: Tuning, adapter_directory: Path | None = None) -> PeftModel:
+    """Attach empty adapters to an empty model, which is frozen.
+
+    `adapter_directory`: an existing LoRA adapter whose config is used instead of the spec's.
+    Raises TrainerError (bad-spec) for modules or layers that the model does not have.
+    """
+    if adapter_directory is not None:
+        config = _existing(adapter_directory)
+    elif tuning.method in (Method.LORA, Method.QLORA):
+        config = lora_config(model, tuning.lora)
+    elif tuning.method is Method.PROMPT:
+        config = PromptTuningConfig(
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=_prompt_tokens(tuning), prompt_tuning_init="RANDOM"
+        )
+    else:
+        config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tuning.prefix.virtual_tokens)
+    try:
+        peft_model: PeftModel = get_peft_model(model, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise TrainerError(FailureClass.BAD_SPEC, f"The adapter does not fit the model: {error}", "tuning") from error
+    return peft_model
+
+
+def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
+    """PEFT's config for the spec's LoRA on this architecture."""
+    modules, layers = _targets(model, lora)
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=modules,
+        layers_to_transform=layers,
+        modules_to_save=_saved(model, lora) or None,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        init_lora_weights=True,
+    )
+
+
+def parse_layers(text: str) -> list[int]:
+    """`12-14,20` -> [12, 13, 14, 20]."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return sorted(found)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The repeated layers of the decoder."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == _layer_count(model)]
+    if not lists:
+        raise TrainerError(FailureClass.BAD_SPEC, f"The layers of {type(model).__name__} were not found.", "model")
+    return lists[0]
+
+
+def _layer_count(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[int] | None]:
+    """`target_modules` and `layers_to_transform` of PEFT; explicit names where PEFT ignores the layers."""
+    layers = parse_layers(lora.layers) if lora.layers is not None else None
+    count = _layer_count(model)
+    if layers and layers[-1] >= count:
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"layers {lora.layers}: the model's layers are numbered 0 to {count - 1}.",
+            "tuning.lora.layers",
+        )
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    leaves = sorted({name.rpartition(".")[2] for name in nf4.quantized_modules(model)})
+    if lora.target_modules == "all-linear":
+        return (leaves, layers) if layers is not None else ("all-linear", None)
+    if _NAMES.match(lora.target_modules):
+        names = [name.strip() for name in lora.target_modules.split(",")]
+        unknown = [name for name in names if not any(_ends_with(module, name) for module in linear)]
+        if not unknown:
+            return names, layers
+        raise _no_such_module(unknown[0], leaves, "tuning.lora.targetModules")
+    try:
+        matched = sorted(name for name in linear if re.fullmatch(lora.target_modules, name))
+    except re.error as error:
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"targetModules is not a regular expression: {error}.", "tuning.lora.targetModules"
+        ) from error
+    if layers is not None:
+        prefixes = [f"{_name_of(model, decoder_layers(model))}.{layer}." for layer in layers]
+        matched = [name for name in matched if any(name.startswith(prefix) for prefix in prefixes)]
+    if not matched:
+        raise _no_such_module(lora.target_modules, leaves, "tuning.lora.targetModules")
+    return (matched, None) if layers is not None else (lora.target_modules, None)
+
+
+def _saved(model: PreTrainedModel, lora: Lora) -> list[str]:
+    for name in lora.modules_to_save:
+        if not any(_ends_with(module, name) for module, _ in model.named_modules()):
+            leaves = sorted(
+                {module.rpartition(".")[2] for module, m in model.named_modules() if list(m.parameters(False))}
+            )
+            raise _no_such_module(name, leaves, "tuning.lora.modulesToSave")
+    return list(lora.modules_to_save)
+
+
+def _no_such_module(name: str, known: list[str], field: str) -> TrainerError:
+    return TrainerError(FailureClass.BAD_SPEC, f"The model has no module {name}; it has {', '.join(known)}.", field)
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[wanted]
+
+
+def _prompt_tokens(tuning: Tuning) -> int:
+    return tuning.prompt.virtual_tokens
+
+
+def _existing(directory: Path) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"{directory} is not an adapter: adapter_config.json is missing.", "model.adapter"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"{directory} is a {config.peft_type} adapter; only LoRA adapters can be continued.",
+            "model.adapter",
+        )
+    config.inference_mode = False
+    config.init_lora_weights = True  # its values are read from the file
+    return config
+
+
+# --- their first values ----------------------------------------------------------------------------------------------
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers that depend on the seed and the parameter's name alone."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def initialise_lora(model: nn.Module, lora: Lora, seed: int) -> None:
+    """First values of new LoRA adapters. Collective: DoRA and PiSSA gather one base matrix at a time.
+
+    default: A Kaiming-uniform, B zero; gaussian: A normal with deviation 1/r, B zero (as PEFT does).
+    PiSSA (https://arxiv.org/abs/2404.02948): A and B hold the principal singular vectors, the base the rest.
+    DoRA (https://arxiv.org/abs/2402.09353): the magnitude is each output's norm of the whole weight.
+    """
+    for name, layer in lora_layers(model).items():
+        if lora.init == "pissa" and ADAPTER in layer.lora_A:
+            _pissa(layer, name, seed)
+        else:
+            _draw(layer, name, seed, gaussian=lora.init == "gaussian")
+        if lora.dora and ADAPTER in layer.lora_magnitude_vector:
+            magnitude(layer)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that carry a LoRA adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _draw(layer: LoraLayer, name: str, seed: int, gaussian: bool) -> None:
+    if ADAPTER in layer.lora_A:
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        if gaussian:
+            values = torch.randn(a.shape, generator=generator(seed, name)) / layer.r[ADAPTER]
+        else:  # Kaiming-uniform with a = sqrt(5)
+            values = (2 * torch.rand(a.shape, generator=generator(seed, name)) - 1) / math.sqrt(a.shape[1])
+        fill(a, values)
+        fill(b, torch.zeros(b.shape))
+    else:
+        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+        fill(a, torch.zeros(a.shape))
+        fill(b, torch.randn(b.shape, generator=generator(seed, name)))
+
+
+def magnitude(layer: LoraLayer) -> None:
+    """Set DoRA's magnitude to the norm of each row of the layer's whole weight. Collective."""
+    a, b = whole(layer.lora_A[ADAPTER].weight).detach(), whole(layer.lora_B[ADAPTER].weight).detach()
+    weight = base_matrix(layer).float() + layer.scaling[ADAPTER] * (b @ a)
+    fill(layer.lora_magnitude_vector[ADAPTER].weight, torch.linalg.norm(weight, dim=1))
+
+
+def base_matrix(layer: LoraLayer) -> Tensor:
+    """The whole base weight [out, in] of a layer, dequantised. Collective."""
+    base = layer.get_base_layer()
+    weight = whole(base.weight).detach()
+    if getattr(base, "quant_state", None) is not None:
+        weight = nf4.dequantized(base, weight)
+    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+
+
+def _pissa(layer: LoraLayer, name: str, seed: int) -> None:
+    base = layer.get_base_layer()
+    weight = base_matrix(layer)
+    rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
+    a, b = _principal(weight.float(), rank, scaling, generator(seed, name))
+    mesh = base.weight.device_mesh if isinstance(base.weight, DTensor) else None
+    if mesh is not None:  # decompositions may differ between machines: rank 0's counts
+        for tensor in (a, b):
+            torch.distributed.broadcast(tensor, src=0)
+    fill(layer.lora_A[ADAPTER].weight, a)
+    fill(layer.lora_B[ADAPTER].weight, b)
+    rest = (weight.float() - scaling * (b @ a)).to(weight.dtype)
+    fill(base.weight, rest.T.contiguous() if getattr(layer, "fan_in_fan_out", False) else rest)
+
+
+def _principal(weight: Tensor, rank: int, scaling: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] with scaling * B @ A the best rank-r approximation of `weight`."""
+    if weight.numel() <= EXACT_SVD_ELEMENTS:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        devices = [weight.device] if weight.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=random)))
+            u, s, v = torch.svd_lowrank(weight, q=min(rank + 8, *weight.shape), niter=16)
+            vh = v.T
+    root = torch.sqrt(s[:rank] / scaling)
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+
+
+def load_adapter(peft_model: PeftModel, directory: Path) -> None:
+    """Copy the values of an existing adapter into the attached one, each rank its own rows."""
+    with SafetensorsDirectory(directory) as file:
+        for name, parameter in peft_model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            key = file_key(name)
+            if key not in file:
+                raise TrainerError(FailureClass.BAD_SPEC, f"{directory}/{ADAPTER_FILE} lacks {key}.", "model.adapter")
+            if file.shape(key) != tuple(parameter.shape):
+                raise shape_mismatch(directory, key, file.shape(key), parameter.shape)
+            fill(parameter, file.read(key))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter and not to the base model."""
+    return ".lora_" in name
+
+
+def file_key(name: str) -> str:
+    """A parameter's name in PEFT's adapter file: without the adapter's name."""
+    name = name.replace(f".modules_to_save.{ADAPTER}.", ".")
+    name = re.sub(rf"\.(lora_(?:A|B|embedding_A|embedding_B))\.{ADAPTER}(?=\.|$)", r".\1", name)
+    return name.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
+
+
+def initialise_virtual_tokens(peft_model: PeftModel, rows: Tensor | None, seed: int) -> None:
+    """First values of a soft prompt (`rows` [tokens, hidden]: embeddings of real tokens) or of a prefix (small)."""
+    for name, parameter in peft_model.prompt_encoder.named_parameters():
+        values = rows if rows is not None else 0.02 * torch.randn(parameter.shape, generator=generator(seed, name))
+        fill(parameter, values)
+
+
+def parameter_groups(trainable: list[tuple[str, nn.Parameter]], b_plus_ratio: float) -> list[dict[str, Any]]:
+    """Groups for the optimiser: {"params", "decay": bool, "lr_scale": float}.
+
+    No decay for vectors (norms, biases, magnitudes) and embeddings; LoRA+ scales the learning rate of B.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        decay = parameter.ndim > 1 and "embed" not in name and "prompt_encoder" not in name
+        scale = b_plus_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
+        groups.setdefault((decay, scale), []).append(parameter)
+    return [{"params": params, "decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]

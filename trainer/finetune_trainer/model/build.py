@@ -1,0 +1,375 @@
+"""Loading: empty model, adapters, sharding, then each rank's own rows; and the module that the loop trains.
+
+No rank ever holds the whole model: the peak is its shard, the largest tensor and a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoTokenizer, PreTrainedModel
+
+from finetune_api.report import Choice, FailureClass
+from finetune_api.spec import Method, Tuning
+from finetune_trainer.data.packing import Batch
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.model import adapters, nf4
+from finetune_trainer.model.attention import attention_arguments, choose_attention
+from finetune_trainer.model.loss import logits_transform, target_losses
+from finetune_trainer.model.sharding import shard
+from finetune_trainer.model.weights import (
+    ModelWeights,
+    SafetensorsDirectory,
+    empty_model,
+    fill,
+    read_config,
+    shape_mismatch,
+)
+
+UNPACKED = (Method.PROMPT, Method.PREFIX)
+"""Methods whose documents would leak into each other in a packed row."""
+
+
+class CausalModel(nn.Module):
+    """A causal language model with its adapters: the FSDP root. Everything that needs weights runs in `forward`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        method: Method,
+        attention: str,
+        label_smoothing: float,
+        neftune_alpha: float,
+        autocast: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.method = method
+        self.label_smoothing = label_smoothing
+        self.neftune_alpha = neftune_alpha
+        self.choices: dict[str, Choice] = {}
+        """What each `auto` became; for the report."""
+        self.trainable: list[tuple[str, nn.Parameter]] = []
+        """Names and parameters (shards, under FSDP) that are trained; names do not depend on the world size."""
+        self._attention = attention
+        self._autocast = autocast
+        self._logits_transform = logits_transform(self.config)
+        self._noise_scale: Tensor | None = None
+        if neftune_alpha:
+            self.causal_lm.get_input_embeddings().register_forward_hook(self._add_noise)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model inside."""
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        found: PreTrainedModel = inner
+        return found
+
+    @property
+    def config(self) -> Any:
+        """The text model's config."""
+        return self.causal_lm.config.get_text_config()
+
+    @overload
+    def forward(self, batch: Batch) -> Tensor: ...
+    @overload
+    def forward(self, batch: Batch, with_correct: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, batch: Batch, with_correct: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Cross entropy of each target of the batch, float32[L] (label smoothing included), unweighted.
+
+        `with_correct` adds bool[L]: whether the target is the most likely token. L = 0 gives an empty tensor that
+        is connected to the graph, so that a rank without a label still takes part in the backward pass.
+        """
+        with self._precision(batch):
+            hidden = self._hidden(batch)
+            losses, correct = target_losses(
+                hidden.flatten(0, 1),
+                batch.target_position,
+                batch.target_id,
+                self._head,
+                self.config.vocab_size,
+                self.label_smoothing if self.training else 0.0,
+            )
+        return (losses, correct) if with_correct else losses
+
+    def sync_gradients(self, last: bool) -> None:
+        """Whether the next backward pass is the last of the step: only then are adapters' gradients exchanged.
+
+        Full tuning exchanges in every backward pass, or each rank would hold the whole model's gradients.
+        """
+        if self.method is not Method.FULL and isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(last)
+
+    def _precision(self, batch: Batch) -> AbstractContextManager[Any]:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(batch.ids.device.type, self._autocast)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self._logits_transform(self.causal_lm.get_output_embeddings()(hidden))
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [B, T, H] of the batch's own tokens."""
+        decoder = self.causal_lm.get_decoder()
+        self._noise_scale = self._neftune(batch)
+        if self.method is Method.PROMPT:
+            return self._hidden_after_prompt(decoder, batch)
+        if self.method is Method.PREFIX:
+            return self._hidden_after_prefix(decoder, batch)
+        output = decoder(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **attention_arguments(batch, self._attention),
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _hidden_after_prompt(self, decoder: nn.Module, batch: Batch) -> Tensor:
+        embedded = self.causal_lm.get_input_embeddings()(batch.ids)
+        prompt = self._virtual(batch).to(embedded.dtype)
+        output = decoder(
+            inputs_embeds=torch.cat([prompt, embedded], 1),
+            attention_mask=_longer_mask(batch, prompt.shape[1]),
+            use_cache=False,
+        )
+        hidden: Tensor = output.last_hidden_state[:, prompt.shape[1] :]
+        return hidden
+
+    def _hidden_after_prefix(self, decoder: nn.Module, batch: Batch) -> Tensor:
+        cache = self._virtual(batch)
+        output = decoder(
+            input_ids=batch.ids,
+            attention_mask=_longer_mask(batch, cache.get_seq_length()),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _virtual(self, batch: Batch) -> Any:
+        if batch.attention_mask is None:
+            raise ValueError(f"{self.method} needs padded batches: packed documents would see each other's prompt")
+        assert isinstance(self.model, PeftModel)
+        return self.model.get_prompt(batch.ids.shape[0])
+
+    def _neftune(self, batch: Batch) -> Tensor | None:
+        """float[B, T, 1]: the noise's bound alpha / sqrt(L * d) with each token's own document length L."""
+        if not (self.neftune_alpha and self.training):
+            return None
+        bounds = batch.cu_seqlens.long()
+        lengths = bounds.diff()
+        if batch.attention_mask is not None:
+            lengths = batch.attention_mask.sum(1).clamp(min=1)
+        scale = self.neftune_alpha / torch.sqrt(lengths.float() * self.config.hidden_size)
+        return scale.repeat_interleave(bounds.diff()).view(*batch.ids.shape, 1)
+
+    def _add_noise(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """NEFTune (https://arxiv.org/abs/2310.05914), from the step's own random state."""
+        if self._noise_scale is None:
+            return output
+        return output + (self._noise_scale * (2 * torch.rand_like(output, dtype=torch.float32) - 1)).to(output.dtype)
+
+
+def load_model(
+    *,
+    directory: Path | str,
+    method: Method,
+    tuning: Tuning,
+    precision: torch.dtype,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+    seed: int,
+    attention: str = "auto",
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    neftune_alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    adapter_directory: Path | str | None = None,
+    nf4_directory: Path | str | None = None,
+    trust_remote_code: bool = False,
+) -> CausalModel:
+    """The model, ready to train; a collective call when `mesh` is given.
+
+    directory: config and safetensors of the base; nf4_directory: its 4-bit copy (qlora); adapter_directory: a LoRA
+    adapter to go on from. precision: type of frozen weights and of products; what is trained is float32.
+    mesh: None keeps plain tensors on `device` (one process), else FSDP over [ranks] or [replicas, ranks].
+    Raises TrainerError (bad-spec) for files, modules or kernels that do not fit.
+    """
+    directory = Path(directory)
+    adapter_directory = Path(adapter_directory) if adapter_directory else None
+    nf4_directory = Path(nf4_directory) if nf4_directory else None
+    config = read_config(directory, trust_remote_code)
+    packed = method not in UNPACKED
+    base = empty_model(config, torch.float32 if method is Method.FULL else precision, "eager", trust_remote_code)
+    chosen = choose_attention(
+        attention,
+        config=base.config.get_text_config(),
+        supports_backend=bool(base._supports_attention_backend),
+        packed=packed,
+        device=device,
+        precision=precision,
+    )
+    base.set_attn_implementation(chosen.implementation)
+    layers = list(adapters.decoder_layers(base))
+    attached = _attach(base, method, tuning, precision, adapter_directory)
+    root = CausalModel(
+        attached,
+        method=method,
+        attention=chosen.implementation,
+        label_smoothing=label_smoothing,
+        neftune_alpha=neftune_alpha,
+        autocast=precision if mesh is None and precision != torch.float32 else None,
+    )
+    root.choices["attention"] = chosen.choice
+    _train_in_float32(root)
+    if activation_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile:
+        for layer in layers:
+            layer.compile()
+    buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
+    if mesh is not None:
+        embeddings = [] if _tied(base) else [base.get_input_embeddings()]
+        shard(root, layers, embeddings, mesh, precision)
+    _materialise(root, base, buffers, device)
+    _fill(root, base, directory, nf4_directory, device)
+    _initialise(root, directory, tuning, seed, adapter_directory)
+    root.trainable = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
+    return root.train()
+
+
+def trainable_state_dict(model: CausalModel) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model: the trained parameters (shards, under FSDP), tied ones once."""
+    return {name: parameter.detach() for name, parameter in model.trainable}
+
+
+@torch.no_grad()
+def load_trainable_state_dict(model: CausalModel, state: dict[str, Tensor]) -> None:
+    """Copy a state of the same names and placements into the model. Raises KeyError for a name that is missing."""
+    for name, parameter in model.trainable:
+        parameter.copy_(state[name])
+
+
+def _attach(
+    base: PreTrainedModel, method: Method, tuning: Tuning, precision: torch.dtype, adapter_directory: Path | None
+) -> PreTrainedModel | PeftModel:
+    if method is Method.FULL:
+        return base.requires_grad_(True)
+    if method is Method.QLORA:
+        nf4.make_linear_4bit(base, tuning.quantization, _compute_dtype(tuning, precision))
+    attached = adapters.attach(base, tuning, adapter_directory)
+    if method is Method.QLORA:
+        nf4.pack_empty(base)
+    return attached
+
+
+def _compute_dtype(tuning: Tuning, precision: torch.dtype) -> torch.dtype:
+    asked = tuning.quantization.compute_dtype
+    found: torch.dtype = precision if asked == "auto" else getattr(torch, asked)
+    return found
+
+
+def _tied(base: PreTrainedModel) -> bool:
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    return head is None or head.weight is embedding.weight
+
+
+def _longer_mask(batch: Batch, virtual: int) -> Tensor:
+    mask = batch.attention_mask
+    assert mask is not None
+    return torch.cat([mask.new_ones(mask.shape[0], virtual), mask], 1)
+
+
+def _train_in_float32(root: nn.Module) -> None:
+    for parameter in root.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def _materialise(root: nn.Module, base: PreTrainedModel, buffers: dict[str, Tensor], device: torch.device) -> None:
+    tied = _tied(base)
+    root.to_empty(device=device)
+    if tied and (head := base.get_output_embeddings()) is not None:
+        head.weight = base.get_input_embeddings().weight  # made twice by to_empty
+    for name, buffer in root.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _fill(
+    root: CausalModel, base: PreTrainedModel, directory: Path, nf4_directory: Path | None, device: torch.device
+) -> None:
+    """Copy this rank's rows of every base weight from the files."""
+    source = nf4_directory if root.method is Method.QLORA else directory
+    if source is None:
+        raise ValueError("qlora needs the 4-bit copy that Prepare writes")
+    with SafetensorsDirectory(source) as files:
+        weights = ModelWeights(files, empty_model(read_config(directory), torch.float32))
+        if root.method is Method.QLORA:
+            nf4.read_states(base, files, device)
+        for name, parameter in base.named_parameters():
+            key = base_name(name)
+            if key not in weights:
+                if adapters.is_adapter(name):
+                    continue
+                key = _tied_name(base, key, weights)
+            if weights.shape(key) != tuple(parameter.shape):
+                raise shape_mismatch(source, key, weights.shape(key), parameter.shape)
+            fill(parameter, weights, key)
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the base model: without what PEFT wraps around its modules."""
+    for wrapping in (".base_layer", ".original_module", f".modules_to_save.{adapters.ADAPTER}"):
+        name = name.replace(wrapping, "")
+    return name
+
+
+def _tied_name(base: PreTrainedModel, key: str, weights: ModelWeights) -> str:
+    """The name under which the files hold a tied weight. Raises TrainerError if they do not."""
+    tied: dict[str, str] = base.all_tied_weights_keys or {}
+    for one, other in tied.items():
+        for name, alias in ((one, other), (other, one)):
+            if name == key and alias in weights:
+                return alias
+    raise TrainerError(FailureClass.BAD_SPEC, f"{weights.directory.directory} lacks the tensor {key}.", "model")
+
+
+def _initialise(root: CausalModel, directory: Path, tuning: Tuning, seed: int, adapter_directory: Path | None) -> None:
+    model = root.model
+    if not isinstance(model, PeftModel):
+        return
+    if adapter_directory is not None:
+        adapters.load_adapter(model, adapter_directory)
+    elif root.method in (Method.LORA, Method.QLORA):
+        adapters.initialise_lora(root.causal_lm, tuning.lora, seed)
+    else:
+        rows = _prompt_rows(directory, tuning, seed) if root.method is Method.PROMPT else None
+        adapters.initialise_virtual_tokens(model, rows, seed)
+
+
+def _prompt_rows(directory: Path, tuning: Tuning, seed: int) -> Tensor:
+    """Embeddings of the tokens of `initText`, repeated to the prompt's length, or of random tokens."""
+    count = tuning.prompt.virtual_tokens
+    with SafetensorsDirectory(directory) as files:
+        base = empty_model(read_config(directory), torch.float32)
+        weights = ModelWeights(files, base)
+        name = next(n for n, p in base.named_parameters() if p is base.get_input_embeddings().weight)
+        if tuning.prompt.init_text:
+            tokenizer: Callable[..., Any] = AutoTokenizer.from_pretrained(directory)
+            ids = tokenizer(tuning.prompt.init_text, add_special_tokens=False)["input_ids"]
+            ids = (ids * -(-count // len(ids)))[:count]
+        else:
+            random = adapters.generator(seed, "prompt")
+            ids = torch.randint(weights.shape(name)[0], (count,), generator=random).tolist()
+        return torch.cat([weights.rows(name, i, i + 1) for i in ids]).float()
