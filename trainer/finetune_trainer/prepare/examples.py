@@ -188,13 +188,13 @@ def _gold(value: Any, letters: list[str], choices: list[str]) -> int:
     """Index of the right choice: given as its text, its letter, `A. its text`, or an index from 0."""
     if value is None or (isinstance(value, str) and not value.strip()):
         raise BadRowError("answer is empty")
-    if isinstance(value, bool) or isinstance(value, list | dict):
+    if isinstance(value, (bool, list, dict)):
         raise BadRowError("answer is neither letter, index nor text")
     text = str(value).strip()
-    folded = [choice.casefold() for choice in choices]
-    if text.casefold() in folded:
+    folded, upper = [choice.casefold() for choice in choices], [letter.upper() for letter in letters]
+    if text.casefold() in folded and not isinstance(value, int):
         return folded.index(text.casefold())
-    if text.upper() in (upper := [letter.upper() for letter in letters]) and not isinstance(value, int):
+    if text.upper() in upper:
         return upper.index(text.upper())
     if re.fullmatch(r"\d+", text):
         if int(text) >= len(choices):

@@ -1,0 +1,339 @@
+"""How a conversation becomes tokens: the same for training, validation, evaluation and `finetune preview`.
+
+A chat is rendered by the tokenizer's own template and cut into segments: what is given, and what is learnt (an
+assistant turn with the token that ends it), found by prefix difference of rendered messages. Segments are tokenised
+one by one, so a prompt has the same tokens whether an answer follows or is still to be generated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+Message = dict[str, str]
+
+PLAIN_TEMPLATE = (
+    "{{ bos }}{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+"""Template of a base model that has none; `{{ bos }}` is written in where the tokenizer begins texts with BOS."""
+
+# Two private-use characters around a control token that stands in the data: it is then tokenised as plain text.
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+_MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
+_PROBE_USER, _PROBE_ANSWER = "Question 7Q", "Answer 9Z"
+
+
+class ChatTemplateError(ValueError):
+    """The template cannot render these messages; the message says why, in the template's words where it has any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a rendered chat and whether it is learnt."""
+
+    text: str
+    learnt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenised document. The token at index j is the target of position j - 1.
+
+    ids: t token ids; target_position, target_id: l labelled positions.
+    """
+
+    ids: list[int]
+    target_position: list[int] = field(default_factory=list)
+    target_id: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[list[int], bool]]) -> Tokens:
+        """Join (ids, learnt) pieces. The first token of a document has nothing to be predicted from."""
+        ids: list[int] = []
+        positions: list[int] = []
+        for piece, learnt in pieces:
+            if learnt:
+                positions.extend(range(max(len(ids) - 1, 0), len(ids) + len(piece) - 1))
+            ids.extend(piece)
+        return cls(ids, positions, [ids[position + 1] for position in positions])
+
+
+class ChatFormat:
+    """A tokenizer with its chat template, and what was found out about the template by trying it.
+
+    Raises ChatTemplateError at once where the template cannot render a question and its answer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._control_tokens = _control_token_pattern(tokenizer)
+        self._anchor = _anchor(tokenizer)
+        self.adds_bos = _adds_bos(tokenizer)
+        user: list[Message] = [{"role": "user", "content": _PROBE_USER}]
+        prompt = self.render(user, add_generation_prompt=True)
+        whole = self.render([*user, {"role": "assistant", "content": _PROBE_ANSWER}])
+        if not whole.startswith(prompt) or _PROBE_ANSWER not in whole[len(prompt) :]:
+            raise ChatTemplateError(
+                "the chat template does not begin a rendered answer with the prompt that asks for it, so what is "
+                "learnt cannot be told from what is given: set model.chatTemplate"
+            )
+        suffix = whole[len(prompt) :].partition(_PROBE_ANSWER)[2]
+        special = self._control_tokens.search(suffix) if self._control_tokens else None
+        self.end_text: str = suffix[: special.end()] if special else ""
+        """What follows an answer up to its end token, as text; empty where the template writes no such token."""
+        self.end_token_ids: list[int] = self._end_tokens(special[0] if special else None)
+        """Tokens at which an answer ends; the first is the one that is learnt."""
+        self._after_end: str = suffix[len(self.end_text) :]
+        self.keeps_history: bool = self._has_prefix_property()
+        """Whether earlier turns are rendered alike in longer chats. Else each turn is a document of its own."""
+        self.takes_system: bool = self._takes_system()
+        """Whether the template has a place for a system message. Else it is put before the first user turn."""
+        self.implicit_system: str = self._implicit_system()
+        """System prompt that the template adds by itself."""
+        self._answer_ids = lru_cache(maxsize=10_000)(self._compute_answer_ids)
+
+    # --- text ---
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The template's text for the messages; control tokens in their contents are marked as plain text."""
+        marked = [message | {"content": self._mark(message["content"])} for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                marked, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ChatTemplateError(f"the chat template says: {str(error).splitlines()[0]}") from error
+        return str(text)
+
+    def with_system(self, system: str | None, messages: Sequence[Message]) -> list[Message]:
+        """The messages after a system prompt, which joins the row's own, or the first turn if there is no place."""
+        given = [message for message in messages if message["role"] == "system"]
+        turns = [dict(message) for message in messages if message["role"] != "system"]
+        whole = "\n\n".join(filter(None, [system, *(message["content"] for message in given)]))
+        if not whole:
+            return turns
+        if self.takes_system:
+            return [{"role": "system", "content": whole}, *turns]
+        return [turns[0] | {"content": f"{whole}\n\n{turns[0]['content']}"}, *turns[1:]] if turns else turns
+
+    @staticmethod
+    def shown(text: str) -> str:
+        """Rendered text without the marks of `render`."""
+        return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+    def segments(self, messages: Sequence[Message], learn: Literal["all", "last"] = "all") -> list[list[Segment]]:
+        """Documents of a chat that ends with an assistant turn, each a list of segments ending with a learnt one.
+
+        One document, or one for each learnt turn where the template rewrites earlier turns.
+        Raises ChatTemplateError where the template refuses the messages.
+        """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not self.keeps_history:
+            chosen = turns if learn == "all" else turns[-1:]
+            return [self._last_turn(messages[: turn + 1]) for turn in chosen]
+        pieces: list[Segment] = []
+        done = ""
+        for turn in turns:
+            prompt = self.render(messages[:turn], add_generation_prompt=True)
+            if not prompt.startswith(done):
+                return [self._last_turn(messages[: turn + 1]) for turn in (turns if learn == "all" else turns[-1:])]
+            learnt = self._learnt(prompt, messages[: turn + 1])
+            pieces += [Segment(prompt[len(done) :], False), Segment(learnt, learn == "all" or turn == turns[-1])]
+            done = prompt + learnt
+        return [pieces]
+
+    def _last_turn(self, messages: Sequence[Message]) -> list[Segment]:
+        prompt = self.render(messages[:-1], add_generation_prompt=True)
+        return [Segment(prompt, False), Segment(self._learnt(prompt, messages), True)]
+
+    def _learnt(self, prompt: str, messages: Sequence[Message]) -> str:
+        """The last turn's text with its end token."""
+        whole = self.render(messages)
+        if not whole.startswith(prompt) or not whole.endswith(self._after_end):
+            raise ChatTemplateError("the chat template renders this answer otherwise than its prompt promises")
+        return whole[len(prompt) : len(whole) - len(self._after_end)]
+
+    # --- tokens ---
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """(text, ids) of what the model sees before it answers."""
+        text = self.render(messages, add_generation_prompt=True)
+        return self.shown(text), self.encode([Segment(text, False)])[0]
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Tokens of an answer with its end token, as they follow any prompt."""
+        return list(self._answer_ids(answer))
+
+    def _compute_answer_ids(self, answer: str) -> tuple[int, ...]:
+        turns = [{"role": "user", "content": _PROBE_USER}, {"role": "assistant", "content": answer}]
+        segments = self._last_turn(turns)
+        ids = self.encode([segments[1]], inside=True)[0]
+        return tuple(ids if self.end_text else [*ids, self.end_token_ids[0]])
+
+    def tokens(self, segments: Sequence[Segment]) -> Tokens:
+        """Tokenise a document of `segments`."""
+        pieces = self.encode(segments)
+        if not self.end_text:
+            pieces[-1] = [*pieces[-1], self.end_token_ids[0]]
+        return Tokens.of([(ids, segment.learnt) for ids, segment in zip(pieces, segments, strict=True)])
+
+    def encode(self, segments: Sequence[Segment], *, inside: bool = False) -> list[list[int]]:
+        """Ids of each segment; all but the first (or all, with `inside`) continue a text that has begun.
+
+        A begin-of-text token is written by the template or not at all, and never twice.
+        """
+        encoded = [
+            self._encode_text(segment.text, begun=inside or number > 0) for number, segment in enumerate(segments)
+        ]
+        bos = self.tokenizer.bos_token_id
+        if not inside and encoded and self.adds_bos and encoded[0][:2] == [bos, bos]:
+            encoded[0] = encoded[0][1:]
+        return encoded
+
+    def plain_text_ids(self, text: str) -> list[int]:
+        """Ids of a text that is no chat: BOS where the tokenizer begins texts with it, EOS at the end."""
+        ids = self._encode_text(self._mark(text), begun=False)
+        start = [self.tokenizer.bos_token_id] if self.adds_bos else []
+        return [*start, *ids, self.tokenizer.eos_token_id]
+
+    def _encode_text(self, text: str, *, begun: bool) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(_MARKED.split(text)):
+            if part:
+                ids += self._encode_part(part, begun=begun or bool(ids), as_plain=number % 2 == 1)
+        return ids
+
+    def _encode_part(self, text: str, *, begun: bool, as_plain: bool) -> list[int]:
+        anchored = begun and self._anchor and not as_plain
+        given = f"{self._anchor}{text}" if anchored else text
+        ids = self.tokenizer.encode(given, add_special_tokens=False, split_special_tokens=as_plain)
+        return list(ids[1:] if anchored else ids)
+
+    def _mark(self, content: str) -> str:
+        if self._control_tokens is None or not self._control_tokens.search(content):
+            return content
+        return self._control_tokens.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", content)
+
+    # --- what the template does ---
+
+    def _end_tokens(self, end: str | None) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        found = [self.tokenizer.convert_tokens_to_ids(end)] if end is not None else []
+        ids = list(dict.fromkeys([*found, *([eos] if eos is not None else [])]))
+        if not ids:
+            raise ChatTemplateError("neither the chat template nor the tokenizer has a token that ends an answer")
+        return ids
+
+    def _has_prefix_property(self) -> bool:
+        chat: list[Message] = [
+            {"role": role, "content": content}
+            for role, content in [
+                ("user", _PROBE_USER),
+                ("assistant", _PROBE_ANSWER),
+                ("user", _PROBE_USER),
+                ("assistant", _PROBE_ANSWER),
+            ]
+        ]
+        try:
+            first = self.render(chat[:1], add_generation_prompt=True) + _PROBE_ANSWER + self.end_text
+            return bool(self.end_text) and self.render(chat[:3], add_generation_prompt=True).startswith(first)
+        except ChatTemplateError:
+            return False
+
+    def _takes_system(self) -> bool:
+        try:
+            text = self.render([{"role": "system", "content": "Sys 5S"}, {"role": "user", "content": _PROBE_USER}])
+        except ChatTemplateError:
+            return False
+        return "Sys 5S" in text
+
+    def _implicit_system(self) -> str:
+        user: list[Message] = [{"role": "user", "content": _PROBE_USER}]
+        before = self.render(user).partition(_PROBE_USER)[0]
+        if not self.takes_system:
+            return ""
+        given = self.render([{"role": "system", "content": "Sys 5S"}, *user]).partition(_PROBE_USER)[0]
+        head, _, tail = given.partition("Sys 5S")
+        if before.startswith(head) and before.endswith(tail) and len(before) > len(head) + len(tail):
+            return before[len(head) : len(before) - len(tail)].strip()
+        return ""
+
+
+def _control_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= {str(token) for token in tokenizer.all_special_tokens}
+    tokens |= {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if not token.content.isspace() and token.content in (tokenizer.chat_template or "")
+    }
+    if not tokens:
+        return None
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer.encode("x"))[:1] == [bos]
+
+
+def _anchor(tokenizer: Any) -> str:
+    """A special token to put before a continued text, where the tokenizer treats a text's beginning specially."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if not token.special or token.lstrip or token.rstrip:
+            continue
+        alone = tokenizer.encode("x y", add_special_tokens=False)
+        after = tokenizer.encode(f"{token.content}x y", add_special_tokens=False)
+        return "" if list(after[1:]) == list(alone) else str(token.content)
+    return ""
+
+
+def with_plain_template(tokenizer: Any) -> bool:
+    """Give a tokenizer without a chat template the plain one; says whether it had none."""
+    if tokenizer.chat_template:
+        return False
+    bos = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ bos }}", bos)
+    return True
+
+
+@dataclass(frozen=True)
+class PadChoice:
+    """Which token pads, and why."""
+
+    token: str
+    why: str
+
+
+def choose_pad(tokenizer: Any, end_token_ids: Sequence[int]) -> PadChoice | None:
+    """A padding token that ends no answer, without adding one to the vocabulary; None where there is none.
+
+    A tokenizer's own pad token is kept unless it also ends answers: a model padded with it never learns to stop.
+    """
+    forbidden = {*end_token_ids, tokenizer.bos_token_id}
+    own = tokenizer.pad_token
+    if own is not None and tokenizer.pad_token_id not in forbidden:
+        return PadChoice(str(own), "the tokenizer's own")
+    reason = "the tokenizer's own also ends answers" if own is not None else "the tokenizer has none"
+    template = tokenizer.chat_template or ""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    usable = [
+        token for token in special if tokenizer.convert_tokens_to_ids(token) not in forbidden and token not in template
+    ]
+    for pattern, kind in ((r"pad", "a pad token"), (r"reserved|unused", "a reserved token"), (r"unk", "unknown")):
+        found = next((token for token in usable if re.search(pattern, token, re.IGNORECASE)), None)
+        if found is not None:
+            return PadChoice(found, f"{reason}; this is {kind}")
+    if usable:
+        return PadChoice(usable[0], f"{reason}; this special token is not used by the template")
+    # Byte 0xFF never occurs in UTF-8: in a byte-level vocabulary its symbol is free.
+    if "ÿ" in tokenizer.get_vocab() and "Ġ" in tokenizer.get_vocab():
+        return PadChoice("ÿ", f"{reason}; this byte never occurs in text")
+    return None
