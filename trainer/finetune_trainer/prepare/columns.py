@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Columns, Task
+from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.prepare.sources import near_match
 
 USUAL: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "content", "tweet", "review", "utterance", "query", "comment", "claim", "document"),

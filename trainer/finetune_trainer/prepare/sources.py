@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rapidfuzz.process import extractOne
 
 from finetune_api.report import FailureClass
+from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare import readers
 from finetune_trainer.prepare.readers import Row, UnreadableFileError, format_of
@@ -254,12 +254,6 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def near_match(given: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """` Did you mean "…"?`, or nothing where no known name is near."""
-    best = extractOne(given.lower(), {name: name.lower() for name in known}, score_cutoff=70)
-    return f" Did you mean {best[2]!r}?" if best else ""
 
 
 def _source_row(number: int, place: str, row: Row | str) -> SourceRow:

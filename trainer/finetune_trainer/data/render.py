@@ -1,0 +1,308 @@
+"""From an example to what the model sees and learns: one function for training, evaluation and preview.
+
+Every task is a chat of one question and one answer, but for `chat` (the turns as they are) and `text` (no chat).
+Answers are never cut: a question's text is cut where the task allows it, else the row does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from finetune_api.spec import Task
+from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, Message, Segment, Tokens
+from finetune_trainer.data.evaluation_rows import EvaluationRow
+from finetune_trainer.data.examples import UNANSWERABLE, BadRowError, Example
+from finetune_trainer.data.templates import TemplateRowError, compile_template
+
+DEFAULT_TEMPLATES: dict[Task, str] = {
+    Task.CLASSIFICATION: (
+        "Classify the text. Answer with one of: {{ labels | join(', ') }}.\n\nText: {{ text }}\n\nAnswer:"
+    ),
+    Task.MULTIPLE_CHOICE: (
+        "{% if context %}{{ context }}\n\n{% endif %}{{ question }}\n\nAnswer with one of:\n"
+        "{% for choice in choices %}- {{ choice }}\n{% endfor %}"
+    ),
+    Task.QUESTION_ANSWERING: (
+        "{% if context %}Answer the question from the text."
+        "{% if may_be_unanswerable %} If the text does not answer it, say: {{ unanswerable }}.{% endif %}"
+        "\n\nText: {{ context }}\n\nQuestion: {{ question }}{% else %}{{ question }}{% endif %}"
+    ),
+    Task.SUMMARIZATION: "Summarise the text.\n\n{{ document }}",
+    Task.TEXT: "{{ text }}",
+}
+DEFAULT_ANSWER = "{{ answer }}"
+CUT_FROM: dict[Task, str] = {Task.CLASSIFICATION: "text", Task.SUMMARIZATION: "document"}
+"""What is cut at its end where a prompt is too long. A question or its context is never cut: the row is left out."""
+CLOSED = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE)
+LIKELIHOOD_ONLY = (Task.CHAT, Task.TEXT)
+MAX_CUTS = 8
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How the rows of one dataset are rendered. Made once a dataset, with the same values for all its splits."""
+
+    task: Task
+    format: ChatFormat
+    max_tokens: int
+    """Tokens of a document at most."""
+    labels: tuple[str, ...] = ()
+    """Closed set of a classification."""
+    may_be_unanswerable: bool = False
+    system_prompt: str | None = None
+    template: str = ""
+    """Jinja; the task's own where empty."""
+    answer_template: str = ""
+    """Jinja; `{{ answer }}` where empty."""
+    learn: Literal["all", "last"] = "all"
+    label_column: str = ""
+    """Column whose value in an answer template is each candidate in turn."""
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Template variables that are the same in every row."""
+        return {
+            "labels": list(self.labels),
+            "may_be_unanswerable": self.may_be_unanswerable,
+            "unanswerable": UNANSWERABLE,
+        }
+
+
+TEMPLATE_VARIABLES: dict[Task, tuple[str, ...]] = {
+    Task.CLASSIFICATION: ("text", "label", "labels"),
+    Task.MULTIPLE_CHOICE: ("question", "choices", "context", "answer"),
+    Task.QUESTION_ANSWERING: ("question", "context", "answer", "may_be_unanswerable", "unanswerable"),
+    Task.SUMMARIZATION: ("document", "summary", "answer"),
+    Task.TEXT: ("text",),
+    Task.CHAT: ("messages",),
+}
+"""What a user's template may use beside the columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The documents of one row."""
+
+    documents: list[Tokens]
+    cut_tokens: int = 0
+    """Tokens by which the prompt was cut to fit."""
+    dropped_turns: int = 0
+    """Oldest messages of a chat that were dropped whole to fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    messages: list[Message]
+    text: str
+    ids: list[int]
+    cut_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Solved examples that go before a question as turns of the chat."""
+
+    turns: list[Message] = field(default_factory=list)
+
+
+def render_training(how: Rendering, example: Example) -> Rendered:
+    """Documents to learn from. Raises BadRowError where the row does not fit or the template refuses it."""
+    try:
+        if how.task is Task.TEXT:
+            return Rendered(_text_documents(how, example))
+        if how.task is Task.CHAT:
+            return _chat_documents(how, example)
+        answer = how.format.answer_ids(answer_text(how, example, example.answer))
+        question = _question(how, example, room=how.max_tokens - len(answer))
+        return Rendered([Tokens.of([(question.ids, False), (answer, True)])], question.cut_tokens)
+    except (ChatTemplateError, TemplateRowError) as error:
+        raise BadRowError(str(error)) from error
+
+
+def render_evaluation(
+    how: Rendering,
+    example: Example,
+    dataset: str,
+    *,
+    answer_tokens: int = 0,
+    few_shot: FewShot | None = None,
+) -> list[EvaluationRow]:
+    """Held-out rows as they are scored (several only for chats and texts that make several documents).
+
+    answer_tokens: room kept for a generated answer. Raises BadRowError as `render_training` does.
+    """
+    key = f"{dataset}/{example.row}"
+    if how.task in LIKELIHOOD_ONLY:
+        rendered = render_training(how, example).documents
+        ids = [key] if len(rendered) == 1 else [f"{key}#{number}" for number in range(1, len(rendered) + 1)]
+        return [
+            EvaluationRow(
+                id=name,
+                dataset=dataset,
+                task=how.task.value,
+                ids=document.ids,
+                target_position=document.target_position,
+                target_id=document.target_id,
+            )
+            for name, document in zip(ids, rendered, strict=True)
+        ]
+    try:
+        return [_evaluation_row(how, example, key, dataset, answer_tokens, few_shot)]
+    except (ChatTemplateError, TemplateRowError) as error:
+        raise BadRowError(str(error)) from error
+
+
+def _evaluation_row(
+    how: Rendering, example: Example, key: str, dataset: str, answer_tokens: int, few_shot: FewShot | None
+) -> EvaluationRow:
+    candidates, gold = _candidates(how, example)
+    texts = [answer_text(how, example, candidate) for candidate in candidates or []]
+    candidate_ids = [how.format.answer_ids(text) for text in texts]
+    longest = max(map(len, candidate_ids), default=min(answer_tokens, how.max_tokens // 2))
+    question = _question(how, example, room=how.max_tokens - longest)
+    shown = None
+    if few_shot is not None:
+        shown = _few_shot_ids(how, question, few_shot, room=how.max_tokens - longest)
+    return EvaluationRow(
+        id=key,
+        dataset=dataset,
+        task=how.task.value,
+        prompt=question.text,
+        prompt_ids=question.ids,
+        candidates=candidates,
+        candidate_ids=candidate_ids if candidates else None,
+        gold=gold,
+        answers=[answer_text(how, example, answer) for answer in example.answers],
+        text=example.text,
+        few_shot_prompt_ids=shown,
+    )
+
+
+def _candidates(how: Rendering, example: Example) -> tuple[list[str] | None, int | None]:
+    if how.task is Task.CLASSIFICATION:
+        return list(how.labels), how.labels.index(example.answer)
+    return example.candidates, example.gold
+
+
+def question_text(how: Rendering, variables: Mapping[str, Any]) -> str:
+    """The prompt of a row, before the chat template."""
+    return compile_template(how.template or DEFAULT_TEMPLATES[how.task])({**variables, **how.constants}).strip()
+
+
+def answer_text(how: Rendering, example: Example, answer: str) -> str:
+    """An answer of a row as the model has to write it."""
+    if not how.answer_template:
+        return answer
+    named = {name: answer for name in ("answer", "label", "summary", how.label_column) if name}
+    text = compile_template(how.answer_template)({**example.variables, **how.constants, **named}).strip()
+    if not text:
+        raise BadRowError("the answer template leaves nothing")
+    return text
+
+
+def few_shot_of(how: Rendering, examples: Sequence[Example]) -> FewShot:
+    """Solved examples as turns; those that a template refuses are left out."""
+    turns: list[Message] = []
+    for example in examples:
+        try:
+            question = question_text(how, example.variables)
+            answer = answer_text(how, example, example.answer)
+        except (TemplateRowError, BadRowError):
+            continue
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return FewShot(turns)
+
+
+def _question(how: Rendering, example: Example, room: int) -> _Question:
+    """The rendered prompt in at most `room` tokens, its text cut at the end where the task allows that."""
+    variables = dict(example.variables)
+    cut = CUT_FROM.get(how.task, "")
+    removed = 0
+    for _ in range(MAX_CUTS):
+        messages = how.format.with_system(
+            how.system_prompt, [{"role": "user", "content": question_text(how, variables)}]
+        )
+        text, ids = how.format.prompt(messages)
+        excess = len(ids) - room
+        if excess <= 0:
+            return _Question(messages, text, ids, removed)
+        shorter = _cut_text(how.format, str(variables[cut]), excess) if cut in variables else ""
+        if not shorter:
+            break
+        removed += excess
+        variables = _with_shorter(variables, cut, shorter)
+    raise BadRowError(f"{len(ids) + how.max_tokens - room} tokens do not fit into {how.max_tokens}")
+
+
+def _with_shorter(variables: dict[str, Any], role: str, shorter: str) -> dict[str, Any]:
+    """The variables with the long text cut wherever it stands: under its role and under its column's name."""
+    long = variables[role]
+    return {
+        name: shorter if name == role or (isinstance(value, str) and value.strip() == long) else value
+        for name, value in variables.items()
+    }
+
+
+def _cut_text(chat: ChatFormat, text: str, tokens: int) -> str:
+    """The text without about its last `tokens` tokens, never shorter than by them; empty where nothing is left."""
+    ids = chat.encode([Segment(text, False)], inside=True)[0]
+    if len(ids) <= tokens:
+        return ""
+    share = (len(ids) - tokens) / len(ids)
+    kept = text[: int(len(text) * share)]
+    while kept and len(chat.encode([Segment(kept, False)], inside=True)[0]) > len(ids) - tokens:
+        kept = kept[: int(len(kept) * 0.95)]
+    return kept.rstrip()
+
+
+def _few_shot_ids(how: Rendering, question: _Question, few_shot: FewShot, room: int) -> list[int]:
+    """The prompt after as many solved examples as fit."""
+    system = [message for message in question.messages if message["role"] == "system"]
+    asked = [message for message in question.messages if message["role"] != "system"]
+    turns = few_shot.turns
+    while True:
+        _, ids = how.format.prompt([*system, *turns, *asked])
+        if len(ids) <= room or not turns:
+            return ids
+        turns = turns[:-2]
+
+
+def _chat_documents(how: Rendering, example: Example) -> Rendered:
+    """The chat's documents; where they are too long, the oldest turns are dropped whole until they fit."""
+    turns = how.format.with_system(how.system_prompt, example.messages or [])
+    dropped = 0
+    while True:
+        documents = [how.format.tokens(segments) for segments in how.format.segments(turns, how.learn)]
+        excess = max((len(document.ids) for document in documents), default=0) - how.max_tokens
+        if excess <= 0:
+            return Rendered(documents, 0, dropped)
+        shorter = _without_oldest(turns)
+        if shorter is None:
+            raise BadRowError(f"the last exchange alone has more than {how.max_tokens} tokens")
+        dropped += len(turns) - len(shorter)
+        turns = shorter
+
+
+def _without_oldest(turns: list[Message]) -> list[Message] | None:
+    """The chat from its second user turn on, system message kept; None where there is no such turn."""
+    system = [message for message in turns if message["role"] == "system"]
+    rest = [message for message in turns if message["role"] != "system"]
+    later = [i for i, message in enumerate(rest) if i > 0 and message["role"] == "user"]
+    return [*system, *rest[later[0] :]] if later else None
+
+
+def _text_documents(how: Rendering, example: Example) -> list[Tokens]:
+    """The text in pieces of at most `max_tokens`, every token but a piece's first one learnt."""
+    text = question_text(how, example.variables) if how.template else str(example.variables["text"])
+    ids = how.format.plain_text_ids(text)
+    return [
+        Tokens(piece, list(range(len(piece) - 1)), piece[1:])
+        for piece in _pieces(ids, how.max_tokens)
+        if len(piece) > 1
+    ]
+
+
+def _pieces(ids: list[int], size: int) -> Iterator[list[int]]:
+    return (ids[start : start + size] for start in range(0, len(ids), size))

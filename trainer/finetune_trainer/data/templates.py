@@ -1,0 +1,86 @@
+"""A user's jinja templates and filters, carried out in a sandbox, with mistakes told in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from rapidfuzz.process import extractOne
+
+from finetune_api.report import FailureClass
+from finetune_trainer.failures import TrainerError
+
+Render = Callable[[Mapping[str, Any]], str]
+
+_environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+
+
+class TemplateRowError(ValueError):
+    """The template fails on this row; the message says why."""
+
+
+@lru_cache(maxsize=64)
+def compile_template(source: str) -> Render:
+    """A function from a row's variables to text. It raises TemplateRowError where the row does not fit.
+
+    Raises jinja2.TemplateSyntaxError where the template is none.
+    """
+    template = _environment.from_string(source)
+
+    def render(variables: Mapping[str, Any]) -> str:
+        try:
+            return template.render(variables)
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise TemplateRowError(_first_line(error)) from error
+
+    return render
+
+
+def compile_filter(source: str) -> Callable[[Mapping[str, Any]], bool]:
+    """A function from a row's columns to whether the row is kept, from a jinja expression.
+
+    Raises jinja2.TemplateSyntaxError where it is no expression.
+    """
+    expression = _environment.compile_expression(source, undefined_to_none=False)
+
+    def keep(variables: Mapping[str, Any]) -> bool:
+        try:
+            value = expression(**{str(name): value for name, value in variables.items()})
+            if isinstance(value, StrictUndefined):
+                raise UndefinedError(str(value._undefined_message))
+            return bool(value)
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise TemplateRowError(_first_line(error)) from error
+
+    return keep
+
+
+def check_template(source: str, known: Sequence[str], field: str, *, expression: bool = False) -> None:
+    """Raise TrainerError (bad-spec) where `source` is not jinja or names something that is not in `known`."""
+    kind = "expression" if expression else "template"
+    try:
+        tree = _environment.parse("{{ (" + source + ") }}" if expression else source)
+        (compile_filter if expression else compile_template)(source)
+    except TemplateSyntaxError as error:
+        sentence = f"This is not a jinja {kind}: {error.message} (line {error.lineno})."
+        raise TrainerError(FailureClass.BAD_SPEC, sentence, field) from error
+    for name in sorted(meta.find_undeclared_variables(tree) - {str(given) for given in known}):
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"The {kind} uses {name!r}, which is no column of the dataset.{near_match(name, list(known))} "
+            f"It may use {', '.join(sorted(known))}.",
+            field,
+        )
+
+
+def near_match(given: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """` Did you mean '…'?`, or nothing where no known name is near."""
+    best = extractOne(given.lower(), {name: name.lower() for name in known}, score_cutoff=70)
+    return f" Did you mean {best[2]!r}?" if best else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
