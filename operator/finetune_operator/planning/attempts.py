@@ -119,7 +119,7 @@ def conclude(record: AttemptRecord, child: Child | None, report: Report | None, 
     if child is None:
         return None
     if child.succeeded:
-        return _conclude_success(record, report, seen)
+        return _conclude_success(record, child, report, seen)
     if child.deleting or not child.exists:
         return Ending(root_cause.find(child, report))
     broken = child.failed or any(pod.evicted or pod.node_lost or pod.out_of_service for pod in child.pods)
@@ -129,11 +129,11 @@ def conclude(record: AttemptRecord, child: Child | None, report: Report | None, 
     return _too_late(record, child, report, seen)
 
 
-def _conclude_success(record: AttemptRecord, report: Report | None, seen: Observation) -> Ending | None:
+def _conclude_success(record: AttemptRecord, child: Child, report: Report | None, seen: Observation) -> Ending | None:
     if report is not None and report.done and not missing_product(record.stage, report):
         return Ending()
     record.exited = record.exited or seen.now
-    if (seen.now - record.exited).total_seconds() < deadlines.REPORT_WAIT_SECONDS:
+    if not _evidence_is_in(record, child, report, seen):
         return None
     lacking = missing_product(record.stage, report) if report and report.done else "no report that it is done"
     sentence = f"The pods of {record.stage} succeeded, but {lacking} arrived: the report channel is broken."
@@ -153,13 +153,22 @@ def missing_product(stage: Stage, report: Report) -> str:
 
 def _conclude_failure(record: AttemptRecord, child: Child, report: Report | None, seen: Observation) -> Ending | None:
     record.exited = record.exited or seen.now
-    said = root_cause.has_root_cause(child, report)
     settled = bool(child.pods) and all(deadlines.ended(pod) for pod in child.pods)
     whole = len(child.pods) >= child.pods_expected
-    until = deadlines.evidence_deadline(record, said, seen.environment)
-    if (settled and whole) or (until is not None and seen.now >= until):
+    if (settled and whole) or _evidence_is_in(record, child, report, seen):
         return Ending(root_cause.find(child, report))
     return None
+
+
+def evidence_due(record: AttemptRecord, child: Child, report: Report | None, seen: Observation) -> datetime | None:
+    """When an attempt that has begun to end is concluded with what is known by then."""
+    named = root_cause.named_at(child, report)
+    return deadlines.evidence_deadline(record, child, named, seen.environment, seen.now)
+
+
+def _evidence_is_in(record: AttemptRecord, child: Child, report: Report | None, seen: Observation) -> bool:
+    due = evidence_due(record, child, report, seen)
+    return due is not None and seen.now >= due
 
 
 def _too_late(record: AttemptRecord, child: Child, report: Report | None, seen: Observation) -> Ending | None:

@@ -54,7 +54,7 @@ def meter(
         end = now if running else _end(child, status.active_until, now)
         seconds = max(int((end - status.active_until).total_seconds()), 0)
         status.active_seconds += seconds
-        status.gpu_hours = round(status.gpu_hours + seconds * gpus_held(spec, record.stage, env) / 3600, 6)
+        status.gpu_hours = round(status.gpu_hours + seconds * gpus_held(spec, record.stage, env) / 3600, 9)
         if env.price_per_gpu_hour is not None:
             status.price = round(status.gpu_hours * env.price_per_gpu_hour, 2)
         status.active_until = end if running else None
@@ -94,12 +94,21 @@ def hang_deadline(
     return silent_since + timedelta(seconds=limit + duration_seconds(spec.timeouts.startup))
 
 
-def evidence_deadline(record: AttemptRecord, said: bool, environment: Environment) -> datetime | None:
-    """When a failed attempt is concluded although some pods still run: soon if a cause was named."""
+def evidence_deadline(
+    record: AttemptRecord, child: Child, cause_named: datetime | None, environment: Environment, now: datetime
+) -> datetime | None:
+    """When an attempt whose pods have begun to end is concluded, although some still run or its report is not there.
+
+    Soon after a cause was named (`cause_named`, by a rank's clock); without one when the grace period is over.
+    """
     if record.exited is None:
         return None
-    seconds = SETTLE_SECONDS if said else environment.grace_seconds + GRACE_MARGIN_SECONDS
-    return record.exited + timedelta(seconds=seconds)
+    if child.succeeded:
+        return later(record.exited, REPORT_WAIT_SECONDS)
+    longest = later(record.exited, environment.grace_seconds + GRACE_MARGIN_SECONDS)
+    if cause_named is None:
+        return longest
+    return min(later(max(record.exited, min(cause_named, now)), SETTLE_SECONDS), longest)
 
 
 def active_deadline(status: JobStatus, spec: FineTuneJobSpec) -> datetime | None:

@@ -15,7 +15,7 @@ from finetune_api.base import Stage
 from finetune_api.report import FailureClass, LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptRecord, ConditionType, JobStatus, Phase
-from finetune_operator.planning import attempts, conditions, deadlines, events, progress, root_cause
+from finetune_operator.planning import attempts, conditions, deadlines, events, progress
 from finetune_operator.planning.attempts import Ending
 from finetune_operator.planning.conditions import State, Verdict
 from finetune_operator.planning.failure_policy import (
@@ -360,12 +360,11 @@ def _underway(draft: Draft, record: AttemptRecord, child: Child | None) -> Verdi
     """The attempt goes on, or is on its way: say what it does or waits for, and when to look again."""
     seen, status = draft.seen, draft.status
     report = attempts.report_of(seen, record.stage, record.number)
-    said = child is not None and root_cause.has_root_cause(child, report)
-    draft.wake_at(deadlines.evidence_deadline(record, said, seen.environment))
-    draft.wake_at(deadlines.active_deadline(status, seen.spec))
-    reason, phase = _RUNNING[record.stage]
     if child is None:
         return _not_made_yet(draft, record)
+    draft.wake_at(attempts.evidence_due(record, child, report, seen))
+    draft.wake_at(deadlines.active_deadline(status, seen.spec))
+    reason, phase = _RUNNING[record.stage]
     if child.queued:
         queue = seen.spec.pod_template.queue_name
         return Verdict(State.PROGRESSING, "Queued", f"Waits for its turn in queue {queue or '(Kueue)'}.", Phase.QUEUED)

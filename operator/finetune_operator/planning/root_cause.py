@@ -36,9 +36,10 @@ def failures(child: Child, report: Report | None) -> list[Failure]:
     return sorted(written, key=lambda failure: (failure.time, failure.rank if failure.rank is not None else 1 << 30))
 
 
-def has_root_cause(child: Child, report: Report | None) -> bool:
-    """Whether some rank has said something that is not the echo of another's failure."""
-    return any(failure.failure_class is not FailureClass.PEER for failure in failures(child, report))
+def named_at(child: Child, report: Report | None) -> datetime | None:
+    """When a rank first said something that is not the echo of another's failure, if one did."""
+    causes = (f.time for f in failures(child, report) if f.failure_class is not FailureClass.PEER)
+    return next(causes, None)
 
 
 def find(child: Child, report: Report | None) -> Cause:

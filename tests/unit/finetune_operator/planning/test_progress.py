@@ -1,0 +1,64 @@
+from datetime import timedelta
+
+from tests.unit.finetune_operator.planning.world import job, steps
+
+from finetune_api.base import Stage
+from finetune_operator.planning.progress import material, progress_text, worth_writing
+
+
+def test_an_equal_status_is_not_written() -> None:
+    world = job().training()
+    assert not worth_writing(world.status, world.decide().status, None, world.now)
+
+
+def test_a_new_conclusion_is_written_at_once() -> None:
+    world = job().training().finishes()
+    assert worth_writing(world.status, world.decide().status, world.now, world.now)
+
+
+def test_progress_alone_is_written_at_most_once_a_minute() -> None:
+    world = job().training()
+    written = world.now
+    world.later(59).says(progress=steps(7))
+    assert not worth_writing(world.status, world.decide().status, written, world.now)
+    world.later(1)
+    assert worth_writing(world.status, world.decide().status, written, world.now)
+
+
+def test_a_fresh_process_waits_a_minute_as_well() -> None:
+    world = job().training().later(10).settled()
+    new = world.says(progress=steps(7)).later(30).decide().status
+    assert not worth_writing(world.status, new, None, world.now)
+    assert worth_writing(world.status, new, None, world.now + timedelta(seconds=31))
+
+
+def test_conclusions_are_what_does_not_move_all_the_time() -> None:
+    world = job().training()
+    moved = world.later(500).says(progress=steps(9), activity="compiling").decide().status
+    assert material(moved) == material(world.status)
+    assert moved.active_seconds > world.status.active_seconds
+
+
+def test_unknown_totals_show_steps_alone() -> None:
+    assert [progress_text(steps(*pair)) for pair in ((0, 0), (7, 0), (1, 3))] == ["", "7", "1/3 (33%)"]
+
+
+def test_warnings_are_said_once_and_bounded() -> None:
+    world = job().training()
+    for number in range(100):
+        world.says(warnings=[f"warning {number}", "the same"]).settled()
+    assert len(world.status.warnings) <= 30
+    assert world.status.warnings.count("the same") == 1
+
+
+def test_the_origin_of_every_number_is_gathered_over_the_stages() -> None:
+    world = job().preparing().says(origin={"model": "m@abc", "datasets": {"claims": "d@1"}}).finishes().settled()
+    world.running().says(origin={"versions": {"torch": "2"}, "seed": 42, "somethingElse": 1}).finishes().settled()
+    origin = world.status.origin
+    assert (origin.model, origin.datasets, origin.versions, origin.seed) == (
+        "m@abc",
+        {"claims": "d@1"},
+        {"torch": "2"},
+        42,
+    )
+    assert world.attempt(Stage.TRAIN, 1).outcome == "succeeded"
