@@ -1,0 +1,225 @@
+"""Metrics as sums over rows: what each adds up, and what is made of the sums.
+
+Point values and intervals come from the same numbers, so they can never disagree. The word-level work is done by
+rouge-score and sacrebleu; exact match and F1 follow SQuAD's definition.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
+
+from finetune_api.spec import Task
+from finetune_trainer.data.evaluation_rows import EvaluationRow
+
+Float64 = npt.NDArray[np.float64]
+
+PRIMARY: dict[Task, str] = {
+    Task.CLASSIFICATION: "accuracy",
+    Task.MULTIPLE_CHOICE: "accuracy",
+    Task.QUESTION_ANSWERING: "f1",
+    Task.SUMMARIZATION: "rouge-l",
+    Task.CHAT: "neg-loss",
+    Task.TEXT: "neg-loss",
+}
+"""The metric that the gate reads; higher is better for all of them."""
+
+OWN: dict[Task, tuple[str, ...]] = {
+    Task.CLASSIFICATION: ("accuracy", "macro-f1"),
+    Task.MULTIPLE_CHOICE: ("accuracy",),
+    Task.QUESTION_ANSWERING: ("f1", "exact-match"),
+    Task.SUMMARIZATION: ("rouge-l", "rouge-1", "rouge-2"),
+    Task.CHAT: ("neg-loss", "perplexity"),
+    Task.TEXT: ("neg-loss", "perplexity"),
+}
+"""Metrics of each task, the primary one first."""
+
+EXTRA: dict[str, tuple[tuple[str, ...], frozenset[Task]]] = {
+    "accuracy": (("accuracy",), frozenset({Task.CLASSIFICATION, Task.MULTIPLE_CHOICE, Task.CHAT, Task.TEXT})),
+    "macro-f1": (("macro-f1",), frozenset({Task.CLASSIFICATION, Task.MULTIPLE_CHOICE})),
+    "exact-match": (("exact-match",), frozenset({Task.QUESTION_ANSWERING, Task.SUMMARIZATION})),
+    "f1": (("f1",), frozenset({Task.QUESTION_ANSWERING, Task.SUMMARIZATION})),
+    "rouge": (("rouge-l", "rouge-1", "rouge-2"), frozenset({Task.QUESTION_ANSWERING, Task.SUMMARIZATION})),
+    "bleu": (("bleu",), frozenset({Task.QUESTION_ANSWERING, Task.SUMMARIZATION})),
+    "perplexity": (("perplexity",), frozenset({Task.CLASSIFICATION, Task.MULTIPLE_CHOICE, Task.CHAT, Task.TEXT})),
+}
+"""`evaluation.metrics`: what each asks for, and the tasks it can be measured on."""
+
+LOWER_IS_BETTER = frozenset({"perplexity"})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said to one row."""
+
+    text: str = ""
+    """The chosen candidate, or the generated answer."""
+    choice: int | None = None
+    """Index of the candidate with the highest score."""
+    scores: tuple[float, ...] = ()
+    """Summed log-probability of each candidate, end token included."""
+    nll: float = 0.0
+    """Negative log-likelihood of the reference, in nats."""
+    tokens: int = 0
+    """Tokens of the reference that `nll` is summed over."""
+    right_tokens: int = 0
+    """How many of these were the most probable token (likelihood tasks only)."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric of one model on one dataset.
+
+    statistics: float64[rows, k], added up over rows; finish: float64[..., k] of sums to float64[...] of values.
+    """
+
+    name: str
+    statistics: Float64
+    finish: Callable[[Float64], Float64]
+
+    @property
+    def value(self) -> float:
+        """The metric over all rows."""
+        return float(self.finish(self.statistics.sum(axis=0)))
+
+
+def metrics_of(task: Task, asked: Sequence[str]) -> list[str]:
+    """Names of the metrics of a dataset: the task's own, the primary one first, then what was asked for."""
+    names = list(OWN[task])
+    for extra in asked:
+        given, tasks = EXTRA[extra]
+        names += [name for name in given if task in tasks and name not in names]
+    return names
+
+
+def measure(name: str, rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> Measure:
+    """The metric of that name of one model's answers to these rows."""
+    if name == "macro-f1":
+        return _macro_f1(rows, answers)
+    if name == "bleu":
+        return _bleu(rows, answers)
+    if name in ("neg-loss", "perplexity"):
+        sums = np.array([(answer.nll, answer.tokens) for answer in answers], dtype=np.float64)
+        return Measure(name, sums, _neg_loss if name == "neg-loss" else _perplexity)
+    if name == "accuracy" and rows and not rows[0].candidates:
+        sums = np.array([(answer.right_tokens, answer.tokens) for answer in answers], dtype=np.float64)
+        return Measure(name, sums, _ratio)
+    values = [row_score(name, row, answer) for row, answer in zip(rows, answers, strict=True)]
+    return Measure(name, np.column_stack([values, np.ones(len(values))]).astype(np.float64), _ratio)
+
+
+def row_score(name: str, row: EvaluationRow, answer: Answer) -> float:
+    """What one row adds to a metric that is a mean over rows; for likelihood tasks the row's own −loss."""
+    if name == "accuracy":
+        return float(answer.choice == row.gold)
+    if name == "exact-match":
+        return max((exact_match(answer.text, reference) for reference in row.answers), default=0.0)
+    if name == "f1":
+        return max((token_f1(answer.text, reference) for reference in row.answers), default=0.0)
+    if name.startswith("rouge-"):
+        return max((rouge(name, answer.text, reference) for reference in row.answers), default=0.0)
+    if name == "neg-loss":
+        return -answer.nll / max(1, answer.tokens)
+    raise ValueError(f"{name} is not a mean over rows")
+
+
+def _ratio(sums: Float64) -> Float64:
+    result: Float64 = sums[..., 0] / np.maximum(sums[..., 1], 1.0)
+    return result
+
+
+def _neg_loss(sums: Float64) -> Float64:
+    return -_ratio(sums)
+
+
+def _perplexity(sums: Float64) -> Float64:
+    result: Float64 = np.exp(np.minimum(_ratio(sums), 700.0))
+    return result
+
+
+# -- classification ---------------------------------------------------------------------------------------------
+
+
+def _macro_f1(rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> Measure:
+    gold = np.array([row.gold for row in rows])
+    chosen = np.array([-1 if answer.choice is None else answer.choice for answer in answers])
+    classes = max(len(row.candidates or ()) for row in rows)
+    one_hot = np.vstack([np.eye(classes), np.zeros(classes)])  # no choice, -1, is the line of zeros
+    hits = one_hot[gold] * (gold == chosen)[:, None]
+    return Measure("macro-f1", np.hstack([hits, one_hot[chosen], one_hot[gold]]), _mean_f1)
+
+
+def _mean_f1(sums: Float64) -> Float64:
+    """Mean over the classes that occur in gold or predictions, as scikit-learn's `f1_score(average="macro")`."""
+    hits, chosen, gold = np.split(sums, 3, axis=-1)
+    occurs = (chosen + gold) > 0
+    f1 = np.where(occurs, 2 * hits / np.maximum(chosen + gold, 1.0), 0.0)
+    result: Float64 = f1.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
+    return result
+
+
+# -- free answers -----------------------------------------------------------------------------------------------
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (arXiv:1606.05250)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 where both are the same in normal form."""
+    return float(normalised(answer) == normalised(reference))
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 over the bags of words in normal form; 1 where both are empty."""
+    words, wanted = normalised(answer).split(), normalised(reference).split()
+    if not words or not wanted:
+        return float(words == wanted)
+    shared = sum((Counter(words) & Counter(wanted)).values())
+    return 2 * shared / (len(words) + len(wanted))
+
+
+_ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+def rouge(name: str, answer: str, reference: str) -> float:
+    """F-measure of ROUGE-1, -2 or -L with Porter stemming, by rouge-score."""
+    return float(_ROUGE.score(reference, answer)[name.replace("-", "").replace("l", "L")].fmeasure)
+
+
+_BLEU_ORDER = 4
+
+
+def _bleu(rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> Measure:
+    """Corpus BLEU (sacrebleu's defaults: 13a, exponential smoothing), from 0 to 100."""
+    sentence = BLEU(effective_order=True)
+    scores = [sentence.sentence_score(a.text, r.answers or [""]) for r, a in zip(rows, answers, strict=True)]
+    sums = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=np.float64)
+    return Measure("bleu", sums.reshape(len(rows), 2 * _BLEU_ORDER + 2), _corpus_bleu)
+
+
+def _corpus_bleu(sums: Float64) -> Float64:
+    flat = sums.reshape(-1, sums.shape[-1])
+    values = [
+        BLEU.compute_bleu(
+            correct=[int(n) for n in row[:_BLEU_ORDER]],
+            total=[int(n) for n in row[_BLEU_ORDER : 2 * _BLEU_ORDER]],
+            sys_len=int(row[-2]),
+            ref_len=int(row[-1]),
+            smooth_method="exp",
+        ).score
+        for row in flat
+    ]
+    return np.array(values).reshape(sums.shape[:-1])
