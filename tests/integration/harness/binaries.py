@@ -22,9 +22,11 @@ from pathlib import Path
 
 KUBERNETES_VERSION = "v1.36.3"
 TRAINING_OPERATOR_VERSION = "v1.9.4"
+HELM_VERSION = "v3.22.0"
 
 KUBERNETES_MODULE = "k8s.io/kubernetes"
 TRAINING_OPERATOR_MODULE = "github.com/kubeflow/training-operator"
+HELM_MODULE = "helm.sh/helm/v3"
 # kube-apiserver's own module graph pins an etcd server: the pair is the one Kubernetes was
 # tested with, and most of etcd is compiled already once the API server is.
 ETCD_MODULE = "go.etcd.io/etcd/server/v3"
@@ -49,7 +51,7 @@ class Program:
     @property
     def is_kubernetes(self) -> bool:
         """Whether it comes out of the Kubernetes module graph, which needs replace directives."""
-        return self.module != TRAINING_OPERATOR_MODULE
+        return self.module in (KUBERNETES_MODULE, ETCD_MODULE)
 
 
 def _kubernetes(name: str) -> Program:
@@ -72,11 +74,12 @@ PROGRAMS: dict[str, Program] = {
             f"{TRAINING_OPERATOR_MODULE}/cmd/training-operator.v1",
             TRAINING_OPERATOR_VERSION,
         ),
+        Program("helm", HELM_MODULE, f"{HELM_MODULE}/cmd/helm", HELM_VERSION),
     )
 }
 
 CONTROL_PLANE = ("kube-apiserver", "kube-controller-manager", "etcd", "training-operator")
-"""What the integration tests start; the others are built on demand, for tests with a real node."""
+"""What the integration tests start; the others are built on demand: Helm, and what a real node needs."""
 
 HOW_TO_GET_THEM = (
     "The control plane is built from source and no `go` was found: install Go 1.26 or newer, "
