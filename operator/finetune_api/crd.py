@@ -177,15 +177,14 @@ def _bounds(wire: Schema) -> Schema:
 
 
 def _default(value: object) -> object:
-    """A default; of a model only what differs from its own fields' defaults, which are filled in below it."""
-    if isinstance(value, ApiModel):
-        return {}
-    return value
+    """A default, whole: the API server carries out the rules on it before it fills in what lies below."""
+    return value.to_wire() if isinstance(value, ApiModel) else value
 
 
 def _validation(rule: Rule) -> dict[str, str]:
     validation = {"rule": rule.rule, "message": rule.message, "reason": rule.reason}
-    return validation | ({"fieldPath": rule.field} if rule.field else {})
+    in_schema = rule.field and not rule.field.startswith(".metadata")  # its fields are not the CRD's to name
+    return validation | ({"fieldPath": rule.field} if in_schema else {})
 
 
 def _sentence(text: str | None) -> str:

@@ -1,0 +1,77 @@
+"""`finetune validate FILE…`: what the API server would refuse, before it is asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from finetune_api.validate import Checked, Problem, check
+from finetune_operator.errors import EXIT_BAD_SPEC, UserError
+
+STDIN = "-"
+
+
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Files with FineTuneJobs; - for standard input.")],
+    output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="How to print.")] = "text",
+) -> None:
+    """Check files as the API server would, and say what to write instead."""
+    results = {name: check(read_source(name)) for name in files}
+    if output == "json":
+        print(json.dumps({name: _as_json(checked) for name, checked in results.items()}, indent=2, ensure_ascii=False))
+    else:
+        for name, checked in results.items():
+            _print(name, checked)
+    if any(checked.problems for checked in results.values()):
+        raise SystemExit(EXIT_BAD_SPEC)
+
+
+def read_source(name: str) -> str:
+    """The text of a file, or of standard input for `-`. Raises UserError with a sentence if there is none."""
+    if name == STDIN:
+        return sys.stdin.read()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{name}: there is no such file.") from None
+    except IsADirectoryError:
+        raise UserError(f"{name} is a directory: name the files in it.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not text in UTF-8 (byte {error.start}).") from None
+
+
+def _as_json(checked: Checked) -> dict[str, object]:
+    return {
+        "valid": [job.metadata.name for job in checked.jobs],
+        "problems": [vars(problem) for problem in checked.problems],
+        "notes": checked.notes,
+    }
+
+
+def _print(name: str, checked: Checked) -> None:
+    out, err = Console(soft_wrap=True, highlight=False), Console(soft_wrap=True, highlight=False, stderr=True)
+    source = "stdin" if name == STDIN else name
+    for problem in checked.problems:
+        err.print(_line(source, problem))
+    for note in checked.notes:
+        err.print(Text(f"{source}: {note}", style="dim"))
+    for job in checked.jobs:
+        out.print(Text.assemble(f"{source}: {job.metadata.name} ", ("is valid", "green")))
+
+
+def _line(source: str, problem: Problem) -> Text:
+    place = source if problem.line is None else f"{source}:{problem.line}"
+    parts = [
+        (f"{place}: ", "dim"),
+        (problem.path, "bold"),
+        (": " if problem.path else "", ""),
+        (problem.sentence, "red"),
+    ]
+    hint = f" ({problem.hint})" if problem.hint else ""
+    return Text.assemble(*parts, (hint, "cyan"))
