@@ -1,0 +1,227 @@
+"""`finetune run FILE`: a FineTuneJob carried out on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
+
+if TYPE_CHECKING:
+    from finetune_operator.local.job_file import JobFile
+    from finetune_operator.local.placement import Placement
+    from finetune_operator.local.record import Record
+    from finetune_operator.planning.model import Event
+    from finetune_operator.view.outputs import Output
+    from finetune_operator.view.scene import Scene
+
+
+class OutputFormat(StrEnum):
+    """How to follow the run."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def run(
+    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - is stdin.", metavar="FILE")],
+    workdir: Annotated[
+        Path, typer.Option(help="Where runs are kept: <workdir>/<namespace>/<name>/<uid>.", metavar="DIR")
+    ] = Path("runs"),
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Change a field: training.epochs=1, datasets.tweets.maxRows=100.", metavar="PATH=VALUE"
+        ),
+    ] = None,
+    output: Annotated[
+        OutputFormat, typer.Option(help="text: a live view, or lines where there is no terminal.")
+    ] = OutputFormat.TEXT,
+    retry: Annotated[bool, typer.Option("--retry", help="Try the failed stage again; finished ones are kept.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over beside what was done before.")] = False,
+) -> None:
+    """Carry a FineTuneJob out on this machine, stage after stage.
+
+    Ctrl-C stops after a checkpoint, and the same command goes on from there. Tokens come from HF_TOKEN,
+    HF_PUBLISH_TOKEN and WANDB_API_KEY; downloads are kept in FINETUNE_CACHE. Exit codes: 0 complete, 1 failed,
+    2 bad spec, 3 gate refused, 130 interrupted.
+    """
+    from finetune_operator.local import job_file
+    from finetune_operator.local.record import job_directory, locked
+
+    loaded = job_file.load(file, overrides or [])
+    directory = job_directory(workdir.expanduser().resolve(), loaded.job)
+    try:
+        with locked(directory):
+            code = _run(loaded, directory, output, retry=retry, fresh=fresh)
+    except OSError as error:
+        raise UserError(
+            f"{error.strerror or error}: {error.filename or directory}.{_way_out(error)}", EXIT_FAILED
+        ) from error
+    raise typer.Exit(code)
+
+
+def _way_out(error: OSError) -> str:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return " Free some space, or give another place with --workdir; the same command then goes on."
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return " Give a place that you may write to with --workdir."
+    return ""
+
+
+class Show:
+    """Gives an output what the runner tells: the listener between the two."""
+
+    def __init__(self, record: Record, output: Output) -> None:
+        from finetune_operator.view.scene import History
+
+        self._record, self._output = record, output
+        self._history = History()
+        self._notes: list[str] = []
+        self._offset = 0
+
+    def scene(self) -> Scene:
+        """The job as it is now."""
+        from finetune_operator.view.scene import Scene
+
+        self._read_metrics()
+        return Scene(
+            name=self._record.job.metadata.name,
+            spec=self._record.job.spec,
+            status=self._record.status,
+            now=datetime.now(UTC),
+            history=self._history,
+            run=str(self._record.run),
+            notes=tuple(self._notes),
+        )
+
+    def _read_metrics(self) -> None:
+        """Take in the rows that were added; a row that is half written is left for the next time."""
+        try:
+            with (self._record.run / "metrics" / "train.jsonl").open("rb") as file:
+                # A resumed training may have cut the file back to its checkpoint.
+                file.seek(0, os.SEEK_END)
+                self._offset = 0 if file.tell() < self._offset else self._offset
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return
+        self._offset += len(whole) + len(newline)
+        self._history.add_rows(whole.decode("utf-8", errors="replace").splitlines())
+
+    def status(self, record: Record) -> None:
+        """The runner has looked."""
+        self._output.scene(self.scene())
+
+    def event(self, event: Event) -> None:
+        """The runner has decided something worth telling."""
+        self._output.event(event.type, event.reason, event.message)
+
+    def note(self, sentence: str) -> None:
+        """The runner has something to say for itself."""
+        self._notes.append(sentence)
+        self._output.note(sentence)
+
+
+def _run(loaded: JobFile, directory: Path, output_format: OutputFormat, *, retry: bool, fresh: bool) -> int:
+    from finetune_operator.local.begin import begin, complete, failed
+    from finetune_operator.local.devices import this_machine
+    from finetune_operator.local.placement import place
+    from finetune_operator.local.runner import exit_code
+
+    early: list[str] = []
+    record = begin(loaded.job, directory, fresh=fresh, retry=retry, tell=early.append)
+    live = output_format is OutputFormat.TEXT and sys.stdout.isatty()
+    finished = complete(record.status) or (failed(record.status) and not retry)
+    if not finished:
+        _need_the_trainer()
+    placement = None if finished else place(record.job.spec.topology, this_machine())
+    record.save()
+    with _output(output_format, record) as output:
+        show = Show(record, output)
+        for sentence in early:
+            show.note(sentence)
+        code = exit_code(record.status) if placement is None else _carry_out(record, loaded, placement, show)
+        output.end(show.scene())
+    _last_words(record, code, finished=finished, live=live)
+    return code
+
+
+def _carry_out(record: Record, loaded: JobFile, placement: Placement, show: Show) -> int:
+    from finetune_operator.local.children import Children
+    from finetune_operator.local.devices import memory
+    from finetune_operator.local.runner import Runner, Setting
+    from finetune_operator.local.tokens import tokens_of
+
+    tokens = tokens_of(os.environ)
+    for sentence in placement.notes:
+        show.note(sentence)
+    if tokens.borrowed and loaded.job.spec.publish is not None and loaded.job.spec.publish.repo is not None:
+        show.note("HF_PUBLISH_TOKEN is not set: HF_TOKEN is used to publish as well.")
+    setting = Setting(
+        placement=placement,
+        source=loaded.source,
+        cache=cache_directory(),
+        tokens=tokens,
+        version=version_of("finetune-operator"),
+    )
+    children = Children(record.run, record.uid, tokens, memory_limit=f"{memory() / 2**30:.0f}Gi")
+    return Runner(record, setting, children, show).run()
+
+
+def cache_directory() -> Path:
+    """`$FINETUNE_CACHE`, or `finetune-operator` in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("FINETUNE_CACHE") or f"{home}/finetune-operator").expanduser().resolve()
+
+
+def _need_the_trainer() -> None:
+    for name in ("finetune_trainer", "torch"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"finetune run needs {name}, which is not installed: pip install 'finetune-operator[trainer]'."
+            )
+
+
+def _output(output_format: OutputFormat, record: Record) -> Output:
+    from finetune_operator.view.outputs import JsonOutput, LiveOutput, PlainOutput
+
+    if output_format is OutputFormat.JSON:
+        return JsonOutput(sys.stdout, record.wire)
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        return LiveOutput(Console())
+    return PlainOutput(sys.stdout)
+
+
+def _last_words(record: Record, code: int, *, finished: bool, live: bool) -> None:
+    """What the user should know at the end, on stderr."""
+    from finetune_api.status import ConditionType
+    from finetune_operator.cli import say_error
+
+    status, name = record.status, record.job.metadata.name
+    failed = status.condition(ConditionType.FAILED)
+    if code == EXIT_COMPLETE:
+        if finished:
+            print(f"{name} is complete already; there is nothing to do.", file=sys.stderr)
+    elif code == EXIT_INTERRUPTED and record.job.spec.suspend:
+        print(f"{name} says spec.suspend: true; --set suspend=false lets it go on.", file=sys.stderr)
+    elif code == EXIT_INTERRUPTED:
+        step = f" from step {status.last_checkpoint.step}" if status.last_checkpoint else ""
+        print(f"{name} is stopped; the same command goes on{step}.", file=sys.stderr)
+    else:
+        if failed is not None and not live:
+            say_error(failed.message)
+        earlier = f"{name} failed before. " if finished else ""
+        print(f"{earlier}--retry tries the failed stage again and keeps what is finished.", file=sys.stderr)

@@ -1,0 +1,83 @@
+"""What may change in a job that was begun, and the sentence for what may not. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.base import Stage
+from finetune_api.spec import FineTuneJob, FineTuneJobSpec
+from finetune_api.status import ConditionType, JobStatus
+
+MUTABLE = ("suspend", "retry.limit", "timeouts", "cleanup", "credentials")
+"""May change at any time."""
+MUTABLE_WHILE_STOPPED = ("topology", "podTemplate")
+"""May change while nothing runs; on a cluster that is `suspend: true`, here whenever the job is not finished."""
+
+ABSENT = "nothing"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One field whose value differs."""
+
+    path: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path} ({_short(self.before)} → {_short(self.after)})"
+
+
+def changes(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Change]:
+    """The fields that differ, defaults filled in on both sides; list entries by their name."""
+    old, new = dict(_leaves(before.to_wire())), dict(_leaves(after.to_wire()))
+    paths = [*old, *(path for path in new if path not in old)]
+    return [
+        Change(path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in paths if old.get(path) != new.get(path)
+    ]
+
+
+def forbidden(found: list[Change], status: JobStatus) -> list[Change]:
+    """Those changes that the job in this state does not admit."""
+    finished = status.is_true(ConditionType.COMPLETE) or status.is_true(ConditionType.FAILED)
+    free = MUTABLE if finished else MUTABLE + MUTABLE_WHILE_STOPPED
+    return [change for change in found if not any(_below(change.path, prefix) for prefix in free)]
+
+
+def begun_training(status: JobStatus) -> bool:
+    """Whether anything was computed that a new start would lose."""
+    return status.attempts_started.get(Stage.TRAIN, 0) > 0
+
+
+def refusal(job: FineTuneJob, found: list[Change], status: JobStatus, run: str) -> str:
+    """The sentence for a job that was begun with another spec."""
+    named = ", ".join(str(change) for change in found[:3])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    done = status.is_true(ConditionType.COMPLETE) or status.is_true(ConditionType.FAILED)
+    state = "is finished" if done else "was begun"
+    return (
+        f"{job.metadata.name} {state} with another spec: {named}{more} changed. Undo the change to go on, give the "
+        f"job another metadata.name, or add --fresh to start over (what was done stays in {run})."
+    )
+
+
+def _below(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}.")
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        for number, entry in enumerate(value):
+            yield from _leaves(entry, f"{path}.{entry.get('name', number)}")
+    elif value not in ({}, []):
+        yield path, value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,129 @@
+"""The job's record on this machine: `status.json` in the run directory, shaped as the resource.
+
+One directory a job and uid: `<workdir>/<namespace>/<name>/<uid>`. A lock beside it lets one run at a time in.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.runconfig import RUN_CONFIG_FILE
+from finetune_api.spec import FineTuneJob, ObjectMeta
+from finetune_api.status import JobStatus
+from finetune_operator.errors import EXIT_FAILED, UserError
+
+STATUS_FILE = "status.json"
+RETRY_ANNOTATION = "finetune.dev/retry"
+
+
+@dataclass
+class Record:
+    """A job and its status as they lie in one run directory."""
+
+    run: Path
+    job: FineTuneJob
+    status: JobStatus
+
+    @property
+    def uid(self) -> str:
+        """The job's uid: the name of its run directory."""
+        return self.job.metadata.uid
+
+    @property
+    def config_file(self) -> Path:
+        """The run config that the trainer reads."""
+        return self.run / RUN_CONFIG_FILE
+
+    def wire(self) -> dict[str, Any]:
+        """The whole resource, as `kubectl get -o json` would print it."""
+        resource = self.job.to_wire()
+        return resource | {"status": self.status.to_wire()}
+
+    def save(self) -> None:
+        """Write `status.json`; a reader sees the old or the new state, never a part."""
+        write_json(self.run / STATUS_FILE, self.wire())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON durably and in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(value, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def job_directory(workdir: Path, job: FineTuneJob) -> Path:
+    """Where all runs of a job's name lie."""
+    return workdir / job.metadata.namespace / job.metadata.name
+
+
+def find(directory: Path) -> Record | None:
+    """The newest run below a job's directory, or None. Raises UserError if its record cannot be read."""
+    files = sorted(directory.glob(f"*/{STATUS_FILE}"), key=lambda file: file.stat().st_mtime)
+    return read(files[-1].parent) if files else None
+
+
+def read(run: Path) -> Record:
+    """The record in one run directory. Raises UserError if it cannot be read."""
+    try:
+        resource = json.loads((run / STATUS_FILE).read_text(encoding="utf-8"))
+        status = JobStatus.parse(resource.pop("status", None))
+        return Record(run, FineTuneJob.model_validate(resource), status)
+    except (ValueError, ValidationError) as error:
+        raise UserError(
+            f"{run / STATUS_FILE} cannot be read ({type(error).__name__}): remove {run} to start over, "
+            "or use --fresh to keep it and start beside it.",
+            EXIT_FAILED,
+        ) from error
+
+
+def create(directory: Path, job: FineTuneJob) -> Record:
+    """A new run of `job` with a uid of its own; nothing is written yet."""
+    uid = str(uuid.uuid4())
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    given = job.metadata.model_dump(by_alias=True)
+    metadata = ObjectMeta.model_validate(given | {"uid": uid, "generation": 1, "creationTimestamp": created})
+    return Record(directory / uid, job.model_copy(update={"metadata": metadata, "status": None}), JobStatus())
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the job: no second `finetune run` of it may begin. Raises UserError if another holds it.
+
+    The kernel lets go of the lock when the process ends, however it ends.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise UserError(
+                f"{directory.parent.name}/{directory.name} is being run already (process {holder}): wait for it, "
+                "stop it with Ctrl-C, or give this job another name.",
+                EXIT_FAILED,
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

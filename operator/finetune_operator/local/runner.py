@@ -1,0 +1,266 @@
+"""observe → decide → record → act, for one job with processes of this machine in place of pods.
+
+The decisions are those of the cluster's operator; nothing is decided here. Ctrl-C is `suspend: true`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import ValidationError
+
+from finetune_api.report import Report
+from finetune_api.runconfig import JobRef, Paths, RunConfig, resolve
+from finetune_api.status import ConditionType, JobStatus
+from finetune_operator.errors import (
+    EXIT_BAD_SPEC,
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_GATE_REFUSED,
+    EXIT_INTERRUPTED,
+)
+from finetune_operator.local import proc
+from finetune_operator.local.children import Children
+from finetune_operator.local.devices import loopback_interface
+from finetune_operator.local.placement import Placement
+from finetune_operator.local.record import Record, write_json
+from finetune_operator.local.stages import environment, nodes_of
+from finetune_operator.local.tokens import Tokens, without_secrets
+from finetune_operator.planning.decide import Planner, decide
+from finetune_operator.planning.model import (
+    Action,
+    CleanUp,
+    Decision,
+    DeleteChild,
+    EnsureShared,
+    Environment,
+    Event,
+    Observation,
+    StartAttempt,
+)
+
+POLL_SECONDS = 0.5
+"""How often reports are looked at; the end of a process is noticed at once."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Listener(Protocol):
+    """Whoever shows what happens."""
+
+    def status(self, record: Record) -> None:
+        """Called after every look, changed or not."""
+
+    def event(self, event: Event) -> None:
+        """Something that the operator would tell as a Kubernetes Event."""
+
+    def note(self, sentence: str) -> None:
+        """Something that only a local run has to say."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run needs beside the job."""
+
+    placement: Placement
+    source: Path
+    cache: Path
+    tokens: Tokens = field(default_factory=Tokens)
+    version: str = ""
+    decisions: Environment = field(default_factory=lambda: Environment(local=True))
+    planner: Planner | None = None
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+
+class Runner:
+    """Carries one job to its end, or to the user's Ctrl-C."""
+
+    def __init__(self, record: Record, setting: Setting, children: Children, listener: Listener) -> None:
+        self._record, self._setting, self._children, self._listener = record, setting, children, listener
+        self._stops = 0
+        self._reports: dict[Path, tuple[int, Report | None]] = {}
+        spec = resolve(record.job.spec)
+        self._spec = spec.model_copy(update={"topology": setting.placement.apply(spec.topology)})
+
+    def run(self) -> int:
+        """Go on until the job is complete, has failed or was stopped; returns the exit code."""
+        self._children.recover(self._listener.note)
+        with _signals(self._stop) as wait:
+            try:
+                while True:
+                    decision = self._step()
+                    if self._over(decision):
+                        return exit_code(self._record.status)
+                    if not decision.actions and decision.requeue_after != 0:
+                        wait(min(POLL_SECONDS, decision.requeue_after or POLL_SECONDS))
+            finally:
+                self._children.close()
+
+    def _step(self) -> Decision:
+        record = self._record
+        decision = decide(self._observe(), self._setting.planner)
+        if decision.status.to_wire() != record.status.to_wire():
+            record.status = decision.status
+            record.save()
+        for event in decision.events:
+            self._listener.event(event)
+        for action in decision.actions:
+            self._act(action)
+        self._listener.status(record)
+        return decision
+
+    def _over(self, decision: Decision) -> bool:
+        status = self._record.status
+        ends = (ConditionType.COMPLETE, ConditionType.FAILED, ConditionType.SUSPENDED)
+        settled = not decision.actions and decision.requeue_after != 0
+        return settled and any(status.is_true(end) for end in ends) and not self._children.alive
+
+    # Observe ------------------------------------------------------------------------------------------
+
+    def _observe(self) -> Observation:
+        metadata, record = self._record.job.metadata, self._record
+        spec = self._spec.model_copy(update={"suspend": True}) if self._stops else self._spec
+        return Observation(
+            namespace=metadata.namespace,
+            name=metadata.name,
+            uid=metadata.uid,
+            generation=metadata.generation,
+            spec=spec,
+            status=record.status,
+            now=datetime.now(UTC),
+            annotations=metadata.annotations,
+            children=self._children.observe(),
+            reports=tuple(self._read_reports()),
+            credentials_version=self._setting.tokens.version(record.uid),
+            environment=self._setting.decisions,
+        )
+
+    def _read_reports(self) -> Iterator[Report]:
+        for file in sorted((self._record.run / "reports").glob("*.json")):
+            with contextlib.suppress(FileNotFoundError):
+                changed = file.stat().st_mtime_ns
+                known = self._reports.get(file)
+                if known is None or known[0] != changed:
+                    known = self._reports[file] = (changed, _report(file))
+                if known[1] is not None:
+                    yield known[1]
+
+    # Act ----------------------------------------------------------------------------------------------
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case EnsureShared():
+                self._write_config()
+            case StartAttempt(attempt=attempt):
+                nodes = nodes_of(attempt, self._spec, self._setting.placement, proc.free_port())
+                inherited = without_secrets(self._setting.environ)
+                self._children.start(
+                    attempt,
+                    nodes,
+                    lambda node: environment(
+                        inherited,
+                        node,
+                        attempt,
+                        self._spec,
+                        config_file=str(self._record.config_file),
+                        cache=str(self._setting.cache),
+                        interface=loopback_interface(),
+                    ),
+                )
+            case DeleteChild(stage=stage, number=number):
+                self._children.delete(stage, number)
+            case CleanUp():
+                self._children.forget()
+
+    def _write_config(self) -> None:
+        """Write the run config once; again only if the topology was changed while the job was stopped."""
+        metadata = self._record.job.metadata
+        spec = self._spec
+        file = self._record.config_file
+        before = _config(file)
+        if before is not None:
+            if before.spec.topology == spec.topology and before.spec.pod_template == spec.pod_template:
+                return
+            # Everything else is as it was: what may not change was refused before.
+            update = {"topology": spec.topology, "pod_template": spec.pod_template}
+            spec = before.spec.model_copy(update=update)
+        config = RunConfig(
+            job=JobRef(namespace=metadata.namespace, name=metadata.name, uid=metadata.uid),
+            spec=spec,
+            paths=Paths(run=str(self._record.run), cache=str(self._setting.cache), source=str(self._setting.source)),
+            operator_version=self._setting.version,
+        )
+        write_json(file, config.to_wire())
+
+    # Stop ---------------------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        self._stops += 1
+        if self._stops == 1:
+            word = "a checkpoint" if self._children.alive else "what it does"
+            self._listener.note(f"Stopping after {word}; Ctrl-C again ends everything at once.")
+        else:
+            self._listener.note("Ending everything at once.")
+            self._children.kill()
+
+
+def exit_code(status: JobStatus) -> int:
+    """The process's exit code for a status at rest."""
+    if status.is_true(ConditionType.COMPLETE):
+        return EXIT_COMPLETE
+    failed = status.condition(ConditionType.FAILED)
+    if failed is not None and failed.status == "True":
+        return {"GateRefused": EXIT_GATE_REFUSED, "BadSpec": EXIT_BAD_SPEC}.get(failed.reason, EXIT_FAILED)
+    return EXIT_INTERRUPTED
+
+
+def _report(file: Path) -> Report | None:
+    try:
+        return Report.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def _config(file: Path) -> RunConfig | None:
+    try:
+        return RunConfig.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[Callable[[float], None]]:
+    """Call `stop` on Ctrl-C, SIGTERM and SIGHUP; yields a wait that a signal or the end of a child cuts short."""
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    pending: list[int] = []
+    before = {number: signal.signal(number, lambda got, _: pending.append(got)) for number in STOP_SIGNALS}
+    before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+    fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def wait(seconds: float) -> None:
+        if not pending and select.select([reader], [], [], seconds)[0]:
+            with contextlib.suppress(BlockingIOError):
+                while reader.recv(4096):
+                    pass
+        while pending:
+            pending.pop()
+            stop()
+
+    try:
+        yield wait
+    finally:
+        signal.set_wakeup_fd(fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        reader.close()
+        writer.close()

@@ -1,0 +1,75 @@
+"""Tokens of this user for the stages: read from the environment here, given on as files, one stage at a time.
+
+They never stand on a command line, in a child's environment, in a log or in the run directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+TokenKind = Literal["hub", "publish", "wandb"]
+
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HF_PUBLISH_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_TOKEN",
+    "HUGGINGFACEHUB_API_TOKEN",
+    "HF_TOKEN_PATH",
+    "WANDB_API_KEY",
+)
+"""Taken out of every child's environment."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The user's tokens; shown nowhere, not even by repr."""
+
+    values: Mapping[TokenKind, str] = field(default_factory=dict, repr=False)
+    borrowed: bool = False
+    """`publish` is the read token, because there was no HF_PUBLISH_TOKEN."""
+
+    def version(self, uid: str) -> str:
+        """Changes when a token changes, and says nothing about it: salted with the job's uid, cut short."""
+        text = "\n".join(f"{kind}={value}" for kind, value in sorted(self.values.items()))
+        return hashlib.sha256(f"{uid}\n{text}".encode()).hexdigest()[:12]
+
+
+def tokens_of(environ: Mapping[str, str]) -> Tokens:
+    """HF_TOKEN (or the login that huggingface_hub saved), HF_PUBLISH_TOKEN (or HF_TOKEN), WANDB_API_KEY."""
+    hub = environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN") or _saved_login(environ)
+    publish = environ.get("HF_PUBLISH_TOKEN") or hub
+    found: dict[TokenKind, str] = {"hub": hub, "publish": publish, "wandb": environ.get("WANDB_API_KEY", "")}
+    values = {kind: value.strip() for kind, value in found.items() if value.strip()}
+    return Tokens(values, borrowed=bool(hub) and not environ.get("HF_PUBLISH_TOKEN"))
+
+
+def _saved_login(environ: Mapping[str, str]) -> str:
+    home = environ.get("HF_HOME") or f"{environ.get('HOME', '~')}/.cache/huggingface"
+    path = Path(environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child: everything but the tokens."""
+    return {name: value for name, value in environ.items() if name not in SECRET_VARIABLES}
+
+
+def write_tokens(tokens: Tokens, kinds: tuple[TokenKind, ...]) -> Path:
+    """A new directory, for this user alone, with one file for each of `kinds` that there is."""
+    directory = Path(tempfile.mkdtemp(prefix="finetune-tokens-"))
+    for kind in kinds:
+        if kind in tokens.values:
+            descriptor = os.open(directory / kind, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(tokens.values[kind])
+    return directory
