@@ -56,7 +56,7 @@ class Document:
     parent: int = -1
     """Index of the document whose tokens are this one's prefix; -1 for none."""
     row: int = -1
-    """Row number in the dataset's source, from 0, for error messages; -1 unknown."""
+    """Row number in the dataset's split, from 1, for error messages; -1 unknown."""
 
 
 class DocumentWriter:

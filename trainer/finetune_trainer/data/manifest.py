@@ -49,6 +49,8 @@ class PreparedDataset(ApiModel):
     """Documents in `validation/`."""
     test: int
     """Rows in `evaluation/<name>.jsonl`."""
+    evaluation_split: Literal["test", "validation", "unseen half of validation", "none"] = "test"
+    """Which rows `evaluation/<name>.jsonl` holds."""
     weight: float = 1.0
     """Examples an epoch as a multiple of `train`."""
     loss_weight: float = 1.0
@@ -84,8 +86,8 @@ class PreparedManifest(ApiModel):
     """Totals of `train/`."""
     validation: Span
     """Totals of `validation/`."""
-    evaluation_split: Literal["test", "validation", "unseen half of validation"]
-    """Which rows `evaluation/` holds."""
+    evaluation_split: str
+    """Which rows `evaluation/` holds: the datasets' `evaluation_split`, with names where they differ."""
     digest: str
     """sha256 over names and contents of all prepared files but this one."""
 

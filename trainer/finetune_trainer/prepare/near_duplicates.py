@@ -9,8 +9,8 @@ Jaccard similarity of 0.8. Texts of fewer than five words are compared by their 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -60,9 +60,10 @@ def clusters(signatures: Signatures) -> npt.NDArray[np.int64]:
         keys = columns.view([("", columns.dtype)] * width).ravel()
         order = np.argsort(keys, kind="stable")
         starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]]) if rows else np.empty(0, np.int64)
-        for start, end in zip(starts, np.r_[starts[1:], rows], strict=True):
-            if end - start > 1:
-                _join_bucket(order[start:end], signatures, parent)
+        ends = np.r_[starts[1:], rows]
+        shared = ends - starts > 1
+        for start, end in zip(starts[shared], ends[shared], strict=True):
+            _join_bucket(order[start:end], signatures, parent)
     return np.array([_root(parent, row) for row in range(rows)], dtype=np.int64)
 
 
@@ -85,20 +86,20 @@ def _root(parent: npt.NDArray[np.int64], row: int) -> int:
 
 def keep_together(cluster: Sequence[int]) -> tuple[list[int], list[int]]:
     """(what goes together, sizes of the clusters too large for that): rows of a large cluster stand alone."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for row, of in enumerate(cluster):
-        members[of].append(row)
+    sizes = Counter(cluster)
     limit = max(LARGE_CLUSTER_SHARE * len(cluster), 2)
-    large = sorted((len(rows) for rows in members.values() if len(rows) > limit), reverse=True)
-    together = list(range(len(cluster)))
-    for rows in members.values():
-        if len(rows) <= limit:
-            for row in rows:
-                together[row] = rows[0]
+    large = sorted((size for size in sizes.values() if size > limit), reverse=True)
+    firsts: dict[int, int] = {}
+    together = [row if sizes[of] > limit else firsts.setdefault(of, row) for row, of in enumerate(cluster)]
     return together, large
 
 
-def overlap(held_out: Iterable[int], train: Iterable[int]) -> int:
-    """How many held-out rows are in a cluster that train has a row of, given the rows' clusters."""
-    trained = set(train)
-    return sum(cluster in trained for cluster in held_out)
+def joined(first: Sequence[int], second: Sequence[Hashable]) -> list[int]:
+    """What goes together where rows with an equal value in either list do."""
+    parent = np.arange(len(first), dtype=np.int64)
+    for keys in (first, second):
+        seen: dict[Hashable, int] = {}
+        for row, key in enumerate(keys):
+            a, b = _root(parent, seen.setdefault(key, row)), _root(parent, row)
+            parent[max(a, b)] = min(a, b)
+    return [_root(parent, row) for row in range(len(first))]

@@ -1,0 +1,220 @@
+"""What Prepare asks of the Hub: may we read this, which commit is it, bring the files here once.
+
+Access is asked for, not tried by a download: a file in the cache would hide that the token has no right to it.
+The token goes into the client's header and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+
+from finetune_api.report import FailureClass
+from finetune_trainer.failures import TrainerError
+
+Kind = Literal["model", "dataset"]
+
+CALL_SECONDS = 30.0
+"""Time-out of one call; the client has none of its own for calls that download nothing."""
+TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True)
+class RepoFile:
+    """One file of a repository."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class ResolvedRepo:
+    """A repository at one commit, readable with the token."""
+
+    repo: str
+    kind: Kind
+    commit: str
+    files: tuple[RepoFile, ...]
+
+    def size(self, names: Sequence[str]) -> int:
+        """Bytes of these files."""
+        wanted = set(names)
+        return sum(file.size for file in self.files if file.name in wanted)
+
+
+class Hub:
+    """The Hub with one token and one cache directory. Every error is a TrainerError with a sentence."""
+
+    def __init__(self, token: str | None, cache: Path, progress: Callable[[int, int], None] | None = None) -> None:
+        """cache: directory of downloads (the layout of `HF_HUB_CACHE`); progress: called with (bytes, bytes in all)."""
+        self._token: str | Literal[False] = token or False
+        self._cache = cache
+        self._progress = progress
+        self._api = HfApi(token=self._token)
+
+    def resolve(self, repo: str, revision: str, kind: Kind, field: str) -> ResolvedRepo:
+        """The commit that `revision` is now, and its files, after access was checked.
+
+        Raises TrainerError: no-access (no such repository, no rights, terms not accepted, disabled), bad-spec (no
+        such revision), hub-unavailable.
+        """
+        with self._explained(repo, revision, kind, field):
+            get_session().timeout = CALL_SECONDS
+            self._api.auth_check(repo, repo_type=kind)
+            info: Any = self._api.repo_info(repo, revision=revision, repo_type=kind, timeout=CALL_SECONDS)
+            entries = self._api.list_repo_tree(repo, recursive=True, revision=info.sha, repo_type=kind)
+            files = tuple(RepoFile(entry.path, entry.size) for entry in entries if hasattr(entry, "size"))
+        return ResolvedRepo(repo, kind, str(info.sha), files)
+
+    def download(self, resolved: ResolvedRepo, names: Sequence[str], field: str) -> Path:
+        """Directory with these files at that commit; what is there already is not fetched again.
+
+        The client locks each file and writes it aside, so jobs may share the cache and be killed at any time.
+        """
+        with self._explained(resolved.repo, resolved.commit, resolved.kind, field):
+            return Path(
+                snapshot_download(
+                    resolved.repo,
+                    repo_type=resolved.kind,
+                    revision=resolved.commit,
+                    cache_dir=self._cache,
+                    token=self._token,
+                    allow_patterns=[_literal(name) for name in names],
+                    max_workers=4,
+                    tqdm_class=_meter(self._progress, resolved.size(names)),
+                )
+            )
+
+    @contextmanager
+    def _explained(self, repo: str, revision: str, kind: Kind, field: str) -> Iterator[None]:
+        try:
+            yield
+        except (HfHubHTTPError, httpx2.HTTPError, LocalEntryNotFoundError, HFValidationError, RuntimeError) as error:
+            raise explain(error, repo, revision, kind, field, signed_in=bool(self._token)) from error
+        except OSError as error:
+            # What a download of the wrong length ends as; a full disk keeps its own class.
+            if "Consistency check failed" not in str(error):
+                raise
+            raise explain(error, repo, revision, kind, field, signed_in=bool(self._token)) from error
+
+
+def explain(error: BaseException, repo: str, revision: str, kind: Kind, field: str, *, signed_in: bool) -> TrainerError:
+    """The failure that an error of the Hub's client amounts to, with what to do about it."""
+    root = _root_of(error)
+    page = f"{constants.ENDPOINT}/datasets/{repo}" if kind == "dataset" else f"{constants.ENDPOINT}/{repo}"
+    status = _status(root)
+    sentence = _no_access(root, repo, page, kind, status, signed_in)
+    if sentence:
+        return TrainerError(FailureClass.NO_ACCESS, sentence, f"{field}.repo")
+    if isinstance(root, RevisionNotFoundError):
+        return TrainerError(
+            FailureClass.BAD_SPEC,
+            f"The {kind} {repo} has no revision {revision!r}: name a branch, tag or commit of {page}.",
+            f"{field}.revision",
+        )
+    if isinstance(root, HFValidationError):
+        return TrainerError(FailureClass.BAD_SPEC, f"{repo!r} is no repository name: {root}", f"{field}.repo")
+    if isinstance(root, EntryNotFoundError) and not isinstance(root, LocalEntryNotFoundError):
+        return TrainerError(FailureClass.BAD_DATA, f"The {kind} {repo} has lost a file: {_line(root)}", f"{field}.repo")
+    if status is not None and status not in TRANSIENT_STATUS and status < 500:
+        return TrainerError(
+            FailureClass.NO_ACCESS, f"The Hub refused {repo} (status {status}): {_line(root)}", f"{field}.repo"
+        )
+    answer = f"status {status}" if status is not None else type(root).__name__
+    if isinstance(root, OfflineModeIsEnabled):
+        answer = "HF_HUB_OFFLINE is set"
+    return TrainerError(
+        FailureClass.HUB_UNAVAILABLE,
+        f"The Hub did not give {repo} ({answer}). It is tried again; on a machine without the Hub use path.",
+        f"{field}.repo",
+    )
+
+
+def _no_access(
+    error: BaseException, repo: str, page: str, kind: Kind, status: int | None, signed_in: bool
+) -> str | None:
+    if isinstance(error, DisabledRepoError):
+        return f"The {kind} {repo} was disabled on the Hub: see {page}."
+    if isinstance(error, GatedRepoError):
+        if not signed_in:
+            return (
+                f"The {kind} {repo} is gated and no token was given: accept its terms at {page}, "
+                "then name a read token in credentials.hub (locally: HF_TOKEN)."
+            )
+        return f"The {kind} {repo} is gated: accept its terms at {page} with the account of the token, then run again."
+    if status == 401 and signed_in and not isinstance(error, RepositoryNotFoundError):
+        return f"The Hub does not know the token given for {repo}: make one at {constants.ENDPOINT}/settings/tokens."
+    if isinstance(error, RepositoryNotFoundError):
+        who = (
+            "the token's account may not see it"
+            if signed_in
+            else "it is private (then name a token in credentials.hub, locally HF_TOKEN)"
+        )
+        return f"There is no {kind} {repo} on the Hub, or {who}: check the name at {page}."
+    if status in (401, 403):
+        what = "The token that was given may not read" if signed_in else "A token is needed to read"
+        return f"{what} {repo}: name a read token in credentials.hub (locally: HF_TOKEN) and see {page}."
+    return None
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """The Hub's own answer inside what the client made of it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HfHubHTTPError) or (
+            isinstance(seen, httpx2.HTTPError | OfflineModeIsEnabled) and seen is not error
+        ):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _literal(name: str) -> str:
+    """A file name as a pattern that matches only itself."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _meter(progress: Callable[[int, int], None] | None, total: int) -> type:
+    """A progress bar that draws nothing and tells `progress` the bytes of the whole download."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Meter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._counts = options.pop("name", "") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **(options | {"disable": True}))
+            self._bytes = 0
+
+        def update(self, n: float | None = 1) -> bool:
+            if self._counts and progress is not None:
+                self._bytes += int(n or 0)
+                progress(min(self._bytes, total), total)
+            return bool(super().update(n))
+
+    return Meter

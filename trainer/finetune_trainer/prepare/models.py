@@ -1,0 +1,244 @@
+"""The base model on this machine: fetched or found, checked, described, and in 4 bits where QLoRA asks for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from finetune_api.report import FailureClass, ModelFacts
+from finetune_api.spec import Model, Quantization, Source
+from finetune_trainer.data.manifest import PreparedModel
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.prepare import gguf
+from finetune_trainer.prepare.hub import Hub, ResolvedRepo
+from finetune_trainer.prepare.sources import file_digest
+
+TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*",
+    "config.json", "generation_config.json", "preprocessor_config.json", "sentencepiece*.model", "spiece.model",
+)  # fmt: skip
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DONE = ".complete"
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model directory and where it came from."""
+
+    directory: Path
+    source: str
+    commit: str = ""
+    """Commit on the Hub, empty for a path."""
+    converted: bool = False
+    """From GGUF."""
+
+
+def fetch_model(model: Model, hub: Hub, resolve: Any, cache: Path, *, weights: bool = True) -> LocalModel:
+    """The model's directory; without `weights` only what the tokenizer and the config need.
+
+    resolve: `RunContext.resolve_source`. Raises TrainerError: no-access, bad-spec, hub-unavailable.
+    """
+    if model.repo is not None:
+        resolved = hub.resolve(model.repo, model.revision, "model", "model")
+        names = model_files([file.name for file in resolved.files], model, weights=weights)
+        return LocalModel(hub.download(resolved, names, "model"), model.repo, resolved.commit)
+    given = str(model.path)
+    path: Path = resolve(given)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        if not weights:
+            return _tokenizer_of_gguf(path, given, cache)
+        return LocalModel(gguf.convert(path, cache / "models"), given, converted=True)
+    if path.is_file():
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"{given} is neither a directory with safetensors nor a .gguf file.", "model.path"
+        )
+    ggufs = sorted(path.glob("*.gguf"))
+    if not (path / "config.json").exists() and len(ggufs) == 1:
+        return LocalModel(gguf.convert(ggufs[0], cache / "models"), given, converted=True)
+    model_files([file.name for file in path.iterdir()], model, weights=weights)
+    return LocalModel(path.resolve(), given)
+
+
+def _tokenizer_of_gguf(path: Path, given: str, cache: Path) -> LocalModel:
+    converted = gguf.converted_directory(path, cache / "models")
+    return LocalModel(converted if (converted / gguf.DONE).exists() else path, given, converted=True)
+
+
+def model_files(names: Sequence[str], model: Model, *, weights: bool = True) -> list[str]:
+    """Which of a model's files are needed. Raises TrainerError (bad-spec) where it has no config or safetensors."""
+    wanted = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()), *(["*.py"] if model.trust_remote_code else [])]
+    where = model.repo or model.path
+    field = "model.repo" if model.repo else "model.path"
+    if "config.json" not in names:
+        raise TrainerError(FailureClass.BAD_SPEC, f"{where} holds no model: it has no config.json.", field)
+    if weights and not any(fnmatch(name, pattern) for name in names for pattern in WEIGHT_FILES[:2]):
+        pickles = any(fnmatch(name, pattern) for name in names for pattern in PICKLES)
+        why = (
+            "Its weights are pickles, which can run code when they are read: convert them to safetensors."
+            if pickles
+            else "It has no weights in safetensors."
+        )
+        raise TrainerError(FailureClass.BAD_SPEC, f"{where} cannot be used. {why}", field)
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
+
+
+def fetch_adapter(model: Model, hub: Hub, resolve: Any) -> tuple[Path, str] | None:
+    """(directory, origin) of the adapter to go on from, or None. Raises TrainerError where it is no LoRA adapter."""
+    source: Source | None = model.adapter
+    if source is None:
+        return None
+    if source.repo is not None:
+        resolved: ResolvedRepo = hub.resolve(source.repo, source.revision, "model", "model.adapter")
+        present = [file.name for file in resolved.files]
+        missing = [name for name in ADAPTER_FILES if name not in present]
+        origin, field = f"{source.repo}@{resolved.commit}", "model.adapter.repo"
+        directory = Path() if missing else hub.download(resolved, ADAPTER_FILES, "model.adapter")
+    else:
+        directory = resolve(str(source.path))
+        missing = [name for name in ADAPTER_FILES if not (directory / name).is_file()]
+        origin, field = str(source.path), "model.adapter.path"
+    if missing:
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"{source.repo or source.path} holds no adapter: {missing[0]} is missing.", field
+        )
+    config = json.loads((directory / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA":
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"{source.repo or source.path} is a {config.get('peft_type')} adapter: only LoRA can be continued.",
+            field,
+        )
+    if source.repo is None:
+        origin += f" sha256:{digest_of(directory, ADAPTER_FILES)}"
+    return directory.resolve(), origin
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's config, checked to be one that can be trained here.
+
+    Raises TrainerError (bad-spec): already quantised, no causal language model, unknown architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"The model's config cannot be read: {reason[:400]}", "model"
+        ) from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"The model is already quantised ({method or 'unknown'!s}): it cannot be tuned further. "
+            "Name the unquantised model; with tuning.method qlora it is quantised here.",
+            "model",
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        names = ", ".join(getattr(config, "architectures", None) or [config.model_type])
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"{names} is no causal language model, and only those are trained here.", "model"
+        )
+    return config
+
+
+def describe(config: Any, directory: Path) -> ModelFacts:
+    """Shape of the model from its config, parameters counted from the headers of its files."""
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    head_dim = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    return ModelFacts(
+        architecture=(getattr(config, "architectures", None) or [type(config).__name__])[0],
+        hidden_size=int(text.hidden_size),
+        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        num_hidden_layers=int(text.num_hidden_layers),
+        num_attention_heads=heads,
+        num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=int(head_dim),
+        vocab_size=int(text.vocab_size),
+        tie_word_embeddings=tied,
+        attention_bias=bool(getattr(text, "attention_bias", False)),
+        max_position_embeddings=int(getattr(text, "max_position_embeddings", None) or 0),
+        parameters=count_parameters(directory, tied=tied),
+        num_experts=int(experts),
+    )
+
+
+def count_parameters(directory: Path, *, tied: bool) -> int:
+    """Elements of all tensors, from the files' headers alone; a tied head that was saved too is not counted."""
+    total = 0
+    for path in sorted(directory.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name == "__metadata__" or (tied and name == "lm_head.weight"):
+                continue
+            count = 1
+            for size in tensor["shape"]:
+                count *= size
+            total += count
+    return total
+
+
+def model_digest(directory: Path, cache: Path) -> str:
+    """sha256 over names and contents of weights, config and tokenizer, remembered while the files do not change."""
+    names = sorted(
+        path.name
+        for path in directory.iterdir()
+        if any(fnmatch(path.name, pattern) for pattern in (*WEIGHT_FILES, *TOKENIZER_FILES))
+    )
+    stats = [(name, (directory / name).stat()) for name in names]
+    state = repr([(str(directory), name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats])
+    remembered = cache / "digests" / sha256(state.encode()).hexdigest()
+    if remembered.exists():
+        return remembered.read_text()
+    digest = digest_of(directory, names)
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    aside = remembered.with_suffix(f".{os.getpid()}")
+    aside.write_text(digest)
+    aside.rename(remembered)
+    return digest
+
+
+def digest_of(directory: Path, names: Sequence[str]) -> str:
+    """sha256 over the files' names and digests."""
+    lines = [f"{name}\0{file_digest(directory / name)}\n" for name in sorted(names)]
+    return sha256("".join(lines).encode()).hexdigest()
+
+
+def nf4_copy(model: PreparedModel, quantization: Quantization, cache: Path) -> Path:
+    """Directory of the 4-bit copy, written once to the cache: keyed by the weights and the quantisation."""
+    from finetune_trainer.model.nf4 import quantization_key, write_nf4_copy
+
+    models = cache / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    directory = models / f"{quantization.type}-{quantization_key(model.digest, quantization)}"
+    with FileLock(models / f".{directory.name}.lock"):
+        if (directory / DONE).exists():
+            return directory
+        aside = models / f".{directory.name}.{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            write_nf4_copy(Path(model.directory), aside, quantization)
+            (aside / DONE).touch()
+            shutil.rmtree(directory, ignore_errors=True)
+            aside.rename(directory)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return directory
