@@ -1,0 +1,102 @@
+"""YAML means what it means to kubectl, and what cannot be read is said with its line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.documents import DocumentError, read_documents
+
+
+def _value(text: str) -> object:
+    return next(read_documents(f"a: {text}\n")).data["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-4", 2e-4),
+        ("2.0e-4", 2e-4),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("42", 42),
+        ("-7", -7),
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("2024-01-01", "2024-01-01"),
+        ("1:30", "1:30"),
+        ("12-29", "12-29"),
+        ("15m", "15m"),
+        ("on", True),
+        ("yes", True),
+        ('"yes"', "yes"),
+        ("null", None),
+        ("~", None),
+        ("1.2.3", "1.2.3"),
+        ("v1", "v1"),
+        ("e5", "e5"),
+    ],
+)
+def test_a_value_means_what_it_means_to_kubectl(text: str, value: object) -> None:
+    found = _value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3\n", 3, "not YAML"),
+        ("a:\n\tb: 1\n", 2, "a tab where spaces are needed"),
+        ("a: b: c\n", 1, "a second ': ' in one line"),
+        ("a: 1\nb: 2\na: 3\n", 3, "a is given twice, first in line 1"),
+        ("a: .nan\n", 1, "no number that JSON can hold"),
+        ("a: !!python/object:os.system x\n", 1, "not YAML"),
+        ("? [a]\n: b\n", 1, "a field's name must be text"),
+        ("a: &x [*x]\n", 1, "refers to what it stands in"),
+    ],
+)
+def test_text_that_is_no_document_is_refused_with_its_line(text: str, line: int, says: str) -> None:
+    with pytest.raises(DocumentError) as refused:
+        list(read_documents(text))
+    assert refused.value.line == line
+    assert says in refused.value.sentence
+
+
+def test_empty_documents_are_no_documents_and_others_keep_their_number() -> None:
+    documents = list(read_documents("---\n---\na: 1\n---\n# nothing\n---\nb: 2\n"))
+    assert [(document.number, document.data) for document in documents] == [(2, {"a": 1}), (4, {"b": 2})]
+
+
+def test_a_path_knows_its_line_and_a_missing_one_that_of_what_is_around_it() -> None:
+    document = next(read_documents("a:\n  - b: 1\n  - b: 2\n    c: 3\n"))
+    assert document.line(("a", 1, "c")) == 4
+    assert document.line(("a", 1, "missing", "below")) == 3
+    assert document.line(("b",)) == 1
+
+
+def test_anchors_and_merges_are_followed() -> None:
+    document = next(read_documents("base: &base {x: 1, y: 2}\nreal:\n  <<: *base\n  y: 3\n"))
+    assert document.data["real"] == {"x": 1, "y": 3}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**15), 10**15)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(max_size=8), JSON, min_size=1, max_size=4))
+def test_what_a_yaml_writer_wrote_is_read_back(data: dict[str, object]) -> None:
+    text = yaml.safe_dump(data, allow_unicode=True)
+    assert json.dumps(next(read_documents(text)).data) == json.dumps(yaml.safe_load(text))
