@@ -1,0 +1,79 @@
+"""What must not change under a checkpoint: the fields that decide which losses follow from it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finetune_api.report import FailureClass
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.failures import TrainerError
+
+Identity = dict[str, Any]
+
+FREE_TRAINING_FIELDS = {
+    "validateEvery",
+    "validationRows",
+    "earlyStopping",
+    "keepBest",
+    "resumeFrom",
+    "compile",
+    "activationCheckpointing",
+    "deterministic",
+    "packing",
+    "precision",
+}
+"""Fields of `training` that change how, not what, is computed, or only what is looked at."""
+METHOD_BLOCKS = {"lora": ("lora",), "qlora": ("lora", "quantization"), "prompt": ("prompt",), "prefix": ("prefix",)}
+
+
+def training_identity(spec: FineTuneJobSpec, model_digest: str, data_digest: str) -> Identity:
+    """Field paths and values that a checkpoint is tied to, those of `tuning` only as far as the method uses them."""
+    wire = spec.to_wire()
+    tuning: Mapping[str, Any] = wire["tuning"]  # type: ignore[assignment]
+    training: Mapping[str, Any] = wire["training"]  # type: ignore[assignment]
+    kept = {
+        "datasets": wire["datasets"],
+        "split": wire["split"],
+        "tuning": {k: v for k, v in tuning.items() if k in ("method", *METHOD_BLOCKS.get(tuning["method"], ()))},
+        "training": {k: v for k, v in training.items() if k not in FREE_TRAINING_FIELDS},
+    }
+    return {**dict(_flat(kept)), "model": model_digest, "prepared data": data_digest}
+
+
+def refuse_other(stored: Identity, current: Identity, where: str) -> None:
+    """Raise TrainerError (config-changed) that names the first field in which the two differ."""
+    for field in sorted(stored.keys() | current.keys()):
+        was, now = stored.get(field), current.get(field)
+        if was != now:
+            raise TrainerError(
+                FailureClass.CONFIG_CHANGED,
+                f"{where} was made with {field} = {_shown(was)}, now it is {_shown(now)}. "
+                "Change it back, or run the new configuration under another name.",
+                field,
+            )
+
+
+def refuse_other_weights(stored: Identity, current: Identity, where: str) -> None:
+    """The same for a start from another job's weights: only the base model and the method must be those."""
+    refuse_other(_of_weights(stored), _of_weights(current), where)
+
+
+def _of_weights(identity: Identity) -> Identity:
+    return {k: v for k, v in identity.items() if k == "model" or k.startswith("tuning")}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _shown(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

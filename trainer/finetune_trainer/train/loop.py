@@ -1,0 +1,262 @@
+"""The training loop. Every decision in it is taken by all ranks alike: from the step, or from the step's all-reduce."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finetune_api.report import FailureClass
+from finetune_trainer.data.mixing import seed_of
+from finetune_trainer.data.order import Order
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.model.build import CausalModel
+from finetune_trainer.train.batches import Batcher
+from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.collective import StepReduction, StepResult, Wishes
+from finetune_trainer.train.interrupt import Interrupt, preempted
+from finetune_trainer.train.monitor import Monitor
+from finetune_trainer.train.optimizer import Optimizer
+from finetune_trainer.train.schedule import Schedule
+from finetune_trainer.train.spikes import MOST_ROLLBACKS, Spike, observe
+from finetune_trainer.train.state import Best, TrainState
+from finetune_trainer.train.validate import Validation, Validator
+from finetune_trainer.train.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When the loop does what."""
+
+    total: int
+    """Steps in all."""
+    seed: int
+    rank: int
+    validate_every: int
+    """Steps between validations."""
+    checkpoint_seconds: float
+    """Seconds between checkpoints; 0 saves after every step."""
+    hang_seconds: float
+    """Seconds that one step, validation or save may take."""
+    start_seconds: float
+    """Seconds that what may compile may take: the first steps."""
+    keep_best: bool = True
+    """End with the weights of the best validation."""
+    watched: Literal["loss", "accuracy"] = "loss"
+    """Metric of early stopping."""
+    patience: int | None = None
+    """Validations without improvement after which training stops; None never stops."""
+
+
+@dataclass
+class Loop:
+    """One rank's part of the training."""
+
+    plan: Plan
+    model: CausalModel
+    optimizer: Optimizer
+    schedule: Schedule
+    order: Order
+    batcher: Batcher
+    validator: Validator | None
+    checkpoints: Checkpoints
+    reduction: StepReduction
+    monitor: Monitor
+    watchdog: Watchdog
+    interrupt: Interrupt
+    device: torch.device
+    describe: Callable[[int], str] = str
+    """Name of a training example for a user: dataset and row."""
+    state: TrainState = field(default_factory=TrainState)
+    clock: Callable[[], float] = time.monotonic
+    _saved_at: float = 0.0
+    _saved_step: int | None = None
+
+    def run(self) -> int:
+        """Train to the end. Returns the step whose weights the model holds then.
+
+        Raises TrainerError: preempted (after a checkpoint), diverged, storage-full, fenced.
+        """
+        self._begin()
+        while not self._ended:
+            if self.state.step in self.state.skipped:
+                self.state.step += 1
+                continue
+            self._optimise(self.state.step)
+            self.state.step += 1
+            results = self._settled()
+            spike = self._observe(results)
+            if spike is not None:
+                self._roll_back(spike)
+                continue
+            better = self._validation_due and self._validate()
+            stop, save, failed = (any(getattr(r.wishes, wish) for r in results) for wish in ("stop", "save", "failed"))
+            if failed:
+                self.checkpoints.wait()  # raises what went wrong, on every rank
+            if save or stop or (better and self.plan.keep_best):
+                self._save()
+            if stop:
+                self._wait_for_checkpoint()
+                raise preempted(f"after the checkpoint of step {self.state.step}")
+        self._save()
+        self._wait_for_checkpoint()
+        return self._take_best()
+
+    def _begin(self) -> None:
+        """The costliest micro-batch first, discarded: memory runs out now or never. Then the first checkpoint."""
+        self.watchdog.expect("compiling and trying the largest micro-batch", self.plan.start_seconds)
+        torch.manual_seed(self.plan.seed)
+        batch = self.batcher.largest().to(self.device)
+        self.model.sync_gradients(last=True)
+        (self.model(batch) * batch.target_weight).sum().backward()
+        self.optimizer.zero_grad()
+        self.interrupt.defer()
+        self._saved_at = self.clock()
+        if self.state.step == 0:
+            self._save()  # where a spike in the first steps leads back to
+        else:
+            self._saved_step = self.state.step
+        self.monitor.throughput.restart()
+
+    # --- a step ---
+
+    def _optimise(self, step: int) -> None:
+        """Forward and backward passes over the step's examples, and the update."""
+        first = self.monitor.throughput.seconds_per_step is None
+        self.watchdog.expect("data", self.plan.start_seconds if first else self.plan.hang_seconds, step + 1)
+        torch.manual_seed(seed_of("step", self.plan.seed, step, self.plan.rank))
+        loss = self._accumulate(step)
+        self.watchdog.mark("all-reduce")
+        squared_norm = self.reduction.reduce(step, loss, self.optimizer.squared_norm(), self._wishes())
+        self.optimizer.step(self.schedule(step), squared_norm)
+        self.optimizer.zero_grad()
+
+    def _accumulate(self, step: int) -> Tensor:
+        """Gradients of the step's loss; returns this rank's share of it, float32[]."""
+        total = torch.zeros((), device=self.device)
+        batches = list(self.batcher.batches(self.order.step(step)))
+        for number, batch in enumerate(batches, 1):
+            self.watchdog.mark(f"micro-batch {number} of {len(batches)}")
+            self.model.sync_gradients(last=number == len(batches))
+            batch = batch.to(self.device)
+            loss = (self.model(batch) * batch.target_weight).sum()
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _wishes(self) -> Wishes:
+        due = self.plan.rank == 0 and self.clock() - self._saved_at >= self.plan.checkpoint_seconds
+        if due:
+            self._saved_at = self.clock()
+        return Wishes(stop=self.interrupt.requested, save=due, failed=self.checkpoints.failed)
+
+    # --- what came of it ---
+
+    def _settled(self) -> list[StepResult]:
+        """Results that are known by now; all of them before anything that looks back or is durable."""
+        results = self.reduction.settled(all_of_them=self._validation_due or self._ended)
+        if any(result.wishes != Wishes() for result in results):
+            results += self.reduction.settled(all_of_them=True)
+        return results
+
+    def _observe(self, results: list[StepResult]) -> Spike | None:
+        for result in results:
+            examples = self.order.step(result.step)
+            epoch = self.order.epochs_done(result.step + 1)
+            self.monitor.step(result, self.schedule(result.step), epoch, self.batcher.tokens(examples))
+            warm = result.step >= self.schedule.warmup_steps
+            self.state.spikes, spike = observe(self.state.spikes, result.step, result.loss, result.grad_norm, warm)
+            if spike is not None:
+                return spike
+        self.monitor.checkpoint(self.checkpoints.published)
+        self.monitor.tracked()
+        return None
+
+    def _validate(self) -> bool:
+        """Validate; whether it was the best so far."""
+        assert self.validator is not None
+        self.watchdog.expect("validation", self.plan.hang_seconds, self.state.step)
+        seen = self.validator(self.model)
+        better = self.state.best is None or seen.loss < self.state.best.loss
+        if better:
+            self.state.best = Best(step=self.state.step, loss=seen.loss)
+        self._watch(seen)
+        self.monitor.validation(self.state.step, seen, better)
+        return better
+
+    def _watch(self, seen: Validation) -> None:
+        """Early stopping."""
+        value = seen.loss if self.plan.watched == "loss" else -seen.accuracy
+        improved = self.state.watched is None or value < self.state.watched
+        self.state.watched = value if improved else self.state.watched
+        self.state.stale_validations = 0 if improved else self.state.stale_validations + 1
+        self.state.stopped_early = self.plan.patience is not None and self.state.stale_validations >= self.plan.patience
+
+    def _roll_back(self, spike: Spike) -> None:
+        """Back to the newest checkpoint from before the spike's window, whose steps are left out from now on."""
+        self.watchdog.expect("rolling back", 2 * self.plan.hang_seconds)
+        self.reduction.settled(all_of_them=True)
+        left_out = {*self.state.skipped, *range(spike.first, spike.last + 1)}
+        rollbacks = self.state.rollbacks + 1
+        self.checkpoints.wait()
+        found = self.checkpoints.newest(at_most=spike.first) if rollbacks <= MOST_ROLLBACKS else None
+        if found is None:
+            raise self._diverged(spike)
+        self.checkpoints.drop_after(found.manifest.step)
+        self.checkpoints.restore(found, self.optimizer.tensors())
+        self.state = found.manifest.state.model_copy(
+            update={"skipped": sorted(left_out), "rollbacks": rollbacks}, deep=True
+        )
+        self._saved_step, self._saved_at = None, -math.inf  # so that the skip list is durable after the next step
+        self.monitor.rolled_back(spike, self.state.step)
+
+    def _diverged(self, spike: Spike) -> TrainerError:
+        examples = self.order.step(spike.last)
+        shown = ", ".join(self.describe(int(example)) for example in examples[:8])
+        return TrainerError(
+            FailureClass.DIVERGED,
+            f"Training diverged ({spike.sentence}) after {self.state.rollbacks} roll-backs. Lower "
+            f"training.learningRate or maxGradNorm, or look at the examples of step {spike.last + 1}: {shown}.",
+            "training.learningRate",
+        )
+
+    # --- checkpoints ---
+
+    def _save(self) -> None:
+        if self._saved_step != self.state.step:
+            self.watchdog.expect("checkpoint", self.plan.hang_seconds, self.state.step)
+            self.checkpoints.save(self.optimizer.tensors(), self.state)
+            self._saved_step, self._saved_at = self.state.step, self.clock()
+
+    def _wait_for_checkpoint(self) -> None:
+        self.watchdog.expect("checkpoint", self.plan.hang_seconds, self.state.step)
+        self.checkpoints.wait()
+        self.monitor.checkpoint(self.checkpoints.published)
+
+    def _take_best(self) -> int:
+        """Put the best weights into the model, if wanted; returns the step that it holds."""
+        best = self.state.best
+        if not self.plan.keep_best or best is None or best.step == self.state.step:
+            return self.state.step
+        found = self.checkpoints.at(best.step)
+        if found is None:
+            self.monitor.reporter.warn(f"The best checkpoint (step {best.step}) is damaged; the last one is exported.")
+            return self.state.step
+        self.checkpoints.restore(found, self.optimizer.tensors())
+        return best.step
+
+    # --- the calendar ---
+
+    @property
+    def _ended(self) -> bool:
+        return self.state.step >= self.plan.total or self.state.stopped_early
+
+    @property
+    def _validation_due(self) -> bool:
+        due = self.state.step % self.plan.validate_every == 0 or self.state.step == self.plan.total
+        return due and self.validator is not None

@@ -1,0 +1,77 @@
+"""Training curves on the volume, and how fast it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RECENT_STEPS = 20
+
+
+class MetricsFile:
+    """One JSON object a line; every step once, however often it was done again after a failure."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, which are about to be made again, and a line cut by a crash."""
+        if not self._path.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return
+        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+        aside = self._path.with_suffix(".tmp")
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self._path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row. Values that are not finite become null, which every reader of JSON takes."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Throughput:
+    """Tokens a second and seconds a step over the newest steps of this attempt."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._steps: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=RECENT_STEPS + 1)
+
+    def restart(self) -> None:
+        """Something other than a step took time: do not count it."""
+        self._steps.clear()
+        self._steps.append((self._clock(), 0))
+
+    def step(self, tokens: int) -> None:
+        """A step with so many tokens (without padding, over all ranks) has ended."""
+        self._steps.append((self._clock(), tokens))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the newest steps; None before the first."""
+        tokens = sum(count for _, count in list(self._steps)[1:])
+        return tokens / self._seconds if self._seconds else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Over the newest steps; None before the first."""
+        return self._seconds / (len(self._steps) - 1) if self._seconds else None
+
+    @property
+    def _seconds(self) -> float:
+        return self._steps[-1][0] - self._steps[0][0]

@@ -1,0 +1,107 @@
+"""Everything a training says while it runs: curves on the volume, the report, W&B. Only rank 0 speaks."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from finetune_api.report import CheckpointRef, MetricValue, Progress
+from finetune_trainer.reporter import Reporter
+from finetune_trainer.train.collective import StepResult
+from finetune_trainer.train.metrics import MetricsFile, Throughput
+from finetune_trainer.train.spikes import Spike
+from finetune_trainer.train.tracking import NoTracker, Tracker
+from finetune_trainer.train.validate import Validation
+
+
+@dataclass
+class Monitor:
+    """Takes what the loop found out and passes it on."""
+
+    reporter: Reporter
+    metrics: MetricsFile | None
+    """None on all ranks but 0."""
+    attempt: int
+    total: int
+    tracker: Tracker = field(default_factory=NoTracker)
+    throughput: Throughput = field(default_factory=Throughput)
+    _validation: MetricValue | None = None
+    _checkpoint: CheckpointRef | None = None
+
+    def step(self, result: StepResult, learning_rate: float, epoch: float, tokens: int) -> None:
+        """One step has ended; `epoch` are the passes so far, `tokens` those of the step on all ranks."""
+        self.throughput.step(tokens)
+        speed, pace = self.throughput.tokens_per_second, self.throughput.seconds_per_step
+        done = result.step + 1
+        loss, norm = _finite(result.loss), _finite(result.grad_norm)
+        self._row(
+            step=done,
+            epoch=round(epoch, 6),
+            loss=loss,
+            learningRate=learning_rate,
+            gradNorm=norm,
+            tokens=tokens,
+            tokensPerSecond=speed and round(speed, 1),
+            time=round(time.time(), 3),
+            attempt=self.attempt,
+        )
+        self.reporter.progress(
+            Progress(
+                step=done,
+                total=self.total,
+                epoch=round(epoch, 4),
+                tokens_per_second=speed,
+                eta_seconds=None if pace is None else round(pace * (self.total - done)),
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=norm,
+                validation=self._validation,
+            )
+        )
+        curves = {"train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": norm}
+        curves |= {"train/epoch": epoch, "train/tokens_per_second": speed}
+        self.tracker.log({key: value for key, value in curves.items() if value is not None}, done)
+        if not result.finite:
+            self.reporter.warn(f"Step {done} was skipped: its gradients are not finite.")
+
+    def validation(self, step: int, validation: Validation, better: bool) -> None:
+        """The model was validated after `step` steps."""
+        values = {"loss": validation.loss, "accuracy": validation.accuracy}
+        self._row(step=step, validation={key: _finite(value) for key, value in values.items()}, best=better)
+        self._validation = MetricValue(metric="loss", value=validation.loss, step=step)
+        progress = self.reporter.report.progress.model_copy(update={"validation": self._validation})
+        self.reporter.update(progress=progress)
+        self.tracker.log({f"validation/{key}": value for key, value in values.items()}, step)
+        self.throughput.restart()
+
+    def rolled_back(self, spike: Spike, step: int) -> None:
+        """Training goes on from the checkpoint of `step`, without the steps of the spike."""
+        if self.metrics is not None:
+            self.metrics.rewind(step)
+        self.reporter.warn(
+            f"The loss spiked ({spike.sentence}): back to the checkpoint of step {step}, and steps {spike.first + 1} "
+            f"to {spike.last + 1} are left out."
+        )
+        self.throughput.restart()
+
+    def checkpoint(self, published: CheckpointRef | None) -> None:
+        """The newest published checkpoint; nothing happens if it was known."""
+        if published is not None and published != self._checkpoint:
+            self._checkpoint = published
+            self.reporter.update(last_checkpoint=published)
+
+    def tracked(self) -> None:
+        """Look how the tracker is doing."""
+        if self.tracker.url and not self.reporter.report.wandb_url:
+            self.reporter.update(wandb_url=self.tracker.url)
+        if self.tracker.problem:
+            self.reporter.warn(self.tracker.problem)
+
+    def _row(self, **values: object) -> None:
+        if self.metrics is not None:
+            self.metrics.write(values)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,54 @@
+"""How the ranks of a training meet: device, process group, mesh. The same under torchrun, accelerate and alone."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+def choose_device(local_rank: int, gpus_per_node: int | None) -> torch.device:
+    """This rank's GPU, or the CPU where there is none or the spec says 0."""
+    if gpus_per_node == 0 or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def meet(device: torch.device, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
+    """Join the default group (NCCL for GPU tensors, gloo for the rest); returns a gloo group for checkpoints.
+
+    Addresses come from the environment (MASTER_ADDR, MASTER_PORT); a single process needs none. The time-out must
+    be longer than the watchdog's, which tells more.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def build_mesh(device: torch.device, world_size: int, ranks_a_node: int, hybrid: bool) -> DeviceMesh | None:
+    """Over which ranks parameters are sharded: [ranks], [nodes, ranks a node] for hybrid, None for one rank."""
+    if world_size == 1:
+        return None
+    nodes = world_size // ranks_a_node
+    if hybrid and nodes > 1:
+        return init_device_mesh(device.type, (nodes, ranks_a_node), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+
+
+def be_deterministic() -> None:
+    """Only kernels that give the same bits each time; an operation that has none is refused by name."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

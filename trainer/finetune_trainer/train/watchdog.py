@@ -1,0 +1,142 @@
+"""Notices that no step comes any more, writes every thread's stack, and names the rank that did not come.
+
+A thread of each rank leaves a heartbeat on the volume. A rank that was stopped leaves none; one that is stuck
+elsewhere is behind the others, who wait for it in a collective.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune_trainer.failures import write_json
+
+log = logging.getLogger(__name__)
+
+BACKSTOP_SECONDS = 60.0
+"""After so much longer the interpreter ends the process itself, even if no Python thread runs any more."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Where a rank was when last seen."""
+
+    step: int
+    phase: int
+    """Counts the marks within the step: a rank that is behind has the lower number."""
+    activity: str
+    time: float
+    """Unix time."""
+
+
+class Watchdog:
+    """Watches the steps of this rank. `on_hang` gets the sentence and must end the process."""
+
+    def __init__(self, logs: Path, rank: int, world_size: int, on_hang: Callable[[str], None]) -> None:
+        self._logs, self._rank, self._world_size, self._on_hang = logs, rank, world_size, on_hang
+        self._step, self._phase, self._activity = 0, 0, "starting"
+        self._since, self._budget = time.monotonic(), float("inf")
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._stacks = (self._prepared(logs) / f"stacks-rank{rank}.txt").open("w", encoding="utf-8")
+
+    @staticmethod
+    def _prepared(logs: Path) -> Path:
+        logs.mkdir(parents=True, exist_ok=True)
+        return logs
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def expect(self, activity: str, budget_seconds: float, step: int | None = None) -> None:
+        """A new piece of work begins, which must be done within the budget."""
+        self._step = self._step if step is None else step
+        self._phase, self._activity = 0, activity
+        self._since, self._budget = time.monotonic(), budget_seconds
+        faulthandler.dump_traceback_later(budget_seconds + BACKSTOP_SECONDS, exit=True, file=self._stacks)
+
+    def mark(self, activity: str) -> None:
+        """The same piece of work has come to another place; its budget goes on."""
+        self._phase, self._activity = self._phase + 1, activity
+
+    # --- the thread ---
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self._leave_heartbeat()
+            if time.monotonic() - self._since > self._budget:
+                self._tell()
+
+    @property
+    def _interval(self) -> float:
+        return min(10.0, max(0.2, self._budget / 10))
+
+    def _leave_heartbeat(self) -> None:
+        beat = Heartbeat(self._step, self._phase, self._activity, time.time())
+        try:
+            write_json(heartbeat_file(self._logs, self._rank), asdict(beat))
+        except OSError as error:
+            log.warning("no heartbeat could be left: %s", error)
+
+    def _tell(self) -> None:
+        budget = self._budget
+        for file in (self._stacks, sys.stderr):
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.flush()
+        time.sleep(2 * self._interval)  # the peers' heartbeats and stacks come within this time
+        beats = read_heartbeats(self._logs, self._world_size)
+        what = f"no step for {budget:.0f} s" if self._activity_is_step else f"{self._activity} took over {budget:.0f} s"
+        self._on_hang(f"{what[0].upper()}{what[1:]}. {who_is_missing(beats, 4 * self._interval, time.time())}")
+
+    @property
+    def _activity_is_step(self) -> bool:
+        return self._step > 0 or self._phase > 0
+
+
+def heartbeat_file(logs: Path, rank: int) -> Path:
+    """Where a rank leaves its heartbeat."""
+    return logs / f"heartbeat-rank{rank}.json"
+
+
+def read_heartbeats(logs: Path, world_size: int) -> dict[int, Heartbeat | None]:
+    """The ranks' newest heartbeats; None for one that left none."""
+    beats: dict[int, Heartbeat | None] = {}
+    for rank in range(world_size):
+        try:
+            beats[rank] = Heartbeat(**json.loads(heartbeat_file(logs, rank).read_text()))
+        except (OSError, ValueError, TypeError):
+            beats[rank] = None
+    return beats
+
+
+def who_is_missing(beats: dict[int, Heartbeat | None], stale_seconds: float, now: float) -> str:
+    """A sentence that names the rank that the others wait for."""
+    silent = {r: b for r, b in beats.items() if b is None or now - b.time > stale_seconds}
+    if silent and len(silent) < len(beats):
+        rank, beat = min(silent.items(), key=lambda item: item[1].time if item[1] else 0.0)
+        seen = f"was last seen {now - beat.time:.0f} s ago {_place(beat)}" if beat else "was never seen"
+        return f"Rank {rank} does not answer: it {seen}."
+    known = {r: b for r, b in beats.items() if b is not None}
+    if len({(b.step, b.phase) for b in known.values()}) > 1:
+        rank, beat = min(known.items(), key=lambda item: (item[1].step, item[1].phase))
+        others = max(known.values(), key=lambda b: (b.step, b.phase))
+        return f"Rank {rank} did not come: it is {_place(beat)}, others {_place(others)}."
+    place = _place(next(iter(known.values()))) if known else "at an unknown place"
+    return f"All ranks are {place}; see their stacks."
+
+
+def _place(beat: Heartbeat) -> str:
+    return f"in step {beat.step} ({beat.activity})" if beat.step else f"in {beat.activity}"
