@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from typing import Any, NamedTuple
@@ -68,8 +69,13 @@ def load(name: str) -> Any:
             f"finetune {name} needs {missing}, which is not installed: pip install 'finetune-operator[{extra}]'."
         ) from error
     app = typer.Typer(add_completion=False)
-    app.command(name)(function)
+    app.command(name, help=_paragraphs(inspect.getdoc(function) or COMMANDS[name].help))(function)
     return get_command(app)
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring with each paragraph in one line, so that the help wraps it to the terminal."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 class LazyGroup(TyperGroup):

@@ -172,7 +172,10 @@ def prepare(process: Process, rank: int) -> int:
     if code is not None:
         return code
     datasets = [{"name": "tweets", "source": "tweets.csv", "rows": 100, "train": 80, "validation": 20}]
-    process.say(datasets=datasets, done=True)
+    plan = {"worldSize": 2, "steps": 5, "examples": 80, "tokens": 8000, "tokensPerRankStep": 800}
+    plan |= {"trainableParameters": 10, "parameters": 100, "microBatchTokens": 1024}
+    lengths = {"documents": 80, "tokens": 8000, "longest": 300, "labelled": 80}
+    process.say(datasets=datasets, plan=plan, lengths=lengths, done=True)
     return 0
 
 
