@@ -1,4 +1,4 @@
-"""One model's answers to held-out rows: by likelihood where the answers are closed, by generation where they are free."""
+"""One model's answers to held-out rows: closed ones by likelihood, free ones by generation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Settings:
     """How answers are computed; nothing here changes what they are."""
 
     max_new_tokens: int
-    budget: Budget = Budget()
+    budget: Budget
     trees: bool = True
     """Score closed answers as trees; off for models that take no masks of their own."""
 

@@ -263,9 +263,9 @@ def _keeps_chosen_logits(model: Any) -> bool:
 
 def has_virtual_tokens(model: Any) -> bool:
     """Whether an active soft prompt or prefix stands before the input: masks of our own would miss it."""
-    if not hasattr(model, "active_peft_config"):
-        return False
-    return bool(model.active_peft_config.is_prompt_learning) and not getattr(model, "_adapters_disabled", False)
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
 
 
 def as_sequences(row: Closed) -> list[TargetSequence]:

@@ -84,6 +84,8 @@ def opened_both(source: Source, *, base: bool) -> Iterator[tuple[Variant, Any]]:
             model.load_adapter(source.base.adapter_directory, adapter_name=STARTING_ADAPTER)
             model.set_adapter(STARTING_ADAPTER)
             yield "base", model.eval()
+        elif base and model.active_peft_config.is_prompt_learning:
+            yield "base", model.get_base_model()  # its weights and methods are untouched
         elif base:
             with model.disable_adapter():
                 yield "base", model

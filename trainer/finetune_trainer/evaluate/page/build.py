@@ -1,0 +1,390 @@
+"""From results to the page: sentences, tables and charts as plain values, then one template.
+
+Prompts, labels and answers are a stranger's data: everything goes through autoescape, and the page's own policy
+forbids scripts and requests.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from finetune_api.base import Stage
+from finetune_api.report import Plan, Report, Results
+from finetune_api.runconfig import RunConfig
+from finetune_api.spec import Task
+from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest
+from finetune_trainer.evaluate.baselines import WORDS
+from finetune_trainer.evaluate.bootstrap import STATEMENT
+from finetune_trainer.evaluate.compare import Answered, Change, Compared, LabelLine, changes, confusion, label_table
+from finetune_trainer.evaluate.gate import MACRO
+from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER, PRIMARY
+from finetune_trainer.evaluate.page.charts import Level, Series, heatmap, level_chart, line_chart
+from finetune_trainer.reports import newest_done
+
+HERE = Path(__file__).parent
+EXAMPLES_SHOWN = 8
+CONFUSIONS_SHOWN = 12
+MOST_LABELS_IN_A_MATRIX = 100
+LONGEST_TEXT = 700
+PERCENT = frozenset({"accuracy", "macro-f1", "f1", "exact-match", "rouge-l", "rouge-1", "rouge-2"})
+"""Metrics between 0 and 1, shown as percentages."""
+
+BADGES: dict[str, tuple[str, str]] = {
+    "improved": ("good", "Better than the base model"),
+    "not-significant": ("wait", "Not significant"),
+    "worse": ("bad", "Worse than the base model"),
+    "below-minimum": ("bad", "Below the minimum"),
+    "undecided": ("wait", "Undecided: too few rows"),
+    "not-asked": ("wait", "Measured, not judged"),
+}
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A free prompt with the answers of both models."""
+
+    prompt: str
+    base: str | None
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that the page tells."""
+
+    config: RunConfig
+    manifest: PreparedManifest
+    results: Results
+    answered: Sequence[Answered]
+    compared: Sequence[Compared]
+    prompted: Sequence[Prompted]
+    reports: Sequence[tuple[int, Report]]
+    metrics: Sequence[dict[str, Any]]
+    origin: dict[str, Any]
+    created: datetime
+
+
+def write_page(path: Path, story: Story) -> None:
+    """Write the page so that a reader sees the old or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(page_html(story), encoding="utf-8")
+    aside.replace(path)
+
+
+def page_html(story: Story) -> str:
+    """The whole page."""
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"value": value, "change": change}
+    template = environment.get_template("page.html.j2")
+    # The style sheet is ours; everything else is escaped.
+    return template.render(css=Markup((HERE / "page.css").read_text()), **_view(story))
+
+
+def _view(story: Story) -> dict[str, Any]:
+    spec, results = story.config.spec, story.results
+    kind, word = BADGES[results.gate.reason]
+    train = newest_done(list(story.reports), Stage.TRAIN)
+    prepare = newest_done(list(story.reports), Stage.PREPARE)
+    return {
+        "job": story.config.job.name,
+        "created": story.created.strftime("%d %B %Y, %H:%M UTC"),
+        "model": story.manifest.model.source,
+        "method": METHODS[spec.tuning.method.value],
+        "dataset_names": _and([dataset.name for dataset in story.answered]),
+        "rows": f"{sum(len(dataset.rows) for dataset in story.answered):,}",
+        "split": results.split,
+        "badge": {"kind": kind, "word": word},
+        "gate": results.gate,
+        "headline": headline(story.compared),
+        "main": _line(story.compared[-1]) if story.compared else None,
+        "charts": [_level_view(one) for one in story.compared if one.result.primary and one.result.dataset != MACRO],
+        "lines": [_line(one) for one in _without_lone_macro(story.compared)],
+        "statement": STATEMENT,
+        "precision": story.origin.get("precision", "") + (", 4-bit base" if story.origin.get("quantized") else ""),
+        "how_scored": _how_scored({dataset.task for dataset in story.answered}),
+        "curves": curves(story.metrics),
+        "training_facts": _training_facts(train, story.metrics),
+        "prompted": story.prompted,
+        "datasets": [_dataset_view(dataset, story.manifest.dataset(dataset.name)) for dataset in story.answered],
+        "warnings": _distinct(sentence for _, report in story.reports for sentence in report.warnings),
+        "data_facts": prepare.datasets if prepare else [],
+        "plan": _plan_lines(prepare.plan) if prepare and prepare.plan else [],
+        "choices": sorted({name: c for _, report in story.reports for name, c in report.choices.items()}.items()),
+        "attempts": [
+            _attempt_line(number, report) for number, report in story.reports if report.stage != Stage.EVALUATE
+        ],
+        "origin": list(flat(story.origin)),
+        "spec": yaml.safe_dump(spec.to_wire(), sort_keys=False, allow_unicode=True, width=100),
+    }
+
+
+METHODS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "prompt": "prompt tuning",
+    "prefix": "prefix tuning",
+}
+
+
+# -- words ------------------------------------------------------------------------------------------------------
+
+
+def value(number: float, percent: bool) -> str:
+    """`61.2%` or `1.834`."""
+    return f"{100 * number:.1f}%" if percent else f"{number:.4g}"
+
+
+def change(number: float, percent: bool) -> str:
+    """`+4.1 points` for percentages, else `+0.21`."""
+    return f"{100 * number:+.1f}" if percent else f"{number:+.3g}"
+
+
+def headline(compared: Sequence[Compared]) -> list[str]:
+    """What must be said beside the verdict: how the tuned model stands to the simple baselines."""
+    sentences = []
+    for one in compared:
+        if not one.result.primary or one.result.dataset == MACRO:
+            continue
+        for who, lead in one.lead.items():
+            if who == "base" or lead.low > 0:
+                continue
+            percent = one.result.metric in PERCENT
+            verdict = "better than the tuned model" if lead.high < 0 else "not significantly different"
+            sentences.append(
+                f"{one.result.dataset}: {_lower(WORDS.get(who, who))} reaches "
+                f"{value(one.values[who].value, percent)}, {verdict} ({value(one.result.tuned, percent)})."
+            )
+    return sentences
+
+
+def _level_view(one: Compared) -> dict[str, Any]:
+    percent = one.result.metric in PERCENT
+    levels = [Level("tuned model", one.values["tuned"], "tuned")]
+    levels += [Level("base model", one.values["base"], "base")] if "base" in one.values else []
+    levels += [Level(SHORT.get(who, who), v) for who, v in one.values.items() if who not in ("tuned", "base")]
+    sentences = [
+        f"{WORDS[who]}: {value(one.values[who].value, percent)}; the tuned model is "
+        f"{change(lead.value, percent)}{' points' if percent else ''} away ({change(lead.low, percent)} to "
+        f"{change(lead.high, percent)}{', not significant' if lead.low <= 0 <= lead.high else ''})."
+        for who, lead in one.lead.items()
+        if who in WORDS
+    ]
+    return {
+        "title": f"{one.result.dataset}: {one.result.metric}",
+        "rows": f"{one.result.rows:,}",
+        "svg": level_chart(levels, percent=percent),
+        "sentences": sentences,
+    }
+
+
+SHORT = {
+    "majority": "majority label",
+    "tfidf-logreg": "TF-IDF, same rows",
+    "tfidf-logreg-all": "TF-IDF, all rows",
+    "few-shot": "base, with examples",
+}
+
+
+def _line(one: Compared) -> dict[str, Any]:
+    several = one.result.dataset == MACRO
+    name = f"{one.result.metric}, mean over datasets" if several else f"{one.result.dataset}/{one.result.metric}"
+    return {
+        "result": one.result,
+        "values": {"base": one.values.get("base"), "tuned": one.values["tuned"]},
+        "percent": one.result.metric in PERCENT,
+        "lower_is_better": one.result.metric in LOWER_IS_BETTER,
+        "name": name,
+    }
+
+
+def _without_lone_macro(compared: Sequence[Compared]) -> Sequence[Compared]:
+    """The mean over one dataset says nothing new."""
+    lone = sum(one.result.primary for one in compared) == 2
+    return [one for one in compared if not (lone and one.result.dataset == MACRO)]
+
+
+def _how_scored(tasks: set[Task]) -> str:
+    sentences = []
+    if tasks & {Task.CLASSIFICATION, Task.MULTIPLE_CHOICE}:
+        sentences.append("Closed answers: the candidate with the highest log-probability, end token included.")
+    if tasks & {Task.QUESTION_ANSWERING, Task.SUMMARIZATION}:
+        sentences.append("Free answers: greedy decoding.")
+    if tasks & {Task.CHAT, Task.TEXT}:
+        sentences.append("Chat and text: likelihood of the held-out tokens (neg-loss is minus the mean loss in nats).")
+    return " ".join(sentences)
+
+
+# -- training ---------------------------------------------------------------------------------------------------
+
+
+def curves(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Loss, validation, learning rate and gradient norm over the steps, as far as they were logged."""
+    steps = [row for row in metrics if "loss" in row]
+    losses = _points(steps, "loss")
+    loss = [Series("training, each step", losses, "muted"), Series("training, smoothed", smoothed(losses), "tuned")]
+    validated = [
+        (row["step"], row["validation"]["loss"])
+        for row in metrics
+        if isinstance(row.get("validation"), dict) and isinstance(row["validation"].get("loss"), int | float)
+    ]
+    loss += [Series("validation", validated, "base", dots=True)] if validated else []
+    accuracy = [
+        (row["step"], row["validation"]["accuracy"])
+        for row in metrics
+        if isinstance(row.get("validation"), dict) and isinstance(row["validation"].get("accuracy"), int | float)
+    ]
+    drawn = [
+        ("Loss", loss, "loss"),
+        ("Validation accuracy", [Series("validation", accuracy, "base", dots=True)], "accuracy"),
+        ("Learning rate", [Series("learning rate", _points(steps, "learningRate"))], "learning rate"),
+        ("Gradient norm", [Series("before clipping", _points(steps, "gradNorm"))], "gradient norm"),
+        ("Speed", [Series("tokens a second", _points(steps, "tokensPerSecond"))], "tokens/s"),
+    ]
+    views = []
+    for title, series, y in drawn:
+        svg = line_chart(series, x="step", y=y, from_zero=title not in ("Loss", "Validation accuracy"))
+        if svg:
+            views.append({"title": title, "series": [s for s in series if s.points], "svg": svg})
+    return views
+
+
+def _points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[name] if isinstance(row.get(name), int | float) else math.nan) for row in rows]
+
+
+def smoothed(points: Sequence[tuple[float, float]], share: float = 0.06) -> list[tuple[float, float]]:
+    """Mean over a centred window of `share` of the points; values that are not finite are passed over."""
+    half = max(1, round(len(points) * share / 2))
+    result = []
+    for index, (x, _) in enumerate(points):
+        window = [y for _, y in points[max(0, index - half) : index + half + 1] if math.isfinite(y)]
+        result.append((x, float(np.mean(window)) if window else math.nan))
+    return result
+
+
+def _training_facts(train: Report | None, metrics: Sequence[dict[str, Any]]) -> str:
+    steps = [row for row in metrics if "loss" in row]
+    if not steps:
+        return ""
+    tokens = sum(row.get("tokens") or 0 for row in steps)
+    exported = f"; the exported weights are those of step {train.export.step}" if train and train.export else ""
+    return f"{len(steps):,} steps, {tokens:,} tokens{exported}."
+
+
+# -- one dataset ------------------------------------------------------------------------------------------------
+
+
+def _dataset_view(dataset: Answered, prepared: PreparedDataset) -> dict[str, Any]:
+    fixed, broken = changes(dataset)
+    view: dict[str, Any] = {
+        "name": dataset.name,
+        "task": dataset.task.value,
+        "exact": PRIMARY[dataset.task] == "accuracy",
+        "with_base": dataset.base is not None,
+        "fixed": [_change(c, dataset.task) for c in fixed[:EXAMPLES_SHOWN]],
+        "fixed_total": len(fixed),
+        "broken": [_change(c, dataset.task) for c in broken[:EXAMPLES_SHOWN]],
+        "broken_total": len(broken),
+        "confusion": [],
+        "confused": [],
+        "labels": [],
+    }
+    if dataset.task is not Task.CLASSIFICATION:
+        return view
+    labels = dataset.rows[0].candidates or prepared.labels
+    matrix = confusion(dataset.rows, dataset.tuned, len(labels))
+    if len(labels) <= MOST_LABELS_IN_A_MATRIX:
+        view["confusion"] = [{"title": "Tuned model", "svg": heatmap(matrix, labels)}]
+        if dataset.base is not None:
+            of_base = confusion(dataset.rows, dataset.base, len(labels))
+            view["confusion"].append({"title": "Base model", "svg": heatmap(of_base, labels)})
+    pairs = [
+        (int(matrix[g, s]), g, s) for g in range(len(labels)) for s in range(len(labels)) if g != s and matrix[g, s]
+    ]
+    most = sorted(pairs, key=lambda p: (-p[0], p[1], p[2]))[:CONFUSIONS_SHOWN] if len(labels) > 4 else []
+    view["confused"] = [{"gold": labels[g], "said": labels[s], "rows": count} for count, g, s in most]
+    lines: list[LabelLine] = label_table(dataset, labels)
+    view["labels"] = sorted(lines, key=lambda line: (line.f1, line.label)) if len(lines) > 12 else lines
+    return view
+
+
+def _change(change_: Change, task: Task) -> dict[str, str]:
+    row = change_.row
+    if task in (Task.CHAT, Task.TEXT):
+        gold, said = "–", [f"loss {a.nll / max(1, a.tokens):.3f}" for a in (change_.base, change_.tuned)]
+    else:
+        gold = row.candidates[row.gold or 0] if row.candidates else " | ".join(row.answers)
+        said = [change_.base.text or "(nothing)", change_.tuned.text or "(nothing)"]
+    question = row.text or row.prompt or row.id
+    return {"question": _cut(question), "gold": _cut(gold), "base": _cut(said[0]), "tuned": _cut(said[1])}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+
+
+# -- origin -----------------------------------------------------------------------------------------------------
+
+
+def _plan_lines(plan: Plan) -> list[tuple[str, str]]:
+    lines = [
+        ("Ranks", f"{plan.world_size:,}"),
+        ("Optimiser steps", f"{plan.steps:,}"),
+        ("Training examples an epoch", f"{plan.examples:,}"),
+        ("Training tokens", f"{plan.tokens:,}"),
+        ("Trained parameters", f"{plan.trainable_parameters:,} of {plan.parameters:,}"),
+        ("Tokens a packed row", f"{plan.micro_batch_tokens:,}"),
+    ]
+    lines += [(f"Memory a rank: {part.name}", size(part.bytes)) for part in plan.memory]
+    return [*lines, ("Memory a rank in all", size(plan.memory_bytes))] if plan.memory_bytes else lines
+
+
+def size(count: int) -> str:
+    """Bytes in words: `1.5 GiB`."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def _attempt_line(number: int, report: Report) -> dict[str, Any]:
+    if report.failure is not None:
+        end = f"{report.failure.failure_class}: {report.failure.sentence}"
+    else:
+        end = "done" if report.done else f"not ended ({report.activity or 'no word'})"
+    if report.resumed_from_step is not None:
+        end = f"went on from step {report.resumed_from_step}; {end}"
+    return {"stage": report.stage.value, "number": number, "end": end}
+
+
+def flat(value_: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested values as lines: `model.commit`, `abc`. Empty ones are left out."""
+    if isinstance(value_, dict):
+        return [line for key, inner in value_.items() for line in flat(inner, f"{name}.{key}" if name else str(key))]
+    return [(name, str(value_))] if value_ not in (None, "", []) else []
+
+
+def _distinct(sentences: Any) -> list[str]:
+    return list(dict.fromkeys(sentences))
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _lower(words: str) -> str:
+    return words if words.startswith("TF-IDF") else words[:1].lower() + words[1:]

@@ -1,0 +1,402 @@
+"""The Evaluate stage: export and base answer the same held-out rows; results, predictions and a page are written.
+
+No FSDP: each process holds a replica and takes a share of the rows. Nothing here may change `export/`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune_api.report import FailureClass, Progress, Report, Results
+from finetune_api.spec import Method, Task
+from finetune_trainer.context import RunContext
+from finetune_trainer.data.chat import ChatFormat
+from finetune_trainer.data.evaluation_rows import EvaluationRow, read_baseline, read_evaluation
+from finetune_trainer.data.manifest import MANIFEST_FILE, PreparedManifest
+from finetune_trainer.evaluate import baselines
+from finetune_trainer.evaluate.answers import Settings, answer_rows, closed
+from finetune_trainer.evaluate.bootstrap import STATEMENT
+from finetune_trainer.evaluate.compare import Answered, Compared, compare
+from finetune_trainer.evaluate.gate import decide_gate
+from finetune_trainer.evaluate.generation import greedy_answers
+from finetune_trainer.evaluate.likelihood import Budget, has_virtual_tokens, tree_disagreement
+from finetune_trainer.evaluate.metrics import EXTRA, OWN, Answer
+from finetune_trainer.evaluate.models import Source, Variant, fits_on_one_device, manifest_source, opened_both
+from finetune_trainer.evaluate.page.build import Prompted, Story, write_page
+from finetune_trainer.evaluate.ranks import Ranks
+from finetune_trainer.exported import export_digest
+from finetune_trainer.failures import TrainerError, write_json
+from finetune_trainer.model.device import choose_precision
+from finetune_trainer.reports import read_metrics, read_reports
+from finetune_trainer.versions import versions
+
+log = logging.getLogger(__name__)
+
+CPU_BUDGET = Budget(tokens=2048, logits=64_000_000)
+GPU_BUDGET = Budget(tokens=32_768, logits=1_000_000_000)
+TREE_TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-2, torch.bfloat16: 1.0, torch.float16: 0.5}
+"""Largest difference in a summed log-probability between both ways of scoring; a leak gives far more."""
+
+Key = tuple[str, str]
+"""Who answered (`tuned`, `base`, `few-shot`) and to which dataset."""
+
+
+@dataclass
+class Asked:
+    """Everything that is put to the models."""
+
+    manifest: PreparedManifest
+    rows: dict[str, list[EvaluationRow]]
+    prompts: list[str]
+    few_shot: bool
+    own: dict[str, list[int]] = field(default_factory=dict)
+    """Rows of each dataset that this rank answers."""
+
+
+def run(context: RunContext) -> None:
+    """Measure `export/` against what it started from and say whether it is better."""
+    spec = context.config.spec
+    with Ranks(context.rank, context.world_size) as ranks:
+        context.reporter.activity("reading the held-out rows")
+        manifest = _manifest(context)
+        digest = _digest_of_export(context)
+        source = _source(context, manifest, ranks)
+        asked = _asked(context, manifest)
+        if source.device_map and ranks.rank:
+            asked.own = {name: [] for name in asked.rows}
+        else:
+            alone = Ranks(0, 1) if source.device_map else ranks
+            asked.own = {name: alone.share([_size(row) for row in rows]) for name, rows in asked.rows.items()}
+        answers, prompted = _all_answers(context, source, asked)
+        everyone = ranks.gather(answers)
+        if ranks.rank:
+            return
+    answered = _put_together(asked, everyone, baseline=spec.evaluation.baseline)
+    context.reporter.activity("comparing")
+    _add_baselines(context, answered)
+    compared = compare(answered, spec.evaluation.metrics)
+    _warn_of_metrics_without_effect(context, manifest)
+    metrics = [one.result for one in compared]
+    gate = decide_gate(spec.evaluation.gate, metrics, baseline=spec.evaluation.baseline)
+    results = Results(split=manifest.evaluation_split, metrics=metrics, gate=gate, export_digest=digest)
+    story = Story(
+        context.config,
+        manifest,
+        results,
+        answered,
+        compared,
+        prompted,
+        _reports(context),
+        read_metrics(context.metrics_file),
+        _origin(context, manifest, source, digest),
+        datetime.now(UTC),
+    )
+    _write(context, story)
+    context.reporter.done(results=results, origin=story.origin)
+    log.info("%s", gate.sentence)
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------
+
+
+def _manifest(context: RunContext) -> PreparedManifest:
+    try:
+        return PreparedManifest.read(context.prepared)
+    except (OSError, ValueError) as error:
+        raise TrainerError(
+            FailureClass.BAD_DATA,
+            f"The prepared data cannot be read ({type(error).__name__}): run the Prepare stage again.",
+            str(context.prepared / MANIFEST_FILE),
+        ) from error
+
+
+def _digest_of_export(context: RunContext) -> str:
+    if not (context.export / "config.json").exists() and not (context.export / "adapter_config.json").exists():
+        raise TrainerError(
+            FailureClass.BAD_DATA,
+            f"There is no exported model in {context.export}: the Train stage has to end first.",
+            "export",
+        )
+    return export_digest(context.export) if context.rank == 0 else ""
+
+
+def _source(context: RunContext, manifest: PreparedManifest, ranks: Ranks) -> Source:
+    spec = context.config.spec
+    device = torch.device("cuda", context.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    dtype, choice = choose_precision(spec.training.precision, device)
+    context.reporter.choose("evaluation.precision", choice.value, choice.why)
+    asked = spec.tuning.quantization.compute_dtype
+    source = manifest_source(
+        manifest,
+        context.export,
+        spec.tuning.method,
+        dtype,
+        device,
+        compute_dtype=dtype if asked == "auto" else getattr(torch, asked),
+        trust_remote_code=spec.model.trust_remote_code,
+    )
+    weights = source.base_directory if source.is_adapter else source.export
+    if fits_on_one_device(weights, dtype, device):
+        return source
+    context.reporter.choose("evaluation.devices", "spread", "the weights do not fit on one GPU of this node")
+    return manifest_source(
+        manifest,
+        context.export,
+        spec.tuning.method,
+        dtype,
+        device,
+        compute_dtype=source.compute_dtype,
+        trust_remote_code=source.trust_remote_code,
+        device_map="auto",
+    )
+
+
+def _asked(context: RunContext, manifest: PreparedManifest) -> Asked:
+    spec = context.config.spec
+    rows = {}
+    for dataset in manifest.datasets:
+        path = context.prepared / "evaluation" / f"{dataset.name}.jsonl"
+        rows[dataset.name] = _drawn(
+            list(read_evaluation(path)) if path.exists() else [], spec.evaluation.max_rows, spec.split.seed
+        )
+        if not rows[dataset.name]:
+            context.reporter.warn(f"Dataset {dataset.name} has no held-out rows: nothing is said about it.")
+    few_shot = any(row.few_shot_prompt_ids for of_one in rows.values() for row in of_one[:1])
+    return Asked(manifest, rows, spec.evaluation.prompts, few_shot)
+
+
+def _drawn(rows: list[EvaluationRow], max_rows: int | None, seed: int) -> list[EvaluationRow]:
+    """At most `max_rows` rows, drawn with the seed, in their own order."""
+    if max_rows is None or len(rows) <= max_rows:
+        return rows
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:max_rows]
+    return [rows[i] for i in sorted(chosen.tolist())]
+
+
+def _size(row: EvaluationRow) -> int:
+    return len(row.prompt_ids) + len(row.ids) + sum(len(ids) for ids in row.candidate_ids or ())
+
+
+# -- answers ----------------------------------------------------------------------------------------------------
+
+
+def _all_answers(
+    context: RunContext, source: Source, asked: Asked
+) -> tuple[dict[Key, list[tuple[int, Answer]]], list[Prompted]]:
+    """This rank's answers by who and dataset, and the free prompts as answered by both (rank 0)."""
+    from transformers import AutoTokenizer
+
+    spec = context.config.spec
+    answers: dict[Key, list[tuple[int, Answer]]] = {}
+    prompted: dict[Variant, list[str]] = {}
+    if source.device_map and context.rank:
+        return answers, []
+    tokenizer = AutoTokenizer.from_pretrained(source.export, trust_remote_code=source.trust_remote_code)
+    progress = _RowProgress(context, asked, variants=(2 if spec.evaluation.baseline else 1) + asked.few_shot)
+    context.reporter.activity("loading the model")
+    for variant, model in opened_both(source, base=spec.evaluation.baseline):
+        settings = _settings(context, variant, model, asked, source)
+        few_shots = (False, True) if variant == "base" and asked.few_shot else (False,)
+        for few_shot in few_shots:
+            who = baselines.FEW_SHOT if few_shot else variant
+            context.reporter.activity(f"scoring the {'base model with examples' if few_shot else variant + ' model'}")
+            for name, rows in asked.rows.items():
+                own = asked.own[name]
+                given = answer_rows(
+                    model, tokenizer, [rows[i] for i in own], settings, few_shot=few_shot, done=progress.add
+                )
+                answers[who, name] = list(zip(own, given, strict=True))
+        if context.rank == 0 and asked.prompts:
+            prompted[variant] = _answers_to_prompts(model, tokenizer, asked.prompts, settings)
+    both = zip(
+        asked.prompts, prompted.get("base", [None] * len(asked.prompts)), prompted.get("tuned", []), strict=False
+    )
+    return answers, [Prompted(prompt, base, tuned) for prompt, base, tuned in both]
+
+
+def _settings(context: RunContext, variant: Variant, model: Any, asked: Asked, source: Source) -> Settings:
+    """How this model is best asked; the faster way of scoring only where it agrees with the plain one."""
+    budget = GPU_BUDGET if source.device.type == "cuda" else CPU_BUDGET
+    settings = Settings(context.config.spec.evaluation.max_new_tokens, budget)
+    rows = [closed(row) for of_one in asked.rows.values() for row in of_one[:1] if row.candidate_ids]
+    if not rows:
+        return settings
+    if has_virtual_tokens(model):
+        trees, why = False, "a soft prompt or prefix stands before the input"
+    else:
+        difference = tree_disagreement(model, rows)
+        trees = difference <= TREE_TOLERANCE[source.dtype]
+        why = f"differs from one sequence a candidate by {difference:.2g}"
+    context.reporter.choose(f"evaluation.scoring.{variant}", "tree" if trees else "one sequence a candidate", why)
+    return Settings(settings.max_new_tokens, budget, trees)
+
+
+def _answers_to_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], settings: Settings) -> list[str]:
+    chat = ChatFormat(tokenizer)
+    ids = [chat.prompt([{"role": "user", "content": prompt}])[1] for prompt in prompts]
+    return greedy_answers(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=settings.max_new_tokens,
+        tokens_a_batch=4 * settings.budget.tokens,
+    )
+
+
+class _RowProgress:
+    """Rows answered so far by all ranks, estimated from this one's."""
+
+    def __init__(self, context: RunContext, asked: Asked, variants: int) -> None:
+        self._context = context
+        self._total = variants * sum(len(rows) for rows in asked.rows.values())
+        own = variants * sum(len(rows) for rows in asked.own.values())
+        self._rows_a_own = self._total / own if own else 1.0
+        self._done = 0
+        self._start = time.monotonic()
+
+    def add(self, rows: int) -> None:
+        self._done += rows
+        step = min(self._total, round(self._done * self._rows_a_own))
+        left = (time.monotonic() - self._start) * (self._total - step) / step if step else None
+        self._context.reporter.progress(
+            Progress(step=step, total=self._total, unit="rows", eta_seconds=None if left is None else round(left))
+        )
+
+
+# -- results ----------------------------------------------------------------------------------------------------
+
+
+def _put_together(
+    asked: Asked, everyone: Sequence[dict[Key, list[tuple[int, Answer]]]], *, baseline: bool
+) -> list[Answered]:
+    whole: dict[Key, dict[int, Answer]] = {}
+    for answers in everyone:
+        for key, pairs in answers.items():
+            whole.setdefault(key, {}).update(pairs)
+
+    def of(who: str, name: str) -> list[Answer]:
+        found = whole[who, name]
+        return [found[i] for i in range(len(asked.rows[name]))]
+
+    answered = []
+    for dataset in asked.manifest.datasets:
+        rows = asked.rows[dataset.name]
+        if not rows:
+            continue
+        few_shot = baseline and any(row.few_shot_prompt_ids for row in rows)
+        answered.append(
+            Answered(
+                dataset.name,
+                dataset.task,
+                rows,
+                of("tuned", dataset.name),
+                of("base", dataset.name) if baseline else None,
+                {baselines.FEW_SHOT: of(baselines.FEW_SHOT, dataset.name)} if few_shot else {},
+            )
+        )
+    if not answered:
+        raise TrainerError(
+            FailureClass.BAD_DATA,
+            "There are no held-out rows to evaluate on. Raise split.validation or split.test, "
+            "or name a test split in datasets[].splits.",
+            "split",
+        )
+    return answered
+
+
+def _add_baselines(context: RunContext, answered: Sequence[Answered]) -> None:
+    for dataset in answered:
+        path = context.prepared / "baseline" / f"{dataset.name}.jsonl"
+        if dataset.task is Task.CLASSIFICATION and path.exists():
+            dataset.baselines.update(baselines.classification_baselines(list(read_baseline(path)), dataset.rows))
+
+
+def _warn_of_metrics_without_effect(context: RunContext, manifest: PreparedManifest) -> None:
+    tasks = {dataset.task for dataset in manifest.datasets}
+    measured = {name for task in tasks for name in OWN[task]}
+    for asked in context.config.spec.evaluation.metrics:
+        names, of_tasks = EXTRA[asked]
+        if not tasks & of_tasks and not set(names) & measured:
+            wanted = ", ".join(sorted(of_tasks))
+            context.reporter.warn(f"evaluation.metrics: {asked} is measured on {wanted}; this job has no such dataset.")
+
+
+def _reports(context: RunContext) -> list[tuple[int, Report]]:
+    """All reports so far; this attempt's own as it stands now."""
+    earlier = [(n, report) for n, report in read_reports(context.reports) if report.attempt != context.attempt.id]
+    return [*earlier, (context.attempt.number, context.reporter.report)]
+
+
+def _write(context: RunContext, story: Story) -> None:
+    context.evaluation.mkdir(parents=True, exist_ok=True)
+    write_json(context.evaluation / "details.json", _details(story.compared))
+    aside = context.evaluation / ".predictions.jsonl"
+    with aside.open("w", encoding="utf-8") as file:
+        for dataset in story.answered:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(dataset))
+    aside.replace(context.evaluation / "predictions.jsonl")
+    write_page(context.evaluation / "report.html", story)
+    # Last: whoever finds the results finds everything else.
+    write_json(context.evaluation / "results.json", story.results.to_wire())
+
+
+def _details(compared: Sequence[Compared]) -> dict[str, Any]:
+    lines = [
+        {
+            "dataset": one.result.dataset,
+            "metric": one.result.metric,
+            "rows": one.result.rows,
+            "primary": one.result.primary,
+            "values": {who: value.to_wire() for who, value in one.values.items()},
+            "tunedMinus": {who: value.to_wire() for who, value in one.lead.items()},
+        }
+        for one in compared
+    ]
+    return {"intervals": STATEMENT, "metrics": lines}
+
+
+def _predictions(dataset: Answered) -> list[dict[str, Any]]:
+    lines = []
+    for index, row in enumerate(dataset.rows):
+        base = dataset.base[index] if dataset.base is not None else None
+        line: dict[str, Any] = {"id": row.id, "dataset": dataset.name, "prompt": row.prompt}
+        line["gold"] = row.candidates[row.gold or 0] if row.candidates else (row.answers or None)
+        line["base"], line["tuned"] = _spoken(base), _spoken(dataset.tuned[index])
+        line |= {name: _spoken(answers[index]) for name, answers in dataset.baselines.items()}
+        lines.append(line)
+    return lines
+
+
+def _spoken(answer: Answer | None) -> dict[str, Any] | str | None:
+    if answer is None:
+        return None
+    if answer.scores:
+        return {"answer": answer.text, "scores": [round(score, 5) for score in answer.scores]}
+    if answer.tokens:
+        return {"loss": answer.nll / answer.tokens, "tokens": answer.tokens}
+    return answer.text
+
+
+def _origin(context: RunContext, manifest: PreparedManifest, source: Source, digest: str) -> dict[str, Any]:
+    return {
+        "model": {"source": manifest.model.source, "commit": manifest.model.commit, "digest": manifest.model.digest},
+        "datasets": {dataset.name: dataset.source for dataset in manifest.datasets},
+        "prepared": manifest.digest,
+        "export": digest,
+        "precision": str(source.dtype).removeprefix("torch."),
+        "quantized": source.is_adapter and source.method is Method.QLORA,
+        "device": torch.cuda.get_device_name() if source.device.type == "cuda" else "cpu",
+        "ranks": context.world_size,
+        "intervals": STATEMENT,
+        "seed": context.config.spec.split.seed,
+        "versions": versions(),
+    }
