@@ -1,0 +1,244 @@
+"""Small prepared jobs, and ranks that train them: processes forked from a server that has torch imported already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.process
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune_api.base import Stage
+from finetune_api.report import Report
+from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
+from finetune_api.spec import FineTuneJobSpec, Task
+from finetune_trainer.data.documents import DocumentWriter
+from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, PreparedModel, Span
+
+PAD, END = 3, 2
+VOCABULARY = 260
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.trainer.train.preloaded"])
+
+
+@dataclass
+class DatasetOf:
+    """One dataset of a job: documents of these many tokens, the last `labelled` of them labelled."""
+
+    name: str
+    lengths: Sequence[int]
+    labelled: int | None = None
+    task: Task = Task.CLASSIFICATION
+    weight: float = 1.0
+    loss_weight: float = 1.0
+
+
+@dataclass
+class Job:
+    """A job that is prepared and can be trained, attempt after attempt."""
+
+    root: Path
+    model: Path
+    spec: dict[str, Any]
+    attempts: int = 0
+    attempt_fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.root / "run"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Published checkpoints."""
+        return self.run / "checkpoints"
+
+    def configure(self, **spec: Any) -> None:
+        """Write the run config, with these blocks of the spec changed."""
+        self.spec = {**self.spec, **spec}
+        config = RunConfig(
+            job=JobRef(namespace="default", name="job", uid="uid-1"),
+            spec=resolve(FineTuneJobSpec.model_validate(self.spec)),
+            paths=Paths(run=str(self.run), cache=str(self.root / "cache"), source=str(self.root)),
+        )
+        self.run.mkdir(parents=True, exist_ok=True)
+        (self.run / "run-config.json").write_text(config.model_dump_json(by_alias=True))
+
+    def report(self) -> Report:
+        """What the newest attempt said."""
+        return Report.model_validate_json((self.run / "reports" / f"train-{self.attempts}.json").read_text())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The curve: one row a step."""
+        rows = map(json.loads, (self.run / "metrics" / "train.jsonl").read_text().splitlines())
+        return [row for row in rows if "loss" in row]
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The validation rows."""
+        rows = map(json.loads, (self.run / "metrics" / "train.jsonl").read_text().splitlines())
+        return [row for row in rows if "validation" in row]
+
+    def losses(self) -> list[float]:
+        """Training losses, step by step."""
+        return [row["loss"] for row in self.rows()]
+
+    def export_digest(self) -> str:
+        """sha256 over the exported weights."""
+        digest = hashlib.sha256()
+        for file in sorted((self.run / "export").rglob("*.safetensors")):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def saved(self) -> list[int]:
+        """Steps of the published checkpoints."""
+        return sorted(int(path.name[5:]) for path in self.checkpoints.glob("step-????????"))
+
+
+def make_job(root: Path, model: Path, datasets: Sequence[DatasetOf], *, validation: int = 6, **spec: Any) -> Job:
+    """Prepare a job with random documents of the given lengths; `spec` are blocks such as `training={...}`."""
+    random = np.random.default_rng(7)
+    prepared = root / "run" / "prepared"
+    for split in ("train", "validation"):
+        with DocumentWriter(prepared / split) as writer:
+            for index, dataset in enumerate(datasets):
+                lengths = dataset.lengths if split == "train" else list(dataset.lengths)[:validation]
+                for row, length in enumerate(lengths):
+                    labelled = min(dataset.labelled or length // 2, length - 1)
+                    ids = random.integers(4, VOCABULARY, length)
+                    ids[-labelled:] = 10 + 7 * index  # something that can be learnt
+                    positions = np.arange(length - labelled - 1, length - 1)
+                    writer.add(ids, positions, ids[positions + 1], dataset=index, row=row)
+    tokens = sum(sum(dataset.lengths) for dataset in datasets)
+    span = Span(documents=sum(len(d.lengths) for d in datasets), tokens=tokens, labelled=0, longest=0)
+    PreparedManifest(
+        config_digest="c",
+        model=PreparedModel(directory=str(model), source="tiny", digest="digest-of-the-base"),
+        tokenizer=str(model),
+        pad_token_id=PAD,
+        end_token_ids=[END],
+        datasets=[
+            PreparedDataset(
+                index=i,
+                name=d.name,
+                task=d.task,
+                source="made",
+                train=len(d.lengths),
+                validation=min(validation, len(d.lengths)),
+                test=0,
+                weight=d.weight,
+                loss_weight=d.loss_weight,
+            )
+            for i, d in enumerate(datasets)
+        ],
+        train=span,
+        validation=span,
+        evaluation_split="validation",
+        digest="digest-of-the-data",
+    ).write(prepared)
+    (prepared / "tokenizer").mkdir(exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (model / file).exists():
+            (prepared / "tokenizer" / file).write_bytes((model / file).read_bytes())
+    wire: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "datasets": [
+            {"name": d.name, "path": "rows.jsonl", "task": d.task, "weight": d.weight, "lossWeight": d.loss_weight}
+            for d in datasets
+        ],
+        "tuning": {"method": "lora", "lora": {"rank": 4}},
+        "topology": {"gpusPerNode": 0},
+        "checkpoint": {"everyMinutes": 1000},
+    }
+    job = Job(root, model, {**wire, **spec})
+    job.configure()
+    return job
+
+
+Hook = Callable[[], None]
+
+
+@dataclass
+class Ranks:
+    """The processes of one attempt."""
+
+    processes: list[multiprocessing.process.BaseProcess]
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Their exit codes; kills what is left after the time."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return [process.exitcode or 0 for process in self.processes]
+
+    def kill(self) -> None:
+        """SIGKILL all of them."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def start(job: Job, ranks: int = 1, hook: Hook | None = None, **attempt: Any) -> Ranks:
+    """Start the next attempt on so many ranks; `hook` (importable) runs in each before training."""
+    job.attempts += 1
+    fields = {"startupSeconds": 60, "hangSeconds": 60, "microBatchTokens": 96, **job.attempt_fields, **attempt}
+    wire = Attempt(uid="uid-1", stage=Stage.TRAIN, number=job.attempts, **_snake(fields)).model_dump_json(by_alias=True)
+    port = _free_port()
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            "FINETUNE_RUN_CONFIG": str(job.run / "run-config.json"),
+            "FINETUNE_ATTEMPT": wire,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        process = FORKED.Process(target=train_rank, args=(environment, hook), daemon=True)
+        process.start()
+        processes.append(process)
+    return Ranks(processes)
+
+
+def train(job: Job, ranks: int = 1, hook: Hook | None = None, **attempt: Any) -> list[int]:
+    """One attempt from start to end; the ranks' exit codes."""
+    return start(job, ranks, hook, **attempt).wait()
+
+
+def train_rank(environment: Mapping[str, str], hook: Hook | None) -> None:
+    """What one process does."""
+    os.environ.update(environment)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    if hook is not None:
+        hook()
+    from finetune_trainer.__main__ import main
+
+    code = main(["train"])
+    os._exit(code)
+
+
+def _snake(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"".join(f"_{c.lower()}" if c.isupper() else c for c in key): value for key, value in fields.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
