@@ -14,8 +14,12 @@ from .harness.fake_kubelet import FAKE_NODE_LABEL, FakeKubelet
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Build the programs before the first test: a build takes minutes, and a test's time-out would end it."""
-    needed = any("control_plane" in getattr(item, "fixturenames", ()) for item in items)
-    if needed and not is_given() and not config.option.collectonly and binaries.can_build():
+    fixtures = {name for item in items for name in getattr(item, "fixturenames", ())}
+    if config.option.collectonly or not binaries.can_build():
+        return
+    if "helm" in fixtures:
+        binaries.ensure("helm")
+    if "control_plane" in fixtures and not is_given():
         for name in binaries.CONTROL_PLANE:
             binaries.ensure(name)
         binaries.ensure_training_operator_manifests()

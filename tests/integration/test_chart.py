@@ -1,0 +1,365 @@
+"""The chart does what its README says, with the real Helm and a real API server."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from .harness import binaries
+from .harness.api import Api, ApiError, Resource
+from .harness.control_plane import ControlPlane
+from .harness.helm import CHART, Helm, HelmError
+from .harness.processes import wait_until
+
+pytestmark = pytest.mark.xdist_group("chart")
+
+NAME = "finetune-finetune-operator"
+FULL: Resource = {
+    "replicas": 2,
+    "pricePerGpuHour": {"A100-80GB": 1.8},
+    "trainJob": {"enabled": True},
+    "imagePullSecrets": [{"name": "registry"}],
+    "podLabels": {"team": "ml"},
+    "podAnnotations": {"note": "x"},
+    "nodeSelector": {"kubernetes.io/os": "linux"},
+    "tolerations": [{"operator": "Exists"}],
+    "priorityClassName": "system-cluster-critical",
+    "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    "networkPolicy": {"restrictEgress": True, "metricsFrom": [{"namespaceSelector": {}}]},
+    "metrics": {
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+        "dashboard": {"enabled": True},
+    },
+    "serviceAccount": {"annotations": {"a": "b"}},
+}
+NAMESPACED: Resource = {"namespaces": ["ml", "research"], "crd": {"install": False}, "rbac": {"aggregate": False}}
+MONITORING_KINDS = {"ServiceMonitor", "PrometheusRule"}
+
+
+@pytest.fixture(scope="session")
+def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """Helm without a cluster."""
+    try:
+        binaries.ensure("helm")
+    except binaries.BinaryUnavailableError as problem:
+        pytest.skip(str(problem))
+    return Helm(tmp_path_factory.mktemp("helm"))
+
+
+@pytest.fixture
+def release(control_plane: ControlPlane, helm: Helm, tmp_path: Path) -> Iterator[tuple[Helm, str]]:
+    """A namespace that enforces `restricted`, into which a test installs the chart."""
+    namespace = control_plane.create_namespace("ops", {"pod-security.kubernetes.io/enforce": "restricted"})
+    installer = Helm(tmp_path, control_plane.kubeconfig)
+    yield installer, namespace
+    installer.uninstall(namespace)
+    control_plane.delete_namespace(namespace)
+
+
+def fine_tune_job(name: str = "live") -> Resource:
+    return {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"repo": "acme/base"},
+            "datasets": [{"name": "claims", "repo": "acme/claims", "task": "classification"}],
+            "tuning": {"method": "lora"},
+        },
+    }
+
+
+def the(manifests: list[Resource], kind: str, name: str = NAME) -> Resource:
+    (found,) = [m for m in manifests if m["kind"] == kind and m["metadata"]["name"] == name]
+    return found
+
+
+# Rendering ------------------------------------------------------------------------------------------------
+
+
+def test_helm_finds_nothing_to_complain_about(helm: Helm) -> None:
+    assert "0 chart(s) failed" in helm("lint", CHART, "--strict")
+
+
+@pytest.mark.parametrize("values", [{}, NAMESPACED, FULL], ids=["default", "namespaced", "everything"])
+def test_every_object_carries_its_labels_and_its_place(helm: Helm, values: Resource) -> None:
+    manifests = helm.template(values)
+    for manifest in manifests:
+        metadata = manifest["metadata"]
+        assert metadata["labels"]["app.kubernetes.io/name"] == "finetune-operator", metadata
+        cluster_wide = manifest["kind"].startswith(("ClusterRole", "CustomResource"))
+        assert ("namespace" in metadata) is not cluster_wide, metadata
+    names = [(m["kind"], m["metadata"].get("namespace"), m["metadata"]["name"]) for m in manifests]
+    assert len(names) == len(set(names))
+
+
+def test_named_namespaces_get_roles_and_nothing_reaches_further(helm: Helm) -> None:
+    manifests = helm.template(NAMESPACED)
+    assert not [m for m in manifests if m["kind"].startswith(("ClusterRole", "CustomResource"))]
+    places = [m["metadata"]["namespace"] for m in manifests if m["kind"] == "Role" and m["metadata"]["name"] == NAME]
+    assert places == ["ml", "research"]
+    assert environment(the(manifests, "Deployment"))["FINETUNE_NAMESPACES"] == "ml,research"
+
+
+def test_an_image_is_named_by_tag_digest_or_the_version_of_the_chart(helm: Helm) -> None:
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    digest = "sha256:" + "a" * 64
+    for image, expected in [
+        ({}, f"finetune-operator:{version}"),
+        ({"repository": "r.example/ml/op", "tag": "7"}, "r.example/ml/op:7"),
+        ({"tag": "7", "digest": digest}, f"finetune-operator@{digest}"),
+    ]:
+        deployment = the(helm.template({"image": image}), "Deployment")
+        assert container(deployment)["image"] == expected
+    beside = the(helm.template({"image": {"repository": "r.example/ml/op"}}), "Deployment")
+    assert environment(beside)["FINETUNE_TRAINER_IMAGE"] == f"r.example/ml/finetune-trainer:{version}"
+    given = the(helm.template({"trainerImage": "r.example/t@sha256:b"}), "Deployment")
+    assert environment(given)["FINETUNE_TRAINER_IMAGE"] == "r.example/t@sha256:b"
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"replica": 2}, "replica"),
+        ({"replicas": -1}, "/replicas"),
+        ({"replicas": "two"}, "/replicas"),
+        ({"namespaces": "ml"}, "/namespaces"),
+        ({"namespaces": ["ML"]}, "/namespaces/0"),
+        ({"namespaces": ["ml", "ml"]}, "/namespaces"),
+        ({"workers": 0}, "/workers"),
+        ({"log": {"level": "loud"}}, "/log/level"),
+        ({"image": {"digest": "latest"}}, "/image/digest"),
+        ({"pricePerGpuHour": {"A100": "1.80"}}, "/pricePerGpuHour/A100"),
+        ({"metrics": {"port": 80}}, "/metrics/port"),
+        ({"metrics": {"serviceMonitor": {"enable": True}}}, "enable"),
+        ({"networkPolicy": {"apiServerPorts": []}}, "/networkPolicy/apiServerPorts"),
+        ({"crd": {"install": "yes"}}, "/crd/install"),
+        ({"extraEnv": [{"value": "x"}]}, "/extraEnv/0"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_named(helm: Helm, values: Resource, named: str) -> None:
+    with pytest.raises(HelmError) as refused:
+        helm.template(values)
+    assert "values don't meet the specifications of the schema" in str(refused.value)
+    assert named in str(refused.value)
+
+
+def test_alerts_are_valid_promql_and_say_what_to_do(helm: Helm) -> None:
+    rule = the(helm.template(FULL), "PrometheusRule")
+    alerts = [alert for group in rule["spec"]["groups"] for alert in group["rules"]]
+    assert len({alert["alert"] for alert in alerts}) == len(alerts) >= 6
+    for alert in alerts:
+        promql_parser.parse(alert["expr"])
+        assert alert["labels"]["severity"] in {"critical", "warning", "info"}
+        assert alert["annotations"]["summary"]
+        assert alert["annotations"]["description"]
+
+
+def test_the_alert_on_a_silent_operator_looks_at_this_release(helm: Helm) -> None:
+    manifests = helm.template(FULL)
+    rules = the(manifests, "PrometheusRule")["spec"]["groups"][0]["rules"]
+    down = next(rule for rule in rules if rule["alert"] == "FinetuneOperatorDown")
+    service = the(manifests, "Service", f"{NAME}-metrics")["metadata"]
+    assert f'job="{service["name"]}", namespace="{service["namespace"]}"' in down["expr"]
+
+
+def environment(deployment: Resource) -> dict[str, Any]:
+    return {variable["name"]: variable.get("value") for variable in container(deployment)["env"]}
+
+
+def container(deployment: Resource) -> Resource:
+    (only,) = deployment["spec"]["template"]["spec"]["containers"]
+    found: Resource = only
+    return found
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("finetune_operator.settings") is None, reason="`finetune operator` is not there yet"
+)
+def test_every_variable_that_the_chart_sets_is_one_that_the_operator_reads(helm: Helm) -> None:
+    from finetune_operator.settings import Settings
+
+    known = {f"FINETUNE_{name.upper()}" for name in getattr(Settings, "model_fields", Settings.__annotations__)}
+    assert set(environment(the(helm.template(), "Deployment"))) <= known
+
+
+# On an API server -----------------------------------------------------------------------------------------
+
+
+def test_the_chart_installs_into_a_restricted_namespace(control_plane: ControlPlane, release: tuple[Helm, str]) -> None:
+    helm, namespace = release
+    values = {**FULL, "metrics": {"dashboard": {"enabled": True}}}
+    assert "serves all namespaces" in helm.install(namespace, values)
+    api = control_plane.api
+    template = api.get("Deployment", NAME, namespace)["spec"]["template"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"], "name": "probe"}}
+    # What the ReplicaSet controller would do: Pod Security Admission refuses a pod that is not restricted.
+    api.apply({**pod, "spec": template["spec"]}, namespace, dry_run=True)
+    assert api.get("PodDisruptionBudget", NAME, namespace)["spec"]["maxUnavailable"] == 1
+    job = api.create(fine_tune_job(), namespace)
+    assert job["spec"]["training"]["epochs"] >= 1  # filled in by the CRD
+
+
+def test_an_upgrade_changes_the_crd_and_keeps_live_jobs(
+    control_plane: ControlPlane, release: tuple[Helm, str], tmp_path: Path
+) -> None:
+    helm, namespace = release
+    helm.install(namespace)
+    before = control_plane.api.create(fine_tune_job(), namespace)
+    newer = shutil.copytree(CHART, tmp_path / "newer")
+    crd = yaml.safe_load((newer / "files" / "crd.yaml").read_text())
+    (version,) = crd["spec"]["versions"]
+    version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]["novelty"] = {"type": "string"}
+    (newer / "files" / "crd.yaml").write_text(yaml.safe_dump(crd))
+    try:
+        helm.install(namespace, chart=newer)
+
+        def novelty_is_kept() -> bool:
+            answer = control_plane.api.patch(before, {"status": {"novelty": "yes"}}, "status")
+            return answer["status"].get("novelty") == "yes"
+
+        wait_until(novelty_is_kept, "the new schema to be served")
+        after = control_plane.api.get("FineTuneJob", "live", namespace)
+        assert after["metadata"]["uid"] == before["metadata"]["uid"]
+        assert after["spec"] == before["spec"]
+    finally:
+        helm.install(namespace)
+
+
+def test_an_uninstall_leaves_the_crd_and_the_jobs_and_can_be_taken_back(
+    control_plane: ControlPlane, release: tuple[Helm, str]
+) -> None:
+    helm, namespace = release
+    helm.install(namespace)
+    before = control_plane.api.create(fine_tune_job(), namespace)
+    helm.uninstall(namespace)
+    assert control_plane.api.find("Deployment", NAME, namespace) is None
+    assert control_plane.api.find("ClusterRole", f"{namespace}-{NAME}") is None
+    assert control_plane.api.refresh(before) is not None
+    helm("install", "finetune", CHART, "-n", namespace)  # the CRD is its own: nothing to take over
+    assert control_plane.api.refresh(before) is not None
+
+
+ALLOWED_AND_DENIED = [
+    ("list", "finetune.dev", "finetunejobs", "", True),
+    ("watch", "finetune.dev", "finetunejobs", "", True),
+    ("update", "finetune.dev", "finetunejobs", "status", True),
+    ("update", "finetune.dev", "finetunejobs", "finalizers", True),
+    ("update", "finetune.dev", "finetunejobs", "", False),
+    ("patch", "finetune.dev", "finetunejobs", "", False),
+    ("create", "finetune.dev", "finetunejobs", "", False),
+    ("delete", "finetune.dev", "finetunejobs", "", False),
+    ("create", "batch", "jobs", "", True),
+    ("delete", "batch", "jobs", "", True),
+    ("patch", "batch", "jobs", "", False),
+    ("create", "kubeflow.org", "pytorchjobs", "", True),
+    ("delete", "kubeflow.org", "pytorchjobs", "", True),
+    ("patch", "kubeflow.org", "pytorchjobs", "", False),
+    ("create", "trainer.kubeflow.org", "trainjobs", "", False),
+    ("list", "", "pods", "", True),
+    ("create", "", "pods", "", False),
+    ("create", "", "pods", "exec", False),
+    ("get", "", "pods", "log", False),
+    ("patch", "", "configmaps", "", True),
+    ("update", "", "configmaps", "", False),
+    ("create", "", "serviceaccounts", "", True),
+    ("create", "", "serviceaccounts", "token", False),
+    ("create", "rbac.authorization.k8s.io", "roles", "", True),
+    ("bind", "rbac.authorization.k8s.io", "roles", "", False),
+    ("escalate", "rbac.authorization.k8s.io", "roles", "", False),
+    ("create", "rbac.authorization.k8s.io", "clusterroles", "", False),
+    ("create", "networking.k8s.io", "networkpolicies", "", True),
+    ("create", "", "persistentvolumeclaims", "", True),
+    ("get", "", "secrets", "", True),
+    ("list", "", "secrets", "", False),
+    ("watch", "", "secrets", "", False),
+    ("create", "", "secrets", "", False),
+    ("create", "events.k8s.io", "events", "", True),
+    ("impersonate", "", "users", "", False),
+]
+
+
+def may(api: Api, namespace: str, verb: str, group: str, resource: str, sub: str, place: str) -> bool:
+    attributes = {"verb": verb, "group": group, "resource": resource, "subresource": sub, "namespace": place}
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "metadata": {},
+        "spec": {"user": f"system:serviceaccount:{namespace}:{NAME}", "resourceAttributes": attributes},
+    }
+    answer = api.request("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
+    return bool(answer["status"]["allowed"])
+
+
+def test_an_operator_for_the_cluster_may_do_what_the_contract_allows_and_nothing_else(
+    control_plane: ControlPlane, release: tuple[Helm, str]
+) -> None:
+    helm, namespace = release
+    helm.install(namespace)
+    api = control_plane.api
+    wait_until(lambda: may(api, namespace, "list", "finetune.dev", "finetunejobs", "", "default"), "the role to count")
+    for verb, group, resource, sub, expected in ALLOWED_AND_DENIED:
+        for place in (namespace, "default"):
+            found = may(api, namespace, verb, group, resource, sub, place)
+            assert found is expected, (verb, group, resource, sub, place)
+    assert may(api, namespace, "create", "coordination.k8s.io", "leases", "", namespace)
+    assert not may(api, namespace, "create", "coordination.k8s.io", "leases", "", "default")
+    assert may(api, namespace, "get", "", "nodes", "", "")
+    assert not may(api, namespace, "patch", "", "nodes", "", "")
+
+
+def test_an_operator_of_named_namespaces_may_do_the_same_there_and_nothing_elsewhere(
+    control_plane: ControlPlane, release: tuple[Helm, str], namespace: str
+) -> None:
+    helm, own = release
+    helm.install(own, {"namespaces": [namespace]})
+    api = control_plane.api
+    wait_until(lambda: may(api, own, "list", "finetune.dev", "finetunejobs", "", namespace), "the role to count")
+    for verb, group, resource, sub, expected in ALLOWED_AND_DENIED:
+        assert may(api, own, verb, group, resource, sub, namespace) is expected, (verb, group, resource, sub)
+        for elsewhere in ("default", own, ""):
+            assert not may(api, own, verb, group, resource, sub, elsewhere), (verb, group, resource, sub, elsewhere)
+    assert not may(api, own, "get", "", "nodes", "", "")
+
+
+def test_the_operator_can_hand_on_the_right_to_patch_one_report_and_no_other_right(
+    control_plane: ControlPlane, release: tuple[Helm, str]
+) -> None:
+    helm, namespace = release
+    helm.install(namespace)
+    operator = Api(control_plane.kubeconfig_for(NAME, namespace))
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["live-report"], "verbs": ["patch"]}
+
+    def role(name: str, **changes: list[str]) -> Resource:
+        kind = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": name}}
+        return {**kind, "rules": [{**rule, **changes}]}
+
+    wait_until(lambda: may(control_plane.api, namespace, "patch", "", "configmaps", "", namespace), "the role to count")
+    operator.create(role("trainer"), namespace)
+    with pytest.raises(ApiError, match="attempting to grant RBAC permissions not currently held"):
+        operator.create(role("greedy", resources=["secrets"], verbs=["list"]), namespace)
+    with pytest.raises(ApiError, match="attempting to grant RBAC permissions not currently held"):
+        operator.create(role("writer", verbs=["update"]), namespace)
+
+
+def test_editors_of_a_namespace_may_create_jobs_and_viewers_may_read_them(
+    control_plane: ControlPlane, release: tuple[Helm, str]
+) -> None:
+    helm, namespace = release
+    helm.install(namespace)
+    api = control_plane.api
+
+    def verbs(role: str) -> set[str]:
+        rules = api.get("ClusterRole", role).get("rules") or []
+        return {verb for rule in rules if "finetunejobs" in rule.get("resources", ()) for verb in rule["verbs"]}
+
+    wait_until(lambda: {"create", "patch", "delete", "list"} <= verbs("edit"), "edit to include FineTuneJobs")
+    wait_until(lambda: verbs("view") == {"get", "list", "watch"}, "view to include FineTuneJobs")
