@@ -109,8 +109,7 @@ app = typer.Typer(
 
 @app.callback()
 def _finetune(debug: bool = typer.Option(False, "--debug", help="Show tracebacks.")) -> None:
-    if debug:
-        os.environ["FINETUNE_DEBUG"] = "1"
+    """Here for the help alone: `run_command_line` takes the option out wherever it stands."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
 EXIT_BAD_SPEC = 2
@@ -19,3 +21,8 @@ class UserError(Exception):
         super().__init__(sentence)
         self.sentence = sentence
         self.exit_code = exit_code
+
+
+def debugging() -> bool:
+    """Whether `--debug` was given: tracebacks and the trainer's own log are shown."""
+    return os.environ.get("FINETUNE_DEBUG") == "1"

@@ -308,3 +308,15 @@ def test_more_gpus_than_there_are_is_said_with_the_way_out(place: Place) -> None
     assert "--set topology.gpusPerNode=0" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (place.directory / "status.json").exists()
+
+
+def test_preview_passes_on_what_the_trainer_shows_and_leaves_nothing(place: Place) -> None:
+    shown = place.finetune("preview", "job.yaml", TMPDIR=str(place.root))
+    assert (shown.returncode, shown.stdout.strip()) == (0, "one tweet as tiny sees it")
+    assert not list(place.root.glob("finetune-*"))
+
+
+def test_preview_says_what_is_wrong_in_a_sentence(place: Place) -> None:
+    place.script(preview=[{"fail": "bad-spec", "sentence": "There is no column txt."}])
+    shown = place.finetune("preview", "job.yaml")
+    assert (shown.returncode, shown.stderr.strip()) == (2, "error: There is no column txt.")

@@ -184,6 +184,12 @@ def check_publish(process: Process, rank: int) -> int:
     return 0 if code is None else code
 
 
+def preview(process: Process, rank: int) -> int:
+    code = act(process, process.behaviour("preview"))
+    print(f"one tweet as {process.config['job']['name']} sees it")
+    return 0 if code is None else code
+
+
 def publish(process: Process, rank: int) -> int:
     code = act(process, process.behaviour("publish"))
     if code is None:
@@ -204,6 +210,7 @@ PROGRAMS = {
     "check-publish": check_publish,
     "train": train,
     "evaluate": evaluate,
+    "preview": preview,
     "publish": publish,
 }
 

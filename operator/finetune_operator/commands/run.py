@@ -144,7 +144,7 @@ def _run(loaded: JobFile, directory: Path, output_format: OutputFormat, *, retry
     live = output_format is OutputFormat.TEXT and sys.stdout.isatty()
     finished = complete(record.status) or (failed(record.status) and not retry)
     if not finished:
-        _need_the_trainer()
+        need_the_trainer()
     placement = None if finished else place(record.job.spec.topology, this_machine())
     record.save()
     with _output(output_format, record) as output:
@@ -185,7 +185,8 @@ def cache_directory() -> Path:
     return Path(os.environ.get("FINETUNE_CACHE") or f"{home}/finetune-operator").expanduser().resolve()
 
 
-def _need_the_trainer() -> None:
+def need_the_trainer() -> None:
+    """Raise UserError, with what to install, if the trainer is not there."""
     for name in ("finetune_trainer", "torch"):
         if importlib.util.find_spec(name) is None:
             raise UserError(

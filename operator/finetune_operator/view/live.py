@@ -11,12 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.base import STAGES, Stage
+from finetune_api.report import Plan
 from finetune_api.status import STAGE_CONDITION, ConditionType
 from finetune_operator.view.results import render_end
 from finetune_operator.view.scene import Scene
-from finetune_operator.view.words import count, duration, measure, rate, sparkline
+from finetune_operator.view.words import amount, count, duration, measure, rate, size, sparkline
 
 SHOWN_FAILURES = 3
+TITLE_DATA_WIDTH = 24
 SHOWN_WARNINGS = 4
 
 
@@ -37,7 +39,8 @@ def title(scene: Scene) -> Text:
     spec = scene.spec
     model = (spec.model.repo or spec.model.path or "").rstrip("/").rpartition("/")[2]
     names = [dataset.name for dataset in spec.datasets]
-    data = ", ".join(names) if len(names) <= 3 else f"{len(names)} datasets"
+    data = ", ".join(names)
+    data = data if len(data) <= TITLE_DATA_WIDTH else f"{len(names)} datasets"
     line = Text(f"{scene.name}  ", style="bold", no_wrap=True, overflow="ellipsis")
     return line.append(f"{model} · {spec.tuning.method} · {data}", style="not bold dim")
 
@@ -79,7 +82,7 @@ def progress_bar(scene: Scene) -> RenderableType | None:
     progress = scene.status.progress
     if progress is None or progress.total <= 0:
         return None
-    words = Text(f"{progress.step:,}/{progress.total:,} {progress.unit}", no_wrap=True)
+    words = Text(amount(progress.step, progress.total, progress.unit), no_wrap=True)
     words.append(f"  {100 * progress.step // progress.total}%", style="bold")
     if progress.eta_seconds is not None:
         words.append(f"  {duration(progress.eta_seconds)} to go", style="dim")
@@ -107,12 +110,21 @@ def _running_rows(scene: Scene) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = [("now", _now(scene))]
     if status.stage is Stage.TRAIN:
         rows += _training_rows(scene)
+        rows += [("plan", Text(_plan(status.plan), style="dim"))] if status.plan is not None else []
     if status.last_checkpoint is not None and status.export is None:
         age = (scene.now - status.last_checkpoint.time).total_seconds()
         rows.append(("checkpoint", Text(f"step {status.last_checkpoint.step:,}, {duration(age)} ago")))
     if status.wandb_url:
         rows.append(("wandb", Text(status.wandb_url, overflow="fold")))
     return rows
+
+
+def _plan(plan: Plan) -> str:
+    parts = [f"{plan.steps:,} steps", f"{count(plan.trainable_parameters)} of {count(plan.parameters)} parameters"]
+    if plan.memory_bytes:
+        device = f" of {size(plan.device_bytes)}" if plan.device_bytes else ""
+        parts.append(f"{size(plan.memory_bytes)}{device} a rank")
+    return " · ".join(parts)
 
 
 def _now(scene: Scene) -> Text:
@@ -164,6 +176,8 @@ def _history_rows(scene: Scene) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = []
     running = status.stage
     ended = [record for record in status.attempts if record.outcome == "failed"]
+    if status.is_true(ConditionType.FAILED):
+        ended = ended[:-1]  # the verdict says it in full
     for record in ended[-SHOWN_FAILURES:]:
         counted = "" if record.counted else ", not counted"
         text = f"{record.stage} attempt {record.number}: {record.message} ({record.reason}{counted})"

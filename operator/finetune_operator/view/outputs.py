@@ -15,7 +15,7 @@ from finetune_api.status import ConditionType
 from finetune_operator.view import live
 from finetune_operator.view.results import render_end
 from finetune_operator.view.scene import Scene
-from finetune_operator.view.words import count, duration, measure
+from finetune_operator.view.words import amount, count, duration, measure
 
 LINE_SECONDS = 20.0
 """Between two lines of progress where there is no terminal."""
@@ -157,7 +157,7 @@ def progress_line(scene: Scene) -> str:
     status, progress = scene.status, scene.status.progress
     if progress is None or not progress.total or not progress.step:
         return ""
-    parts = [f"{status.stage or ''} {progress.step:,}/{progress.total:,} {progress.unit}".strip()]
+    parts = [f"{status.stage or ''} {amount(progress.step, progress.total, progress.unit)}".strip()]
     parts[0] += f" ({100 * progress.step // progress.total}%)"
     parts += [f"loss {measure(progress.loss)}"] if progress.loss is not None else []
     parts += [f"{count(progress.tokens_per_second)} tokens/s"] if progress.tokens_per_second else []

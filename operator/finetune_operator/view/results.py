@@ -14,7 +14,8 @@ from finetune_api.status import ConditionType
 from finetune_operator.view.scene import Scene
 from finetune_operator.view.words import measure
 
-BASELINE_NAMES = {"majority": "majority", "tfidf-logreg": "TF-IDF", "few-shot": "few-shot"}
+BASELINE_NAMES = {"tfidf-logreg": "TF-IDF", "tfidf-logreg-all": "TF-IDF fitted on all rows"}
+MEAN_OF_DATASETS = "macro"
 COLUMN_BASELINES = ("majority", "tfidf-logreg")
 
 
@@ -23,7 +24,7 @@ def render_end(scene: Scene) -> list[RenderableType]:
     status = scene.status
     parts: list[RenderableType] = []
     if status.results is not None:
-        parts += ["", results_table(status.results), *further_baselines(status.results)]
+        parts += ["", results_table(status.results), *further_baselines(status.results), ""]
         style = "green" if status.results.gate.passed else "red"
         parts.append(Text(status.results.gate.sentence, style=style))
     failed = status.condition(ConditionType.FAILED)
@@ -43,8 +44,10 @@ def results_table(results: Results) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("tuned − base", no_wrap=True)
     for name in shown:
-        table.add_column(BASELINE_NAMES[name], justify="right", no_wrap=True)
+        table.add_column(BASELINE_NAMES.get(name, name), justify="right", no_wrap=True)
     for metric in results.metrics:
+        if metric.dataset == MEAN_OF_DATASETS:
+            table.add_section()
         table.add_row(*_cells(metric, shown), style="" if metric.primary else "dim")
     return table
 
@@ -80,7 +83,7 @@ def further_baselines(results: Results) -> list[RenderableType]:
         rest = {name: value for name, value in metric.baselines.items() if name not in COLUMN_BASELINES}
         if rest:
             words = ", ".join(f"{BASELINE_NAMES.get(name, name)} {measure(value)}" for name, value in rest.items())
-            lines.append(Text(f"{metric.dataset} {metric.metric} beside it: {words}", style="dim"))
+            lines.append(Text(f"{metric.dataset} {metric.metric}: {words}", style="dim"))
     return lines
 
 

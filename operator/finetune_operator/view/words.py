@@ -10,17 +10,33 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def duration(seconds: float | None) -> str:
-    """`42 s`, `3:05 min`, `2:07 h`, `1 d 3 h`."""
+    """`42s`, `3m 05s`, `2h 07m`, `1d 3h`; empty for nothing."""
     if seconds is None:
         return ""
     whole = round(max(0.0, seconds))
     if whole < 60:
-        return f"{whole} s"
+        return f"{whole}s"
     if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
+        return f"{whole // 60}m {whole % 60:02d}s"
     if whole < 86400:
-        return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600}h"
+
+
+def size(number: float) -> str:
+    """Bytes: `512 MB`, `16.1 GB` (powers of ten, as the Hub counts)."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            scaled = number / limit
+            return f"{scaled:.1f} {unit}" if scaled < 100 else f"{scaled:.0f} {unit}"
+    return f"{number:.0f} B"
+
+
+def amount(step: int, total: int, unit: str) -> str:
+    """How much of how much: `120/450 steps`, `7.5 GB of 16.1 GB`."""
+    if unit == "bytes":
+        return f"{size(step)} of {size(total)}"
+    return f"{step:,}/{total:,} {unit}"
 
 
 def count(number: float) -> str:
@@ -45,13 +61,17 @@ def rate(value: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The curve in `width` characters at most, each the mean of its share of the values; scaled to its own range."""
+    """The curve in `width` characters at most, each the mean of its share of the values.
+
+    Scaled to its own range; by the logarithm where that exists, so that the end of a falling loss shows as well.
+    """
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return ""
     points = min(width, len(finite))
     edges = [round(i * len(finite) / points) for i in range(points + 1)]
-    means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges) if b > a]
-    low, high = min(means), max(means)
+    means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    heights = [math.log(mean) for mean in means] if min(means) > 0 else means
+    low, high = min(heights), max(heights)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+    return "".join(BARS[round((height - low) * scale)] for height in heights)

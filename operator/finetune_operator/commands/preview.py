@@ -1,0 +1,96 @@
+"""`finetune preview FILE`: what the model will see, shown by the trainer itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_operator.errors import EXIT_BAD_SPEC, EXIT_FAILED, UserError, debugging
+
+if TYPE_CHECKING:
+    from finetune_operator.local.job_file import JobFile
+
+TERMINATION_FILE = "termination.json"
+LOG_FILE = "preview.log"
+
+
+def preview(
+    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - is stdin.", metavar="FILE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field, as in finetune run.", metavar="PATH=VALUE"),
+    ] = None,
+) -> None:
+    """Show three examples of each task as the model will see them, the tokens it learns coloured.
+
+    Downloads what it needs into FINETUNE_CACHE and trains nothing.
+    """
+    from finetune_operator.commands.run import need_the_trainer
+    from finetune_operator.local import job_file
+
+    need_the_trainer()
+    loaded = job_file.load(file, overrides or [])
+    with tempfile.TemporaryDirectory(prefix="finetune-preview-") as directory:
+        run = Path(directory)
+        if _preview(loaded, run) != 0:
+            raise _failure(run)
+
+
+def _preview(loaded: JobFile, run: Path) -> int:
+    """Run the trainer's preview with a run directory of its own and this terminal; returns the exit code."""
+    import shutil
+
+    from finetune_api.base import Stage
+    from finetune_api.runconfig import RUN_CONFIG_FILE, Attempt, JobRef, Paths, RunConfig, resolve
+    from finetune_operator.commands.run import cache_directory
+    from finetune_operator.local.devices import cores, loopback_interface
+    from finetune_operator.local.record import write_json
+    from finetune_operator.local.stages import Node, Step, environment
+    from finetune_operator.local.tokens import tokens_of, without_secrets, write_tokens
+
+    metadata, cache = loaded.job.metadata, cache_directory()
+    spec = resolve(loaded.job.spec)
+    config = RunConfig(
+        job=JobRef(namespace=metadata.namespace, name=metadata.name, uid="preview"),
+        spec=spec,
+        paths=Paths(run=str(run), cache=str(cache), source=str(loaded.source)),
+    )
+    write_json(run / RUN_CONFIG_FILE, config.to_wire())
+    step = Step("preview", ("preview",), ("hub",))
+    node = Node(0, (step,), {"OMP_NUM_THREADS": str(cores())})
+    variables = environment(
+        without_secrets(os.environ),
+        node,
+        Attempt(uid="preview", stage=Stage.PREPARE),
+        spec,
+        config_file=str(run / RUN_CONFIG_FILE),
+        cache=str(cache),
+        interface=loopback_interface(),
+    )
+    tokens = write_tokens(tokens_of(os.environ), step.tokens)
+    try:
+        given = {"FINETUNE_TOKENS": str(tokens), "FINETUNE_TERMINATION_LOG": str(run / TERMINATION_FILE)}
+        with (run / LOG_FILE).open("wb") as log:
+            stderr = None if debugging() else log
+            return subprocess.run(step.command, env=variables | given, stderr=stderr, check=False).returncode
+    finally:
+        shutil.rmtree(tokens, ignore_errors=True)
+
+
+def _failure(run: Path) -> UserError:
+    """What the trainer said was wrong, as the command's own sentence."""
+    from finetune_api.report import Failure, FailureClass
+
+    try:
+        failure = Failure.model_validate_json((run / TERMINATION_FILE).read_text())
+    except (OSError, ValueError):
+        lines = (run / LOG_FILE).read_text(errors="replace").strip().splitlines()
+        return UserError(f"The preview ended early: {lines[-1] if lines else 'no word why'}.", EXIT_FAILED)
+    where = f"{failure.field}: " if failure.field and failure.field not in failure.sentence else ""
+    of_the_user = failure.failure_class in (FailureClass.BAD_SPEC, FailureClass.BAD_DATA)
+    return UserError(f"{where}{failure.sentence}", EXIT_BAD_SPEC if of_the_user else EXIT_FAILED)

@@ -1,0 +1,79 @@
+"""The edge: help without imports, one sentence for every error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from finetune_operator import cli
+from finetune_operator.errors import UserError
+
+
+def test_help_lists_the_commands_without_importing_them() -> None:
+    code = (
+        "import sys; from finetune_operator.cli import run_command_line; run_command_line(['--help']);"
+        "print(sorted(m for m in sys.modules if m.partition('.')[0] in ('torch', 'pydantic', 'kopf', 'kubernetes')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Carry a FineTuneJob out on this machine" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_command_that_exists_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.LazyGroup().list_commands(None):
+        assert cli.run_command_line([name, "--help"]) == 0
+        assert "Usage: finetune" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (["rnu"], "Did you mean 'run'"),
+        (["run"], "Missing argument 'FILE'"),
+        (["run", "x.yaml", "--outptu", "json"], "No such option: --outptu"),
+        (["run", "/nowhere/x.yaml"], "There is no file /nowhere/x.yaml."),
+        (["run", "/"], "/ is a directory"),
+    ],
+)
+def test_a_wrong_line_is_one_sentence_and_code_2(
+    line: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run_command_line(line) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert sentence in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "code"),
+    [
+        (UserError("The field x is wrong.", 3), "The field x is wrong.", 3),
+        (KeyboardInterrupt(), "Interrupted.", 130),
+        (FileNotFoundError(2, "No such file or directory", "a.yaml"), "a.yaml: No such file or directory.", 1),
+        (
+            ZeroDivisionError("division by zero"),
+            "ZeroDivisionError: division by zero (finetune --debug shows where).",
+            1,
+        ),
+    ],
+)
+def test_whatever_is_raised_becomes_a_sentence_and_a_code(error: BaseException, sentence: str, code: int) -> None:
+    assert cli.explain(error) == (sentence, code)
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_DEBUG", "")
+    with pytest.raises(UserError):
+        cli.run_command_line(["run", "/nowhere/x.yaml", "--debug"])
+
+
+def test_a_missing_extra_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'kopf'", name="kopf")
+
+    monkeypatch.setattr(cli.importlib, "import_module", absent)
+    with pytest.raises(UserError, match=r"needs kopf, .*finetune-operator\[operator\]"):
+        cli.load("operator")
