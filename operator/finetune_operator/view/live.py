@@ -190,8 +190,8 @@ def _history_rows(scene: Scene) -> list[tuple[str, RenderableType]]:
     if status.choices:
         chosen = " · ".join(f"{name} {choice.value}" for name, choice in status.choices.items())
         rows.append(("chosen", Text(chosen, style="dim")))
-    warnings = [*scene.notes, *status.warnings]
-    rows += [("warning", Text(sentence, style="yellow")) for sentence in warnings[-SHOWN_WARNINGS:]]
-    if len(warnings) > SHOWN_WARNINGS:
-        rows.append(("", Text(f"and {len(warnings) - SHOWN_WARNINGS} more warnings", style="dim")))
+    rows += [("warning", Text(sentence, style="yellow")) for sentence in status.warnings[-SHOWN_WARNINGS:]]
+    if len(status.warnings) > SHOWN_WARNINGS:
+        rows.append(("", Text(f"and {len(status.warnings) - SHOWN_WARNINGS} more warnings", style="dim")))
+    rows += [("note", Text(sentence, style="yellow")) for sentence in scene.notes[-SHOWN_WARNINGS:]]
     return rows

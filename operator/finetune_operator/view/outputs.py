@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import termios
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
@@ -53,8 +56,10 @@ class LiveOutput:
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False)
+        self._quiet = _QuietTerminal()
 
     def __enter__(self) -> Self:
+        self._quiet.begin()
         self._live.__enter__()
         return self
 
@@ -63,6 +68,7 @@ class LiveOutput:
     ) -> None:
         self._live.vertical_overflow = "visible"
         self._live.__exit__(kind, error, trace)
+        self._quiet.end()
 
     def scene(self, scene: Scene) -> None:
         """Draw."""
@@ -78,6 +84,27 @@ class LiveOutput:
         """Draw the last time."""
         self._live.vertical_overflow = "visible"
         self.scene(scene)
+
+
+class _QuietTerminal:
+    """Keeps the terminal from writing `^C` into the view, which would move it down by a line."""
+
+    def __init__(self) -> None:
+        self._before: list[Any] | None = None
+
+    def begin(self) -> None:
+        """Switch the echo of control characters off."""
+        with contextlib.suppress(termios.error, OSError, ValueError):
+            attributes = termios.tcgetattr(sys.stdin)
+            self._before = list(attributes)
+            attributes[3] &= ~termios.ECHOCTL
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, attributes)
+
+    def end(self) -> None:
+        """As it was."""
+        if self._before is not None:
+            with contextlib.suppress(termios.error, OSError, ValueError):
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
 
 
 class PlainOutput:
