@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Lora, Method, Tuning
@@ -29,6 +30,7 @@ ADAPTER = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
 EXACT_SVD_ELEMENTS = 2**22
 """Matrices up to this size get PiSSA's vectors from a full decomposition, larger ones from a randomised one."""
+SUBSPACE_ITERATIONS = 16
 
 _NAMES = re.compile(r"^[A-Za-z0-9_]+(\s*,\s*[A-Za-z0-9_]+)*$")
 
@@ -107,8 +109,9 @@ def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[
             f"layers {lora.layers}: the model's layers are numbered 0 to {count - 1}.",
             "tuning.lora.layers",
         )
-    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    leaves = sorted({name.rpartition(".")[2] for name in nf4.quantized_modules(model)})
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)}
+    within = _name_of(model, decoder_layers(model))
+    leaves = sorted({name.rpartition(".")[2] for name in linear if name.startswith(f"{within}.")})
     if lora.target_modules == "all-linear":
         return (leaves, layers) if layers is not None else ("all-linear", None)
     if _NAMES.match(lora.target_modules):
@@ -124,7 +127,7 @@ def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[
             FailureClass.BAD_SPEC, f"targetModules is not a regular expression: {error}.", "tuning.lora.targetModules"
         ) from error
     if layers is not None:
-        prefixes = [f"{_name_of(model, decoder_layers(model))}.{layer}." for layer in layers]
+        prefixes = [f"{within}.{layer}." for layer in layers]
         matched = [name for name in matched if any(name.startswith(prefix) for prefix in prefixes)]
     if not matched:
         raise _no_such_module(lora.target_modules, leaves, "tuning.lora.targetModules")
@@ -134,10 +137,8 @@ def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[
 def _saved(model: PreTrainedModel, lora: Lora) -> list[str]:
     for name in lora.modules_to_save:
         if not any(_ends_with(module, name) for module, _ in model.named_modules()):
-            leaves = sorted(
-                {module.rpartition(".")[2] for module, m in model.named_modules() if list(m.parameters(False))}
-            )
-            raise _no_such_module(name, leaves, "tuning.lora.modulesToSave")
+            known = {module.rpartition(".")[2] for module, m in model.named_modules() if list(m.parameters(False))}
+            raise _no_such_module(name, sorted(known), "tuning.lora.modulesToSave")
     return list(lora.modules_to_save)
 
 
@@ -198,7 +199,7 @@ def initialise_lora(model: nn.Module, lora: Lora, seed: int) -> None:
         else:
             _draw(layer, name, seed, gaussian=lora.init == "gaussian")
         if lora.dora and ADAPTER in layer.lora_magnitude_vector:
-            magnitude(layer)
+            magnitude(layer, name)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -207,25 +208,44 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _draw(layer: LoraLayer, name: str, seed: int, gaussian: bool) -> None:
-    if ADAPTER in layer.lora_A:
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        if gaussian:
-            values = torch.randn(a.shape, generator=generator(seed, name)) / layer.r[ADAPTER]
-        else:  # Kaiming-uniform with a = sqrt(5)
-            values = (2 * torch.rand(a.shape, generator=generator(seed, name)) - 1) / math.sqrt(a.shape[1])
-        fill(a, values)
-        fill(b, torch.zeros(b.shape))
-    else:
-        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+    random = generator(seed, name)
+    a, b = factors(layer)
+    if ADAPTER in layer.lora_embedding_A:  # as PEFT: an embedding's A is zero
         fill(a, torch.zeros(a.shape))
-        fill(b, torch.randn(b.shape, generator=generator(seed, name)))
+        fill(b, torch.randn(b.shape, generator=random))
+        return
+    if gaussian:
+        values = torch.randn(a.shape, generator=random) / layer.r[ADAPTER]
+    else:  # Kaiming-uniform with a = sqrt(5)
+        values = (2 * torch.rand(a.shape, generator=random) - 1) / math.sqrt(a.shape[1])
+    fill(a, values)
+    fill(b, torch.zeros(b.shape))
 
 
-def magnitude(layer: LoraLayer) -> None:
-    """Set DoRA's magnitude to the norm of each row of the layer's whole weight. Collective."""
-    a, b = whole(layer.lora_A[ADAPTER].weight).detach(), whole(layer.lora_B[ADAPTER].weight).detach()
-    weight = base_matrix(layer).float() + layer.scaling[ADAPTER] * (b @ a)
-    fill(layer.lora_magnitude_vector[ADAPTER].weight, torch.linalg.norm(weight, dim=1))
+def magnitude(layer: LoraLayer, name: str) -> None:
+    """Set DoRA's magnitude to the norm of each row of the layer's whole weight [out, in]. Collective."""
+    a, b = factors(layer)
+    weight = base_matrix(layer).float() + layer.scaling[ADAPTER] * (whole(b).detach() @ whole(a).detach())
+    norms = torch.linalg.norm(weight, dim=1)
+    if not norms.all():
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"DoRA divides by the norm of each row, and {name} has rows of zeros: leave it out of targetModules.",
+            "tuning.lora.dora",
+        )
+    fill(layer.lora_magnitude_vector[ADAPTER].weight, norms)
+
+
+def factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [r, in] and B [out, r] of a layer (an embedding's input is the vocabulary)."""
+    if ADAPTER in layer.lora_A:
+        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+
+
+def transposed(layer: LoraLayer) -> bool:
+    """Whether the base stores its matrix as [in, out]: embeddings, GPT-2's Conv1D."""
+    return ADAPTER in layer.lora_embedding_A or bool(getattr(layer, "fan_in_fan_out", False))
 
 
 def base_matrix(layer: LoraLayer) -> Tensor:
@@ -234,7 +254,7 @@ def base_matrix(layer: LoraLayer) -> Tensor:
     weight = whole(base.weight).detach()
     if getattr(base, "quant_state", None) is not None:
         weight = nf4.dequantized(base, weight)
-    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+    return weight.T if transposed(layer) else weight
 
 
 def _pissa(layer: LoraLayer, name: str, seed: int) -> None:
@@ -249,19 +269,24 @@ def _pissa(layer: LoraLayer, name: str, seed: int) -> None:
     fill(layer.lora_A[ADAPTER].weight, a)
     fill(layer.lora_B[ADAPTER].weight, b)
     rest = (weight.float() - scaling * (b @ a)).to(weight.dtype)
-    fill(base.weight, rest.T.contiguous() if getattr(layer, "fan_in_fan_out", False) else rest)
+    fill(base.weight, rest.T.contiguous() if transposed(layer) else rest)
 
 
 def _principal(weight: Tensor, rank: int, scaling: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] with scaling * B @ A the best rank-r approximation of `weight`."""
+    """A [r, in] and B [out, r] with scaling * B @ A the best rank-r approximation of `weight`.
+
+    Large matrices: subspace iteration (https://arxiv.org/abs/0909.4061, algorithm 4.4) from a start drawn on the CPU.
+    """
     if weight.numel() <= EXACT_SVD_ELEMENTS:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     else:
-        devices = [weight.device] if weight.is_cuda else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=random)))
-            u, s, v = torch.svd_lowrank(weight, q=min(rank + 8, *weight.shape), niter=16)
-            vh = v.T
+        width = min(rank + 8, *weight.shape)
+        basis = weight @ torch.randn(weight.shape[1], width, generator=random).to(weight)
+        for _ in range(SUBSPACE_ITERATIONS):
+            basis = weight @ (weight.T @ torch.linalg.qr(basis).Q)
+        basis = torch.linalg.qr(basis).Q
+        u, s, vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+        u = basis @ u
     root = torch.sqrt(s[:rank] / scaling)
     return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
 

@@ -60,6 +60,8 @@ class CausalModel(nn.Module):
         """What each `auto` became; for the report."""
         self.trainable: list[tuple[str, nn.Parameter]] = []
         """Names and parameters (shards, under FSDP) that are trained; names do not depend on the world size."""
+        self.initial: dict[str, Tensor] = {}
+        """PiSSA's first A and B, which the export takes away again; empty for other methods."""
         self._attention = attention
         self._autocast = autocast
         self._logits_transform = logits_transform(self.config)
@@ -191,6 +193,7 @@ def load_model(
     mesh: DeviceMesh | None,
     seed: int,
     attention: str = "auto",
+    packing: bool = True,
     activation_checkpointing: bool = False,
     compile: bool = False,
     neftune_alpha: float = 0.0,
@@ -203,6 +206,7 @@ def load_model(
 
     directory: config and safetensors of the base; nf4_directory: its 4-bit copy (qlora); adapter_directory: a LoRA
     adapter to go on from. precision: type of frozen weights and of products; what is trained is float32.
+    packing: batches are packed rows (never for prompt and prefix), else padded ones.
     mesh: None keeps plain tensors on `device` (one process), else FSDP over [ranks] or [replicas, ranks].
     Raises TrainerError (bad-spec) for files, modules or kernels that do not fit.
     """
@@ -210,7 +214,7 @@ def load_model(
     adapter_directory = Path(adapter_directory) if adapter_directory else None
     nf4_directory = Path(nf4_directory) if nf4_directory else None
     config = read_config(directory, trust_remote_code)
-    packed = method not in UNPACKED
+    packed = packing and method not in UNPACKED
     base = empty_model(config, torch.float32 if method is Method.FULL else precision, "eager", trust_remote_code)
     chosen = choose_attention(
         attention,
@@ -281,8 +285,15 @@ def _compute_dtype(tuning: Tuning, precision: torch.dtype) -> torch.dtype:
 
 
 def _tied(base: PreTrainedModel) -> bool:
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    return head is None or head.weight is embedding.weight
+    head, embedding = _unwrapped(base.get_output_embeddings()), _unwrapped(base.get_input_embeddings())
+    return head.weight is embedding.weight
+
+
+def _unwrapped(module: Any) -> Any:
+    """The model's own module inside PEFT's wrappers."""
+    while inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None):
+        module = inner
+    return module
 
 
 def _longer_mask(batch: Batch, virtual: int) -> Tensor:
@@ -300,8 +311,8 @@ def _train_in_float32(root: nn.Module) -> None:
 def _materialise(root: nn.Module, base: PreTrainedModel, buffers: dict[str, Tensor], device: torch.device) -> None:
     tied = _tied(base)
     root.to_empty(device=device)
-    if tied and (head := base.get_output_embeddings()) is not None:
-        head.weight = base.get_input_embeddings().weight  # made twice by to_empty
+    if tied:  # to_empty makes a tensor for each name
+        _unwrapped(base.get_output_embeddings()).weight = _unwrapped(base.get_input_embeddings()).weight
     for name, buffer in root.named_buffers():
         buffer.copy_(buffers[name])
 
@@ -353,6 +364,9 @@ def _initialise(root: CausalModel, directory: Path, tuning: Tuning, seed: int, a
         adapters.load_adapter(model, adapter_directory)
     elif root.method in (Method.LORA, Method.QLORA):
         adapters.initialise_lora(root.causal_lm, tuning.lora, seed)
+        if tuning.lora.init == "pissa":
+            factors = {name: p for name, p in root.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+            root.initial = {name: p.detach().clone() for name, p in factors.items()}
     else:
         rows = _prompt_rows(directory, tuning, seed) if root.method is Method.PROMPT else None
         adapters.initialise_virtual_tokens(model, rows, seed)

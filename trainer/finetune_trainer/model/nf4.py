@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Quantization
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.model.weights import INDEX_FILE, ModelWeights, SafetensorsDirectory, empty_model, read_config
+from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config
+from finetune_trainer.model.writer import ShardWriter
 
 BLOCK_SIZE = 64
-SHARD_BYTES = 2**30
 
 
 def quantization_key(commit_or_digest: str, quantization: Quantization) -> str:
@@ -87,50 +86,6 @@ def quantize(weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
         quant_storage=torch.uint8,
     )
     return {"": packed} | {f".{key}": value for key, value in state.as_dict(packed=True).items()}
-
-
-class ShardWriter:
-    """safetensors files of at most `shard_bytes` each, with an index, from tensors that come one by one."""
-
-    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.directory = directory
-        self.shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; a full shard is written at once."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
-        self._total_bytes += size
-
-    def close(self) -> None:
-        """Write what is left, give the files their final names, and write the index if there are several."""
-        if self._pending:
-            self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, start=1):
-            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.directory / self._temporary(number)).rename(self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=1, sort_keys=True))
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        save_file(self._pending, self.directory / self._temporary(len(self._shards)), metadata={"format": "pt"})
-        self._pending, self._pending_bytes = {}, 0
-
-    @staticmethod
-    def _temporary(number: int) -> str:
-        return f".shard-{number}"
 
 
 def _write_config(model_dir: Path, out_dir: Path, quantization: Quantization) -> None:

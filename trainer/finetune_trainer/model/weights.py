@@ -115,7 +115,8 @@ class ModelWeights:
         transforms = get_model_conversion_mapping(model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._direct: dict[str, str] = {}
+        self.direct: dict[str, str] = {}
+        """Name in the file of each parameter that is not converted."""
         self._groups: dict[str, list[tuple[str, str]]] = {}
         expected = model.state_dict()
         for source in directory:
@@ -125,41 +126,39 @@ class ModelWeights:
                 source, self._renamings, self._converters, model.base_model_prefix, expected
             )
             if pattern is None:
-                self._direct[target] = source
+                self.direct[target] = source
             else:
                 self._groups.setdefault(target, []).append((source, pattern))
-        self._converted = {name: group for group in self._groups for name in self._targets(group)}
+        self.groups = {group: self._targets(group) for group in self._groups}
+        """Parameters that are converted from the same tensors of the files."""
+        self._converted = {name: group for group, targets in self.groups.items() for name in targets}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._direct or name in self._converted
+        return name in self.direct or name in self._converted
 
     def names(self) -> list[str]:
         """All parameters of the model that the directory holds."""
-        return [*self._direct, *self._converted]
-
-    def source(self, name: str) -> str | None:
-        """The name in the file of a tensor that is not converted, else None."""
-        return self._direct.get(name)
+        return [*self.direct, *self._converted]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter."""
-        return self.directory.shape(self._direct[name]) if name in self._direct else tuple(self.read(name).shape)
+        return self.directory.shape(self.direct[name]) if name in self.direct else tuple(self.read(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Data type in the file."""
-        source = self._direct.get(name) or self._groups[self._converted[name]][0][0]
+        source = self.direct.get(name) or self._groups[self._converted[name]][0][0]
         return self.directory.dtype(source)
 
     def read(self, name: str) -> Tensor:
         """The whole parameter, on the CPU."""
-        if name in self._direct:
-            return self.directory.read(self._direct[name])
+        if name in self.direct:
+            return self.directory.read(self.direct[name])
         return self._convert(self._converted[name])[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a parameter, on the CPU."""
-        if name in self._direct:
-            return self.directory.rows(self._direct[name], start, stop)
+        if name in self.direct:
+            return self.directory.rows(self.direct[name], start, stop)
         return self.read(name)[start:stop]
 
     def _convert(self, group: str) -> dict[str, Tensor]:

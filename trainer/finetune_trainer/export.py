@@ -1,0 +1,356 @@
+"""The trained model as a directory that Evaluate loads, Publish uploads and a user can load: never more, never less.
+
+Written aside, flushed to disk, read again, then renamed. `digest.json` names every file; `export_digest` is the only
+way to learn the digest of an export, and it reads every byte.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from finetune_api.report import FailureClass
+from finetune_api.spec import Method
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.model import adapters
+from finetune_trainer.model.build import CausalModel, base_name
+from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config, whole
+from finetune_trainer.model.writer import ShardWriter, save_tensors
+
+DIGEST_FILE = "digest.json"
+BLOCK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model as files and as others know it."""
+
+    directory: Path
+    """config.json, safetensors, generation_config.json."""
+    name: str
+    """Repository, or the path as the user wrote it."""
+    revision: str | None = None
+    """Commit on the Hub."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    digest: str
+    format: Literal["adapter", "merged", "model"]
+    size_bytes: int
+
+
+def export_model(
+    model: CausalModel,
+    *,
+    directory: Path,
+    base: Base,
+    tokenizer: Path,
+    format: Literal["adapter", "merged"],
+    end_token_ids: list[int],
+    pad_token_id: int,
+    check_fence: Callable[[], None] = lambda: None,
+) -> Exported:
+    """Write the model to `directory` (replaced if there). Collective; returns on all ranks once it is durable.
+
+    `adapter`: adapter, tokenizer, generation config. `merged`: the adapter is added to the base's own unquantised
+    weights, tensor by tensor. Full tuning writes the whole model, whatever `format` says. Weights keep the data types
+    of the base's files. `check_fence` is called by rank 0 before the rename.
+    Raises TrainerError if a trained weight is not finite or a file reads back otherwise than it was written.
+    """
+    leader = not dist.is_initialized() or dist.get_rank() == 0
+    kind: Literal["adapter", "merged", "model"] = "model" if model.method is Method.FULL else format
+    if kind == "merged" and model.method in (Method.PROMPT, Method.PREFIX):
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"{model.method} cannot be merged into weights: use adapter.", "publish.format"
+        )
+    aside = directory.with_name(f".{directory.name}.writing")
+    if leader:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    if kind == "adapter":
+        _write_adapter(_gathered(model, leader), model, aside, base, leader)
+    else:
+        _write_weights(model, kind, aside, base, leader)
+    exported: list[Exported | None] = [None]
+    if leader:
+        _write_companions(aside, base, tokenizer, end_token_ids, pad_token_id, whole_model=kind != "adapter")
+        digest = _seal(aside)
+        check_fence()
+        _publish(aside, directory)
+        exported[0] = Exported(digest, kind, sum(path.stat().st_size for path in _files(directory)))
+    if dist.is_initialized():
+        dist.broadcast_object_list(exported, src=0)
+    assert exported[0] is not None
+    return exported[0]
+
+
+# --- what was trained ------------------------------------------------------------------------------------------------
+
+
+def _gathered(model: CausalModel, leader: bool) -> dict[str, Tensor]:
+    """The trained tensors by their names in the PEFT model, whole, on the leader's CPU; empty on the other ranks."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.trainable:
+        tensor = whole(parameter.detach())
+        if leader:
+            found[name.removeprefix("model.")] = _finite(name, tensor.cpu())
+    return found
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise TrainerError(
+            FailureClass.DIVERGED, f"The trained weights are not finite ({name}): nothing is exported.", "training"
+        )
+    return tensor
+
+
+def _write_adapter(state: dict[str, Tensor], model: CausalModel, out: Path, base: Base, leader: bool) -> None:
+    peft_model = model.model
+    assert isinstance(peft_model, PeftModel)
+    initial = _initial(model, leader)
+    if not leader:
+        return
+    config = copy.copy(peft_model.peft_config[adapters.ADAPTER])
+    config.base_model_name_or_path = base.name
+    config.revision = base.revision
+    config.inference_mode = True
+    if isinstance(getattr(config, "target_modules", None), set):
+        config.target_modules = sorted(config.target_modules)  # a set has another order in every process
+    tensors = {adapters.file_key(name): tensor for name, tensor in state.items()}
+    if config.is_prompt_learning:
+        tensors = {"prompt_embeddings": next(iter(state.values()))}
+    if initial:
+        tensors = _without_principal(tensors, initial)
+        assert isinstance(config, LoraConfig)
+        config.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
+        config.r = 2 * config.r
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, out / adapters.ADAPTER_FILE)
+    config.save_pretrained(str(out))
+
+
+def _initial(model: CausalModel, leader: bool) -> dict[str, Tensor]:
+    """PiSSA's first A and B by the adapter file's names, whole, on the leader; empty for other methods. Collective."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.initial.items():
+        full = whole(tensor)
+        if leader:
+            found[adapters.file_key(name.removeprefix("model."))] = full.cpu()
+    return found
+
+
+def _without_principal(tensors: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PiSSA as a plain LoRA of twice the rank on the untouched base: B A - B0 A0 = [B, -B0] [A; A0]."""
+    found = dict(tensors)
+    for name, first in initial.items():
+        is_a = ".lora_A." in name
+        found[name] = torch.cat([tensors[name], first if is_a else -first], 0 if is_a else 1)
+    return found
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+NewValue = Callable[[Tensor], Tensor]
+"""From a parameter's value in the base's files to its trained value; collective for full tuning."""
+
+
+def _write_weights(model: CausalModel, kind: str, out: Path, base: Base, leader: bool) -> None:
+    """The base's files with new values, in their own layout and data types, one tensor at a time."""
+    changes = _full_values(model) if kind == "model" else _merged_values(model, leader)
+    tied = {base_name(a): base_name(b) for a, b in (model.causal_lm.all_tied_weights_keys or {}).items()}
+    untie = kind == "merged" and any(a in changes or b in changes for a, b in tied.items())
+    if kind == "model":
+        changes |= {a: changes[b] for a, b in tied.items() if b in changes}
+    writer = ShardWriter(out)
+    skeleton = empty_model(read_config(base.directory), torch.float32)
+    with SafetensorsDirectory(base.directory) as files:
+        weights = ModelWeights(files, skeleton)
+
+        def value(name: str, source: str) -> Tensor:
+            old = weights.read(source) if leader and not (kind == "model" and name in changes) else torch.empty(0)
+            return changes[name](old).to(weights.dtype(source)) if name in changes else old
+
+        def add(name: str, tensor: Tensor) -> None:
+            if leader:
+                writer.add(name, _finite(name, tensor.cpu()))
+
+        for name, source in weights.direct.items():
+            add(source, value(name, name))
+        for targets in weights.groups.values():
+            values = {name: value(name, name) for name in targets}
+            for name, tensor in (revert_weight_conversion(skeleton, values) if leader else {}).items():
+                add(name, tensor)
+        for name, other in tied.items() if untie else ():
+            if name not in weights:
+                add(name, value(name, other))
+    if leader:
+        writer.close()
+        _write_model_config(base.directory, out, untie)
+
+
+def _full_values(model: CausalModel) -> dict[str, NewValue]:
+    def gather(parameter: Tensor) -> NewValue:
+        return lambda _: whole(parameter.detach())
+
+    return {name.removeprefix("model."): gather(parameter) for name, parameter in model.trainable}
+
+
+def _merged_values(model: CausalModel, leader: bool) -> dict[str, NewValue]:
+    """For each changed parameter of the base, how its new value follows from the one in the files."""
+    initial = _initial(model, leader)
+    state = {adapters.file_key(name): tensor for name, tensor in _gathered(model, leader).items()}
+    found: dict[str, NewValue] = {}
+    for name, layer in adapters.lora_layers(model.causal_lm).items():
+        found[f"{name}.weight"] = _addition(f"base_model.model.{name}", layer, state, initial) if leader else _nothing
+    for name, _ in model.causal_lm.named_parameters():
+        if ".modules_to_save." in name:
+            key = adapters.file_key(f"base_model.model.{name}")
+            found[base_name(name)] = _replacement(state[key]) if leader else _nothing
+    return found
+
+
+def _nothing(_: Tensor) -> Tensor:
+    return torch.empty(0)
+
+
+def _replacement(tensor: Tensor) -> NewValue:
+    return lambda _: tensor
+
+
+def _addition(prefix: str, layer: Any, state: dict[str, Tensor], initial: dict[str, Tensor]) -> NewValue:
+    """The merged value of one adapted layer, computed in float32."""
+    embedding = f"{prefix}.lora_embedding_A" in state
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    key_a, key_b = (f"{prefix}.{name}" for name in names)
+    scaling, flip = layer.scaling[adapters.ADAPTER], adapters.transposed(layer)
+    magnitude = state.get(f"{prefix}.lora_magnitude_vector")
+
+    def merged(weight: Tensor) -> Tensor:
+        matrix: Tensor = weight.float().T if flip else weight.float()
+        matrix = matrix + scaling * (state[key_b] @ state[key_a])
+        if key_a in initial:
+            matrix = matrix - scaling * (initial[key_b] @ initial[key_a])
+        if magnitude is not None:
+            matrix = matrix * (magnitude / torch.linalg.norm(matrix, dim=1))[:, None]
+        result: Tensor = matrix.T if flip else matrix
+        return result
+
+    return merged
+
+
+def _write_model_config(directory: Path, out: Path, untie: bool) -> None:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    if untie:
+        config["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for code in directory.glob("*.py"):  # models that come with their own code
+        shutil.copyfile(code, out / code.name)
+
+
+def _write_companions(
+    out: Path, base: Base, tokenizer: Path, end_token_ids: list[int], pad_token_id: int, whole_model: bool
+) -> None:
+    for path in sorted(tokenizer.iterdir()):
+        if path.is_file() and not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)
+    source = base.directory / "generation_config.json"
+    generation: dict[str, Any] = json.loads(source.read_text()) if source.exists() else {}
+    generation |= {"eos_token_id": end_token_ids, "pad_token_id": pad_token_id}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
+
+
+# --- durability and digest -------------------------------------------------------------------------------------------
+
+
+def export_digest(directory: Path) -> str:
+    """The digest of an export, from every byte of it.
+
+    Raises TrainerError if a file is missing, unknown or not what `digest.json` says.
+    """
+    try:
+        recorded: dict[str, Any] = json.loads((directory / DIGEST_FILE).read_text())
+        known: dict[str, Any] = recorded["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainerError(
+            FailureClass.CRASH, f"{directory} is not a complete export: {DIGEST_FILE} is missing or damaged."
+        ) from error
+    found = _digests(directory)
+    for name in sorted(known.keys() | found.keys()):
+        if known.get(name) != found.get(name):
+            what = "is missing" if name not in found else "was added" if name not in known else "was changed"
+            raise TrainerError(FailureClass.CRASH, f"The export was altered: {directory / name} {what}.")
+    return _total(found)
+
+
+def _seal(directory: Path) -> str:
+    """Write `digest.json`, flush everything to disk, and read it all again."""
+    digests = _digests(directory)
+    content = {"digest": _total(digests), "files": digests}
+    (directory / DIGEST_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    for path in _files(directory):
+        _flush(path)
+    _flush(directory)
+    with SafetensorsDirectory(directory) as files:
+        for name in files:
+            files.shape(name)
+    return export_digest(directory)
+
+
+def _publish(aside: Path, directory: Path) -> None:
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    aside.rename(directory)
+    _flush(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _digests(directory: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(directory).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size}
+        for path in _files(directory)
+        if path.name != DIGEST_FILE
+    }
+
+
+def _total(digests: dict[str, dict[str, Any]]) -> str:
+    lines = "".join(f"{name}\0{digests[name]['sha256']}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
