@@ -134,7 +134,8 @@ class ChatFormat:
         One document, or one for each learnt turn where the template rewrites earlier turns.
         Raises ChatTemplateError where the template refuses the messages.
         """
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        # A greeting at the very beginning answers nothing: it is part of what is given.
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         if not self.keeps_history:
             chosen = turns if learn == "all" else turns[-1:]
             return [self._last_turn(messages[: turn + 1]) for turn in chosen]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,31 @@ class BaselineRow:
     """Whether the model is trained on it; false for rows that `maxRows` left out."""
 
 
-def write_rows(path: Path, rows: Iterable[EvaluationRow] | Iterable[BaselineRow]) -> int:
-    """Write one JSON object a line, without fields that hold nothing; returns the number of rows."""
+class RowWriter:
+    """Writes rows to a file, one JSON object a line, without fields that hold nothing."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, row: EvaluationRow | BaselineRow) -> None:
+        """Append one row."""
+        kept: dict[str, Any] = {name: value for name, value in asdict(row).items() if value not in (None, [], "")}
+        self._file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def write_rows(path: Path, rows: Iterable[EvaluationRow | BaselineRow]) -> int:
+    """Write rows to a file; returns how many."""
     count = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with RowWriter(path) as writer:
         for row in rows:
-            kept: dict[str, Any] = {name: value for name, value in asdict(row).items() if value not in (None, [], "")}
-            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+            writer.write(row)
             count += 1
     return count
 

@@ -76,9 +76,9 @@ def _classification(row: int, fields: Mapping[str, Any], found: Found, names: Ma
 
 def _multiple_choice(row: int, fields: Mapping[str, Any], found: Found, names: Mapping[str, list[str]]) -> Example:
     letters, choices = _choices(fields, found["choices"])
-    if len({choice.casefold() for choice in choices}) < len(choices):
-        raise BadRowError("two choices are the same")
     gold = _gold(fields.get(str(found["answer"])), letters, choices)
+    if [choice.casefold() for choice in choices].count(choices[gold].casefold()) > 1:
+        raise BadRowError("the right choice stands there twice")
     question = _text(fields, found, "question") if "question" in found else ""
     context = _optional_text(fields, found, "context")
     variables = {**fields, "question": question, "context": context, "choices": choices, "answer": choices[gold]}
@@ -248,8 +248,8 @@ def read_messages(value: Any) -> list[Message]:
     messages = _with_roles(spoken) if all(role in ROLES for role, _ in spoken) else _by_speaker(spoken)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    if not messages:
-        raise BadRowError("no assistant turn")
+    if not any(message["role"] == "assistant" for message in messages[1:]):
+        raise BadRowError("no assistant turn" if not messages else "no turn before the assistant's")
     if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
         raise BadRowError("an assistant turn is empty")
     return messages
@@ -258,12 +258,12 @@ def read_messages(value: Any) -> list[Message]:
 def _spoken(part: Any, turn: int) -> tuple[str, str]:
     if isinstance(part, str):
         return f"turn {turn % 2}", part
-    if not isinstance(part, Mapping):
+    if not isinstance(part, dict):
         raise BadRowError("a message is neither a text nor an object")
     content = next((part[key] for key in ("content", "value", "text", "message") if part.get(key) is not None), None)
     speaker = next((part[key] for key in ("role", "from", "sender", "speaker", "author") if part.get(key)), None)
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "".join(str(piece.get("text", "")) for piece in content if isinstance(piece, Mapping))
+    if isinstance(content, list):
+        content = "".join(str(piece.get("text", "")) for piece in content if isinstance(piece, dict))
     if content is None or speaker is None:
         raise BadRowError("a message has no content" if content is None else "a message has no role")
     return str(speaker).strip().lower(), str(content)
@@ -274,13 +274,12 @@ def _with_roles(spoken: Sequence[tuple[str, str]]) -> list[Message]:
 
 
 def _by_speaker(spoken: Sequence[tuple[str, str]]) -> list[Message]:
+    spoken = [(speaker, content) for speaker, content in spoken if content.strip()]
     speakers = list(dict.fromkeys(speaker for speaker, _ in spoken))
     if len(speakers) > 2:
         raise BadRowError(f"{len(speakers)} speakers, none of them called user or assistant")
     messages: list[Message] = []
     for speaker, content in spoken:
-        if not content.strip():
-            continue
         role = "user" if speaker == speakers[0] else "assistant"
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += "\n" + content

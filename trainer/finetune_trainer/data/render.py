@@ -38,6 +38,8 @@ CUT_FROM: dict[Task, str] = {Task.CLASSIFICATION: "text", Task.SUMMARIZATION: "d
 CLOSED = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE)
 LIKELIHOOD_ONLY = (Task.CHAT, Task.TEXT)
 MAX_CUTS = 8
+OWN_TOKENS = 2
+"""Tokens of a template around a turn, at least."""
 
 
 @dataclass(frozen=True)
@@ -272,25 +274,33 @@ def _few_shot_ids(how: Rendering, question: _Question, few_shot: FewShot, room: 
 def _chat_documents(how: Rendering, example: Example) -> Rendered:
     """The chat's documents; where they are too long, the oldest turns are dropped whole until they fit."""
     turns = how.format.with_system(how.system_prompt, example.messages or [])
-    dropped = 0
+    before = len(turns)
     while True:
         documents = [how.format.tokens(segments) for segments in how.format.segments(turns, how.learn)]
         excess = max((len(document.ids) for document in documents), default=0) - how.max_tokens
-        if excess <= 0:
-            return Rendered(documents, 0, dropped)
-        shorter = _without_oldest(turns)
+        if excess <= 0 and documents:
+            return Rendered(documents, 0, before - len(turns))
+        shorter = _without_oldest(how, turns, excess)
         if shorter is None:
             raise BadRowError(f"the last exchange alone has more than {how.max_tokens} tokens")
-        dropped += len(turns) - len(shorter)
         turns = shorter
 
 
-def _without_oldest(turns: list[Message]) -> list[Message] | None:
-    """The chat from its second user turn on, system message kept; None where there is no such turn."""
+def _without_oldest(how: Rendering, turns: list[Message], excess: int) -> list[Message] | None:
+    """The chat without its oldest exchanges, as many as hold at most `excess` tokens, at least one.
+
+    The system message is kept. None where only one exchange is there.
+    """
     system = [message for message in turns if message["role"] == "system"]
     rest = [message for message in turns if message["role"] != "system"]
-    later = [i for i, message in enumerate(rest) if i > 0 and message["role"] == "user"]
-    return [*system, *rest[later[0] :]] if later else None
+    starts = [i for i, message in enumerate(rest) if i > 0 and message["role"] == "user"]
+    starts = [i for i in starts if any(message["role"] == "assistant" for message in rest[i:])]
+    if not starts:
+        return None
+    # Contents alone are counted, without the template's own tokens: never more is dropped than needed.
+    sizes = [len(how.format.encode([Segment(message["content"], False)], inside=True)[0]) for message in rest]
+    enough = next((i for i in starts if sum(sizes[:i]) + OWN_TOKENS * i >= excess), starts[-1])
+    return [*system, *rest[enough:]]
 
 
 def _text_documents(how: Rendering, example: Example) -> list[Tokens]:

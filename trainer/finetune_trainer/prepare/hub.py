@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils._http import get_session
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError

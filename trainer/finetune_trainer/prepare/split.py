@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
-Side = Literal["train", "validation", "test", "left out"]
-HELD_OUT: tuple[Side, ...] = ("validation", "test")
+Side = Literal["train", "validation", "test", "left out", "excluded"]
+"""`left out`: not drawn by maxRows, free for a baseline; `excluded`: the same, but too like a held-out row."""
 
 
 def content_key(seed: int, content: str) -> int:

@@ -1,0 +1,231 @@
+"""Who learns, who is held out, over all datasets of the job: the sides of every row, and what is to be said of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.report import FailureClass
+from finetune_api.spec import Dataset, Split, Task
+from finetune_trainer.data.templates import near_match
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.prepare.near_duplicates import METHOD, clusters, joined, keep_together
+from finetune_trainer.prepare.scan import Reading, Scan
+from finetune_trainer.prepare.split import Side, assign, draw
+
+EvaluationSplit = Literal["test", "validation", "unseen half of validation", "none"]
+UNSEEN_HALF: EvaluationSplit = "unseen half of validation"
+
+
+@dataclass
+class Division:
+    """The sides of the rows of one dataset.
+
+    `sides[split][i]` is the side of the i-th usable row of that split: train, validation (during training), test
+    (what Evaluate scores) or left out. Where evaluation is on `validation`, rows of that side are scored too.
+    """
+
+    reading: Reading
+    scans: dict[str, Scan]
+    sides: dict[str, list[Side]]
+    evaluation: EvaluationSplit
+    labels: tuple[str, ...]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    scored: set[tuple[str, int]] | None = None
+    """(split, row number) of the rows that Evaluate scores, where `evaluation.maxRows` draws some; else all."""
+
+    def count(self, side: Side) -> int:
+        """Rows on that side."""
+        return sum(sides.count(side) for sides in self.sides.values())
+
+    @property
+    def scored_side(self) -> Side:
+        """The side that Evaluate scores."""
+        return "validation" if self.evaluation == "validation" else "test"
+
+
+def divide(
+    readings: Sequence[tuple[Reading, dict[str, Scan]]], split: Split, *, selects: bool, max_rows: int | None
+) -> list[Division]:
+    """The division of every dataset. selects: training picks a checkpoint by validation; max_rows: scored at most.
+
+    Raises TrainerError (bad-data): a held-out label that never occurs in training, nothing left to train on.
+    """
+    cluster_of = _clusters([scan for _, scans in readings for scan in scans.values()])
+    divisions = []
+    for reading, scans in readings:
+        division = _divide(reading, scans, split, {name: cluster_of[id(s)] for name, s in scans.items()}, selects)
+        _check_labels(division)
+        if not division.count("train"):
+            raise TrainerError(FailureClass.BAD_DATA, f"Nothing of {reading.name} is left to train on.", reading.field)
+        if max_rows is not None:
+            division.scored = _draw_scored(division, max_rows)
+        divisions.append(division)
+    _say_contamination(divisions, cluster_of)
+    return divisions
+
+
+def _clusters(scans: Sequence[Scan]) -> dict[int, npt.NDArray[np.int64]]:
+    """Near-duplicate clusters over all rows of the job, by the id of the scan."""
+    together = clusters(np.concatenate([scan.signatures for scan in scans]))
+    ends = np.cumsum([len(scan) for scan in scans])
+    return {id(scan): part for scan, part in zip(scans, np.split(together, ends[:-1]), strict=True)}
+
+
+def _divide(
+    reading: Reading, scans: dict[str, Scan], split: Split, cluster: dict[str, npt.NDArray[np.int64]], selects: bool
+) -> Division:
+    spec, own = reading.spec, reading.spec.splits
+    train = scans[own.train]
+    strata = train.labels if split.stratify else [""] * len(train)
+    together, large = keep_together(cluster[own.train].tolist())
+    if train.groups:
+        together = joined(together, train.groups)
+    shares: dict[Side, float] = {}
+    if own.test is None and split.test > 0:
+        shares["test"] = split.test
+    if own.validation is None and split.validation > 0:
+        shares["validation"] = split.validation
+    sides = _divide_train(spec, train, strata, together, shares)
+    division = Division(reading, scans, {own.train: sides}, "none", ())
+    if reading.task is Task.CLASSIFICATION:
+        trained = {label for label, side in zip(train.labels, sides, strict=True) if side == "train"}
+        division.labels = tuple(sorted(trained))
+    if own.validation is not None:
+        division.sides[own.validation] = ["validation"] * len(scans[own.validation])
+    if own.test is not None:
+        division.sides[own.test] = ["test"] * len(scans[own.test])
+    division.evaluation = _evaluation_split(division, selects)
+    if division.evaluation == UNSEEN_HALF:
+        where = own.validation or own.train
+        kept = together if where == own.train else keep_together(cluster[where].tolist())[0]
+        _halve(division.sides[where], scans[where], kept, split)
+    _exclude_held_out(division, cluster)
+    _say_duplicates(division, train, cluster[own.train], large, bool(shares))
+    return division
+
+
+def _divide_train(
+    spec: Dataset, train: Scan, strata: Sequence[str], together: Sequence[int], shares: dict[Side, float]
+) -> list[Side]:
+    """Sides of the rows of the train split; rows that `maxRows` does not draw are left out."""
+    drawn = draw(train.ranks, strata, spec.max_rows) if spec.max_rows is not None else [True] * len(train)
+    chosen = [i for i, taken in enumerate(drawn) if taken]
+    assigned = assign(
+        [train.ranks[i] for i in chosen], [strata[i] for i in chosen], [together[i] for i in chosen], shares
+    )
+    sides: list[Side] = ["left out"] * len(train)
+    for i, side in zip(chosen, assigned, strict=True):
+        sides[i] = side
+    return sides
+
+
+def _evaluation_split(division: Division, selects: bool) -> EvaluationSplit:
+    if division.count("test"):
+        return "test"
+    if not division.count("validation"):
+        return "none"
+    return UNSEEN_HALF if selects else "validation"
+
+
+def _halve(sides: list[Side], scan: Scan, together: Sequence[int], split: Split) -> None:
+    """Move half of the validation rows to `test`: a checkpoint chosen on rows is no longer measured by them."""
+    held = [i for i, side in enumerate(sides) if side == "validation"]
+    strata = [scan.labels[i] if split.stratify else "" for i in held]
+    halves = assign([scan.ranks[i] for i in held], strata, [together[i] for i in held], {"test": 0.5})
+    for i, side in zip(held, halves, strict=True):
+        sides[i] = "test" if side == "test" else "validation"
+
+
+def _exclude_held_out(division: Division, cluster: dict[str, npt.NDArray[np.int64]]) -> None:
+    """Keep rows that `maxRows` left out from a baseline where they repeat a held-out row."""
+    held = {
+        int(cluster[split][i])
+        for split, sides in division.sides.items()
+        for i, side in enumerate(sides)
+        if side in ("validation", "test")
+    }
+    sides = division.sides[division.reading.spec.splits.train]
+    for i, of in enumerate(cluster[division.reading.spec.splits.train].tolist()):
+        if sides[i] == "left out" and of in held:
+            sides[i] = "excluded"
+
+
+def _check_labels(division: Division) -> None:
+    if division.reading.task is not Task.CLASSIFICATION:
+        return
+    name, known = division.reading.name, set(division.labels)
+    for split, sides in division.sides.items():
+        scan = division.scans[split]
+        for row, label, side in zip(scan.rows, scan.labels, sides, strict=True):
+            if side in ("validation", "test") and label not in known:
+                lost = " maxRows may have drawn none: raise it." if division.reading.spec.max_rows else ""
+                raise TrainerError(
+                    FailureClass.BAD_DATA,
+                    f"Label {label!r} of {name} ({split}, row {row}) is held out but never occurs in training."
+                    f"{near_match(label, list(known))}{lost}",
+                    f"{division.reading.field}.columns.label",
+                )
+    if len(known) < 2:
+        raise TrainerError(
+            FailureClass.BAD_DATA,
+            f"{name} has one label only ({next(iter(known), '')!r}): there is nothing to tell apart.",
+            f"{division.reading.field}.columns.label",
+        )
+
+
+def _draw_scored(division: Division, max_rows: int) -> set[tuple[str, int]]:
+    held = [
+        (scan.ranks[i], scan.labels[i], (split, scan.rows[i]))
+        for split, sides in division.sides.items()
+        for scan in [division.scans[split]]
+        for i, side in enumerate(sides)
+        if side == division.scored_side
+    ]
+    drawn = draw([rank for rank, _, _ in held], [label for _, label, _ in held], max_rows)
+    return {key for (_, _, key), taken in zip(held, drawn, strict=True) if taken}
+
+
+def _say_duplicates(
+    division: Division, train: Scan, cluster: npt.NDArray[np.int64], large: list[int], cut: bool
+) -> None:
+    duplicates = len(train) - len(set(cluster.tolist()))
+    if duplicates:
+        kept = ", kept on one side of the split" if cut else ""
+        division.notes.append(f"{duplicates} rows are near-duplicates of others{kept} ({METHOD})")
+    if large:
+        division.warnings.append(
+            f"{division.reading.name}: {len(large)} clusters of near-duplicates have more than 1% of the rows (the "
+            f"largest {large[0]}) and were divided like other rows; held-out scores may be too good"
+        )
+
+
+def _say_contamination(divisions: Sequence[Division], cluster_of: dict[int, npt.NDArray[np.int64]]) -> None:
+    """Held-out rows that occur, nearly word for word, among the training rows of any dataset of the job."""
+
+    def of(division: Division, wanted: tuple[Side, ...]) -> list[int]:
+        return [
+            int(cluster_of[id(division.scans[split])][i])
+            for split, sides in division.sides.items()
+            for i, side in enumerate(sides)
+            if side in wanted
+        ]
+
+    trained = [(division.reading.name, Counter(of(division, ("train",)))) for division in divisions]
+    for division in divisions:
+        held = of(division, ("validation", "test"))
+        for name, train in trained:
+            count = sum(cluster in train for cluster in held)
+            if count:
+                division.warnings.append(
+                    f"{count} of {len(held)} held-out rows of {division.reading.name} occur, nearly word for word, "
+                    f"among the training rows of {name}"
+                )
+        if not any(cluster in train for cluster in held for _, train in trained):
+            division.notes.append("no held-out row occurs among the training rows of any dataset")
