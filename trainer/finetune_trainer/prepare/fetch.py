@@ -1,0 +1,55 @@
+"""The datasets of a job on this machine, from the Hub or a path, their columns found."""
+
+from __future__ import annotations
+
+from finetune_api.report import Progress
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.context import RunContext
+from finetune_trainer.prepare.hub import Hub
+from finetune_trainer.prepare.scan import Reading, open_reading
+from finetune_trainer.prepare.sources import DatasetSource, Head, choose_files, open_path, open_source
+
+CONVERTED_REVISION = "refs/convert/parquet"
+"""Where the Hub keeps Parquet files of datasets that only a script can load."""
+
+
+def hub_of(context: RunContext) -> Hub:
+    """The Hub with this stage's token, telling its bytes to the report."""
+
+    def progress(done: int, total: int) -> None:
+        context.reporter.progress(Progress(step=done, total=total, unit="bytes"))
+
+    return Hub(context.token("hub"), context.cache / "hub", progress)
+
+
+def open_datasets(context: RunContext, spec: FineTuneJobSpec, hub: Hub) -> list[Reading]:
+    """Every dataset on this machine, its columns found. Raises TrainerError as the parts do."""
+    readings = []
+    for index, dataset in enumerate(spec.datasets):
+        field = f"datasets[{index}]"
+        if dataset.path is not None:
+            path = context.resolve_source(dataset.path)
+            source = open_path(path, dataset.path, dataset.config, field)
+        else:
+            source = _open_repo(hub, str(dataset.repo), dataset.revision, dataset.config, field)
+        readings.append(open_reading(dataset, index, source))
+    return readings
+
+
+def _open_repo(hub: Hub, repo: str, revision: str, config: str | None, field: str) -> DatasetSource:
+    resolved = hub.resolve(repo, revision, "dataset", field)
+    names = [file.name for file in resolved.files]
+    notes: tuple[str, ...] = ()
+    script = f"{repo.rpartition('/')[2]}.py"
+    if script in names and revision == "main":
+        # The rows are where the script would fetch them; the Hub's own conversion holds them as files.
+        resolved = hub.resolve(repo, CONVERTED_REVISION, "dataset", field)
+        names = [file.name for file in resolved.files]
+        notes = (f"read from {CONVERTED_REVISION}, for the repository itself has a loading script",)
+    head = Head()
+    if "README.md" in names:
+        readme = hub.download(resolved, ["README.md"], field) / "README.md"
+        head = Head.parse(readme.read_text(encoding="utf-8", errors="replace"))
+    files, chosen = choose_files(names, head, config, field)
+    root = hub.download(resolved, [name for members in files.values() for name in members], field)
+    return open_source(root, files, head.class_names(chosen), f"{repo}@{resolved.commit}", notes)
