@@ -1,0 +1,112 @@
+"""`finetune watch NAME`: the live view of `finetune run`, of a job on a cluster."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_operator.commands._cluster import Context, Name, Namespace, exit_code, jobs_in, last_sentence
+from finetune_operator.errors import EXIT_COMPLETE, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from finetune_operator.view.outputs import Output
+    from finetune_operator.view.scene import Scene
+
+TICK_SECONDS = 1.0
+"""Between two drawings when nothing changes: ages go on."""
+
+
+class OutputFormat(StrEnum):
+    """How to follow the job."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def watch(
+    name: Name,
+    namespace: Namespace = None,
+    context: Context = None,
+    output: Annotated[
+        OutputFormat, typer.Option("--output", "-o", help="text: a live view, or lines where there is no terminal.")
+    ] = OutputFormat.TEXT,
+) -> None:
+    """Follow a job until it is complete or has failed. Ctrl-C ends the watching, not the job.
+
+    Exit codes: 0 complete, 1 failed, 3 the gate refused the model, 130 interrupted.
+    """
+    from finetune_operator.cluster.as_user.following import follow, ticking
+
+    jobs = jobs_in(namespace, context)
+    changes = ticking(follow(jobs, name), TICK_SECONDS)
+    job = next(change for change in changes if change is not None)
+    shown = Shown(job)
+    live = output is OutputFormat.TEXT and sys.stdout.isatty()
+    try:
+        with _output(output, shown) as out:
+            out.scene(shown.scene())
+            while exit_code(shown.status) == EXIT_INTERRUPTED:
+                change = next(changes)
+                if change is not None:
+                    shown.take(change, out)
+                out.scene(shown.scene())
+            out.end(shown.scene())
+    except KeyboardInterrupt:
+        print(f"{name} goes on; the same command shows it again.", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    code = exit_code(shown.status)
+    if code != EXIT_COMPLETE and not live:
+        from finetune_operator.cli import say_error
+
+        say_error(last_sentence(shown.status))
+    raise typer.Exit(code)
+
+
+class Shown:
+    """The job as it was last seen, and the curves of what was seen of it."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from finetune_api.spec import FineTuneJobSpec
+        from finetune_api.status import JobStatus
+        from finetune_operator.view.scene import History
+
+        self.job = job
+        # A newer operator may know fields of the spec that this version does not: they are not shown.
+        self._spec = FineTuneJobSpec.model_validate(job["spec"])
+        self.status = JobStatus.parse(job.get("status"))
+        self._history = History()
+        self._history.add_progress(self.status.progress)
+
+    def take(self, job: dict[str, Any], out: Output) -> None:
+        """Take in a change, and tell the transitions in it."""
+        from finetune_api.status import JobStatus
+        from finetune_operator.planning.events import between
+
+        status = JobStatus.parse(job.get("status"))
+        for event in between(self.status, status):
+            out.event(event.type, event.reason, event.message)
+        self.job, self.status = job, status
+        self._history.add_progress(status.progress)
+
+    def scene(self) -> Scene:
+        """The job at this moment."""
+        from finetune_operator.view.scene import Scene
+
+        name = str(self.job["metadata"]["name"])
+        return Scene(name=name, spec=self._spec, status=self.status, now=datetime.now(UTC), history=self._history)
+
+
+def _output(output_format: OutputFormat, shown: Shown) -> Output:
+    from finetune_operator.view.outputs import JsonOutput, LiveOutput, PlainOutput
+
+    if output_format is OutputFormat.JSON:
+        return JsonOutput(sys.stdout, lambda: shown.job)
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        return LiveOutput(Console())
+    return PlainOutput(sys.stdout)
