@@ -88,7 +88,7 @@ class Show:
         self._record, self._output = record, output
         self._history = History()
         self._notes: list[str] = []
-        self._offset = 0
+        self._inode, self._offset = 0, 0
 
     def scene(self) -> Scene:
         """The job as it is now."""
@@ -109,9 +109,10 @@ class Show:
         """Take in the rows that were added; a row that is half written is left for the next time."""
         try:
             with (self._record.run / "metrics" / "train.jsonl").open("rb") as file:
-                # A resumed training may have cut the file back to its checkpoint.
-                file.seek(0, os.SEEK_END)
-                self._offset = 0 if file.tell() < self._offset else self._offset
+                # A resumed training cuts the file back to its checkpoint: in place, or by another file.
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._inode or found.st_size < self._offset:
+                    self._inode, self._offset = found.st_ino, 0
                 file.seek(self._offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:

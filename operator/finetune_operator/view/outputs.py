@@ -23,8 +23,10 @@ from finetune_operator.view.words import amount, count, duration, measure
 LINE_SECONDS = 20.0
 """Between two lines of progress where there is no terminal."""
 ACTIVITY_SECONDS = 3.0
-QUIET_ACTIVITIES = ("", "done", "failed")
-"""Said by an event already."""
+QUIET_ACTIVITIES = ("", "training", "done", "failed")
+"""Said by an event, or by the line of progress."""
+QUIET_EVENTS = ("AttemptStarted", "Ending", "WaitingForPreviousAttempt")
+"""Said otherwise, or of no use to whoever reads along."""
 
 
 class Output(Protocol):
@@ -134,7 +136,7 @@ class PlainOutput:
         for sentence in status.warnings:
             if self._changed(f"warning {sentence}", True):
                 self._say(f"warning: {sentence}")
-        line = progress_line(scene)
+        line = progress_line(scene) if running is not None else ""
         if line and self._due("progress", LINE_SECONDS) and self._changed("progress", line):
             self._say(line)
         elif (
@@ -146,7 +148,7 @@ class PlainOutput:
 
     def event(self, kind: str, reason: str, message: str) -> None:
         """One line."""
-        if reason != "AttemptStarted":
+        if reason not in QUIET_EVENTS:
             self._say(f"{reason}: {message}")
 
     def note(self, sentence: str) -> None:
