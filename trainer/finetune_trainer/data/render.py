@@ -17,9 +17,7 @@ from finetune_trainer.data.examples import UNANSWERABLE, BadRowError, Example
 from finetune_trainer.data.templates import TemplateRowError, compile_template
 
 DEFAULT_TEMPLATES: dict[Task, str] = {
-    Task.CLASSIFICATION: (
-        "Classify the text. Answer with one of: {{ labels | join(', ') }}.\n\nText: {{ text }}\n\nAnswer:"
-    ),
+    Task.CLASSIFICATION: ("Classify the text. Answer with one of: {{ labels | join(', ') }}.\n\nText: {{ text }}"),
     Task.MULTIPLE_CHOICE: (
         "{% if context %}{{ context }}\n\n{% endif %}{{ question }}\n\nAnswer with one of:\n"
         "{% for choice in choices %}- {{ choice }}\n{% endfor %}"
