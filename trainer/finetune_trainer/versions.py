@@ -14,8 +14,13 @@ PACKAGES = (
     "datasets",
     "bitsandbytes",
     "tokenizers",
+    "huggingface-hub",
+    "safetensors",
+    "scikit-learn",
+    "rouge-score",
+    "sacrebleu",
+    "numpy",
 )
-PACKAGES += ("huggingface-hub", "safetensors", "scikit-learn", "rouge-score", "sacrebleu", "numpy")
 
 
 def versions() -> dict[str, str]:

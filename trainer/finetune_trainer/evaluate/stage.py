@@ -33,7 +33,7 @@ from finetune_trainer.evaluate.metrics import EXTRA, OWN, Answer
 from finetune_trainer.evaluate.models import Source, Variant, fits_on_one_device, manifest_source, opened_both
 from finetune_trainer.evaluate.page.build import Prompted, Story, write_page
 from finetune_trainer.evaluate.ranks import Ranks
-from finetune_trainer.exported import export_digest
+from finetune_trainer.export import export_digest
 from finetune_trainer.failures import TrainerError, write_json
 from finetune_trainer.model.device import choose_precision
 from finetune_trainer.reports import read_metrics, read_reports

@@ -29,7 +29,7 @@ from finetune_trainer.evaluate.bootstrap import STATEMENT
 from finetune_trainer.evaluate.compare import Answered, Change, Compared, LabelLine, changes, confusion, label_table
 from finetune_trainer.evaluate.gate import MACRO
 from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER, PRIMARY
-from finetune_trainer.evaluate.page.charts import Level, Series, heatmap, level_chart, line_chart
+from finetune_trainer.evaluate.page.charts import Level, Series, heatmap, level_chart, line_chart, minus
 from finetune_trainer.reports import newest_done
 
 HERE = Path(__file__).parent
@@ -107,9 +107,9 @@ def _view(story: Story) -> dict[str, Any]:
         "badge": {"kind": kind, "word": word},
         "gate": results.gate,
         "headline": headline(story.compared),
-        "main": _line(story.compared[-1]) if story.compared else None,
+        "main": _main(story.compared),
         "charts": [_level_view(one) for one in story.compared if one.result.primary and one.result.dataset != MACRO],
-        "lines": [_line(one) for one in _without_lone_macro(story.compared)],
+        "lines": [_line(one, _all_percent(story.compared)) for one in _without_lone_macro(story.compared)],
         "statement": STATEMENT,
         "precision": story.origin.get("precision", "") + (", 4-bit base" if story.origin.get("quantized") else ""),
         "how_scored": _how_scored({dataset.task for dataset in story.answered}),
@@ -142,13 +142,17 @@ METHODS = {
 
 
 def value(number: float, percent: bool) -> str:
-    """`61.2%` or `1.834`."""
-    return f"{100 * number:.1f}%" if percent else f"{number:.4g}"
+    """`61.2%`, `1.834` or `12,310`."""
+    if percent:
+        return f"{100 * number:.1f}%"
+    return minus(f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}")
 
 
 def change(number: float, percent: bool) -> str:
-    """`+4.1 points` for percentages, else `+0.21`."""
-    return f"{100 * number:+.1f}" if percent else f"{number:+.3g}"
+    """`+4.1` (points) for percentages, else `+0.21` or `-12,310`."""
+    if percent:
+        return minus(f"{100 * number:+.1f}")
+    return minus(f"{number:+,.0f}" if abs(number) >= 1000 else f"{number:+.3g}")
 
 
 def headline(compared: Sequence[Compared]) -> list[str]:
@@ -175,8 +179,8 @@ def _level_view(one: Compared) -> dict[str, Any]:
     levels += [Level("base model", one.values["base"], "base")] if "base" in one.values else []
     levels += [Level(SHORT.get(who, who), v) for who, v in one.values.items() if who not in ("tuned", "base")]
     sentences = [
-        f"{WORDS[who]}: {value(one.values[who].value, percent)}; the tuned model is "
-        f"{change(lead.value, percent)}{' points' if percent else ''} away ({change(lead.low, percent)} to "
+        f"{WORDS[who]}: {value(one.values[who].value, percent)}. Tuned minus this: "
+        f"{change(lead.value, percent)}{' points' if percent else ''} ({change(lead.low, percent)} to "
         f"{change(lead.high, percent)}{', not significant' if lead.low <= 0 <= lead.high else ''})."
         for who, lead in one.lead.items()
         if who in WORDS
@@ -197,15 +201,33 @@ SHORT = {
 }
 
 
-def _line(one: Compared) -> dict[str, Any]:
+def _main(compared: Sequence[Compared]) -> dict[str, Any] | None:
+    """The figure at the top: the mean over datasets, or the one dataset's primary metric."""
+    primary = [one for one in compared if one.result.primary]
+    if not primary:
+        return None
+    lone, percent = len(primary) == 2, _all_percent(compared)
+    view = _line(primary[0] if lone else primary[-1], percent)
+    units = {one.result.metric in PERCENT for one in primary[:-1]}
+    # A mean of accuracies and losses is good for a difference, not for a level.
+    return view | {"levels": len(units) == 1}
+
+
+def _all_percent(compared: Sequence[Compared]) -> bool:
+    """Whether the mean over datasets is one of percentages."""
+    return all(one.result.metric in PERCENT for one in compared if one.result.primary and one.result.dataset != MACRO)
+
+
+def _line(one: Compared, macro_percent: bool) -> dict[str, Any]:
     several = one.result.dataset == MACRO
-    name = f"{one.result.metric}, mean over datasets" if several else f"{one.result.dataset}/{one.result.metric}"
+    metric = "primary metrics" if one.result.metric == "primary" else one.result.metric
     return {
         "result": one.result,
-        "values": {"base": one.values.get("base"), "tuned": one.values["tuned"]},
-        "percent": one.result.metric in PERCENT,
+        "base": one.values.get("base"),
+        "tuned": one.values["tuned"],
+        "percent": macro_percent if several else one.result.metric in PERCENT,
         "lower_is_better": one.result.metric in LOWER_IS_BETTER,
-        "name": name,
+        "name": f"{metric}, mean over datasets" if several else f"{one.result.dataset}: {metric}",
     }
 
 

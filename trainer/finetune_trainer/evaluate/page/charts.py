@@ -49,8 +49,14 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) < 1e-3 or abs(value) >= 1e6:
-        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        short = f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
+        return minus(short)
+    return minus(f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}")
+
+
+def minus(text: str) -> str:
+    """A negative number with the sign that is as wide as a plus."""
+    return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
 WIDTH, HEIGHT = 520.0, 230.0
@@ -119,7 +125,7 @@ def _line(series: Series, frame: _Frame) -> list[Markup]:
 
 ROW = 30.0
 NAME = 190.0
-VALUES = 150.0
+VALUES = 184.0
 
 
 def level_chart(levels: Sequence[Level], *, percent: bool) -> Markup:
@@ -129,16 +135,27 @@ def level_chart(levels: Sequence[Level], *, percent: bool) -> Markup:
     low = min(level.value.low for level in levels)
     high = max(level.value.high for level in levels)
     margin = (high - low) * 0.08 or abs(high) * 0.05 or 0.05
-    marks = ticks(max(0.0, low - margin) if percent else low - margin, high + margin, 5)
+    low, high = low - margin, high + margin
+    if percent:
+        low, high = max(0.0, low), min(1.0, high)
+    marks = [mark for mark in ticks(low, high, 6) if low <= mark <= high]
     width, height = 760.0, ROW * len(levels) + 30
 
     def at(value: float) -> float:
-        return NAME + (width - NAME - VALUES) * (value - marks[0]) / ((marks[-1] - marks[0]) or 1.0)
+        return NAME + (width - NAME - VALUES) * (value - low) / ((high - low) or 1.0)
 
     parts = [_svg(width, height, "values with 95% intervals")]
     for mark in marks:
         parts.append(_rule(at(mark), 4, at(mark), height - 24, "grid"))
-        parts.append(_text(at(mark), height - 8, _value(mark, percent, 0), "middle", "tick"))
+        parts.append(
+            _text(
+                at(mark),
+                height - 8,
+                _value(mark, percent, 0 if len(marks) < 2 or marks[1] - marks[0] >= 0.01 else 1),
+                "middle",
+                "tick",
+            )
+        )
     for index, level in enumerate(levels):
         y = ROW * index + ROW / 2 + 4
         value = level.value
@@ -147,14 +164,14 @@ def level_chart(levels: Sequence[Level], *, percent: bool) -> Markup:
         parts.append(
             Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="6"/>').format(level.kind, at(value.value), y)
         )
-        ends = f"{_value(value.low, percent)}–{_value(value.high, percent)}"
+        ends = f"{_value(value.low, percent)} to {_value(value.high, percent)}"
         parts.append(_text(width - VALUES + 14, y + 4.5, _value(value.value, percent), "start", f"figure {level.kind}"))
         parts.append(_text(width - 2, y + 4.5, ends, "end", "tick"))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
 def _value(value: float, percent: bool, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}%" if percent else f"{value:.3g}"
+    return f"{100 * value:.{digits}f}%" if percent else number(float(f"{value:.3g}"))
 
 
 LABELS_SHOWN = 24
