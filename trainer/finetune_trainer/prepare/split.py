@@ -79,8 +79,8 @@ def assign(
         side = _side_of(unit, wanted, remaining)
         if side == "train":
             continue
-        wanted[side] -= unit.strata
-        remaining -= unit.strata
+        wanted[side].subtract(unit.strata)
+        remaining.subtract(unit.strata)
         for row in unit.rows:
             sides[row] = side
     return sides
@@ -97,7 +97,7 @@ def _side_of(unit: Unit, wanted: dict[Side, Counter[Hashable]], remaining: Count
     ]
     return max(
         fitting,
-        key=lambda side: sum(min(wanted[side][s], n) for s, n in unit.strata.items()) / wanted[side].total(),
+        key=lambda side: sum(min(max(wanted[side][s], 0), n) for s, n in unit.strata.items()) / wanted[side].total(),
         default="train",
     )
 
