@@ -100,6 +100,8 @@ class Environment:
     backoff_cap_seconds: float = 300.0
     hang_backstop_factor: float = 2.0
     grace_seconds: int = 120
+    gang_scheduling: bool = False
+    """Whether pods of a gang are scheduled all or none: PyTorchJobs then carry a scheduling policy."""
     gpus_per_node: int = 1
     """What `topology.gpusPerNode` means when it is left out: 1, locally the GPUs that are there."""
 

@@ -13,10 +13,11 @@ WORKER_SUFFIX_LENGTH = len("-worker-4095")
 def bounded(name: str, suffix: str, limit: int = MAX_LENGTH) -> str:
     """`name` + `suffix` in at most `limit` characters, beginning with a letter; a cut name carries a digest of itself.
 
-    PyTorchJobs are DNS-1035 labels, so that a name which begins with a digit gets a prefix.
+    PyTorchJobs are DNS-1035 labels, so that a name which begins with a digit gets a prefix and dots become hyphens.
     """
-    stem = name if name[:1].isalpha() else f"ft-{name}"
-    if len(stem) + len(suffix) <= limit:
+    plain = name.replace(".", "-")
+    stem = plain if plain[:1].isalpha() else f"ft-{plain}"
+    if plain == name and len(stem) + len(suffix) <= limit:
         return stem + suffix
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     kept = stem[: limit - len(suffix) - len(digest) - 1].rstrip("-")

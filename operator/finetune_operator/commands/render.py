@@ -1,0 +1,60 @@
+"""`finetune render FILE`: the manifests that the operator would make, for reading and for reviews."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+import yaml
+
+from finetune_api.validate import check
+from finetune_operator.commands.validate import read_source
+from finetune_operator.errors import UserError
+from finetune_operator.planning.manifests.backend import Backend
+from finetune_operator.planning.manifests.children import all_manifests
+from finetune_operator.planning.manifests.job import Job
+from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.planning.manifests.trainjob import TrainJobBackend
+from finetune_operator.planning.model import Environment
+
+UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
+BACKENDS: dict[str, Backend] = {"pytorchjob": PyTorchJobBackend(), "trainjob": TrainJobBackend()}
+
+
+def render(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="File with FineTuneJobs; - for standard input.")],
+    image: Annotated[
+        str, typer.Option("--image", envvar="FINETUNE_TRAINER_IMAGE", help="Trainer image, where the job names none.")
+    ] = "finetune-trainer",
+    backend: Annotated[str, typer.Option("--backend", help="pytorchjob or trainjob.")] = "pytorchjob",
+) -> None:
+    """Print the manifests that the operator would make for a job, in the order in which it makes them.
+
+    The uid, which the API server gives, is zeros.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"--backend {backend} is not known: {' or '.join(BACKENDS)}.")
+    checked = check(read_source(file))
+    if checked.problems:
+        first = checked.problems[0]
+        raise UserError(f"{file}: {first.path}: {first.sentence}".replace(": : ", ": "))
+    environment = Environment(operator_version=version("finetune-operator"))
+    for parsed in checked.jobs:
+        meta = parsed.metadata
+        uid = meta.uid or UNKNOWN_UID
+        job = Job(meta.namespace, meta.name, uid, parsed.spec, parsed.spec.image or image, environment)
+        print(yaml.dump_all(all_manifests(job, BACKENDS[backend]), Dumper=_Dumper, sort_keys=False, width=120), end="")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as blocks, and no anchors: the output is for readers."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)

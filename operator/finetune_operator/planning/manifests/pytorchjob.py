@@ -1,0 +1,96 @@
+"""Kubeflow's PyTorchJob: worker-only, static rendezvous, no elastic policy, no retries of its own.
+
+With `elasticPolicy` one succeeded worker would make the job Succeeded; a Master would bring an init container
+without securityContext. Worker-only without it has neither, and needs all workers to succeed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.runconfig import Attempt
+from finetune_operator.planning.manifests.backend import ChildState, condition_of, words
+from finetune_operator.planning.manifests.batch import MASTER_PORT
+from finetune_operator.planning.manifests.job import UID_LABEL, Job, Manifest, attempt_metadata
+from finetune_operator.planning.manifests.pod import Program, gpu_resources, pod_template
+
+CONTAINER = "pytorch"
+"""The name by which the training-operator finds the container."""
+INDEX_LABEL = "training.kubeflow.org/replica-index"
+
+
+class PyTorchJobBackend:
+    """One PyTorchJob an attempt."""
+
+    api_version = "kubeflow.org/v1"
+    kind = "PyTorchJob"
+    plural = "pytorchjobs"
+
+    def manifest(self, job: Job, attempt: Attempt) -> Manifest:
+        """The gang of one attempt: ranks equal pod indices, worker 0 is where they meet."""
+        made = attempt_metadata(job, attempt, queued=job.gpus_per_node > 0)
+        nodes = job.spec.topology.nodes
+        template = pod_template(
+            job,
+            attempt,
+            Program(CONTAINER, ("launch", "train"), "wandb"),
+            resources=gpu_resources(job),
+            environment=_rendezvous(made["name"], attempt),
+            placed=True,
+        )
+        if nodes > 1:
+            template["spec"]["affinity"] = _together(job)
+        policy: Manifest = {"cleanPodPolicy": "None", "backoffLimit": 0}
+        if job.environment.gang_scheduling:
+            policy["schedulingPolicy"] = {"minAvailable": nodes}
+        return {
+            "apiVersion": self.api_version,
+            "kind": self.kind,
+            "metadata": made,
+            "spec": {
+                "nprocPerNode": str(job.ranks_per_node),
+                "runPolicy": policy,
+                "pytorchReplicaSpecs": {
+                    "Worker": {"replicas": nodes, "restartPolicy": "Never", "template": template},
+                },
+            },
+        }
+
+    def state(self, child: dict[str, Any]) -> ChildState:
+        """Success and failure as its conditions say; suspended by another means queued."""
+        spec = child["spec"]
+        succeeded, failed = condition_of(child, "Succeeded"), condition_of(child, "Failed")
+        return ChildState(
+            succeeded=succeeded is not None,
+            failed=failed is not None,
+            queued=bool(spec.get("runPolicy", {}).get("suspend")),
+            message=words(failed),
+            pods_expected=spec["pytorchReplicaSpecs"]["Worker"].get("replicas", 1),
+        )
+
+    def pod_index(self, pod: dict[str, Any]) -> int:
+        """The replica's index, which is its node rank."""
+        return int(pod["metadata"].get("labels", {}).get(INDEX_LABEL, "0"))
+
+
+def _rendezvous(name: str, attempt: Attempt) -> list[Manifest]:
+    """What the training-operator does not set: it gives PET_NNODES and PET_NPROC_PER_NODE."""
+    rank = {"fieldRef": {"fieldPath": f"metadata.labels['{INDEX_LABEL}']"}}
+    return [
+        {"name": "PET_NODE_RANK", "valueFrom": rank},
+        {"name": "PET_MASTER_ADDR", "value": f"{name}-worker-0"},
+        {"name": "PET_MASTER_PORT", "value": str(MASTER_PORT)},
+        # Static rendezvous bears a worker 0 that comes late; c10d would give up after 60 s.
+        {"name": "PET_RDZV_CONF", "value": f"timeout={attempt.startup_seconds}"},
+        {"name": "NCCL_DEBUG", "value": "WARN"},
+    ]
+
+
+def _together(job: Job) -> Manifest:
+    """Near each other by preference: in one zone, where the network between them is fast."""
+    term = {
+        "topologyKey": "topology.kubernetes.io/zone",
+        "labelSelector": {"matchLabels": {UID_LABEL: job.uid}},
+    }
+    preferred = [{"weight": 100, "podAffinityTerm": term}]
+    return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
