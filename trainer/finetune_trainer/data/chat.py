@@ -243,7 +243,8 @@ class ChatFormat:
             ]
         ]
         try:
-            first = self.render(chat[:1], add_generation_prompt=True) + _PROBE_ANSWER + self.end_text
+            prompt = self.render(chat[:1], add_generation_prompt=True)
+            first = prompt + self._learnt(prompt, chat[:2])
             return bool(self.end_text) and self.render(chat[:3], add_generation_prompt=True).startswith(first)
         except ChatTemplateError:
             return False

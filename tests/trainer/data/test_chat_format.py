@@ -1,0 +1,188 @@
+"""Chats become tokens so that exactly the assistant's words, and the token that ends them, are learnt."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.tiny import CHATML, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, Message, Tokens, choose_pad, with_plain_template
+
+CHAT: list[Message] = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "More"},
+    {"role": "assistant", "content": "No."},
+]
+IMPLICIT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}" + CHATML
+)
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' <|im_end|>' }}{% endif %}{% endfor %}"
+)
+FORGETS_THOUGHTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_PREFIX = "{% for m in messages | reverse %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def tokenizer(directory: Path) -> Any:
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def learnt(format: ChatFormat, tokens: Tokens) -> str:
+    """The targets as text; checks that each is the token after its position."""
+    assert [tokens.ids[position + 1] for position in tokens.target_position] == tokens.target_id
+    return str(format.tokenizer.decode(tokens.target_id))
+
+
+def formatted(tokenizer: Any, template: str) -> ChatFormat:
+    tokenizer.chat_template = template
+    return ChatFormat(tokenizer)
+
+
+def test_every_assistant_turn_with_its_end_token_is_learnt_and_nothing_else(tokenizer: Any) -> None:
+    chat = ChatFormat(tokenizer)
+    [segments] = chat.segments(CHAT)
+    tokens = chat.tokens(segments)
+    assert learnt(chat, tokens) == "Hello.<|im_end|>No.<|im_end|>"
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert tokens.ids == whole[: len(tokens.ids)]
+    assert tokenizer.decode(whole[len(tokens.ids) :]) == "\n"
+
+
+def test_only_the_last_turn_is_learnt_on_request(tokenizer: Any) -> None:
+    chat = ChatFormat(tokenizer)
+    [segments] = chat.segments(CHAT, "last")
+    assert learnt(chat, chat.tokens(segments)) == "No.<|im_end|>"
+
+
+def test_a_prompt_has_the_same_tokens_with_and_without_its_answer(tokenizer: Any) -> None:
+    chat = ChatFormat(tokenizer)
+    _, prompt = chat.prompt(CHAT[:3])
+    [segments] = chat.segments(CHAT, "last")
+    tokens = chat.tokens(segments)
+    assert tokens.ids == prompt + chat.answer_ids("No.")
+    assert tokens.target_position[0] == len(prompt) - 1
+
+
+def test_a_control_token_in_the_data_is_plain_text(tokenizer: Any) -> None:
+    chat = ChatFormat(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    text, ids = chat.prompt([{"role": "user", "content": "a <|im_end|> b"}])
+    assert ids.count(end) == 1
+    assert tokenizer.decode(ids) == text
+    assert chat.answer_ids("a <|im_end|> b").count(end) == 1
+
+
+def test_an_implicit_system_prompt_is_found_and_gives_way_to_the_job_s(tokenizer: Any) -> None:
+    chat = formatted(tokenizer, IMPLICIT_SYSTEM)
+    assert chat.implicit_system == "Be brief."
+    assert ChatFormat(AutoTokenizer.from_pretrained(tokenizer.name_or_path)).implicit_system == ""
+    text, _ = chat.prompt(chat.with_system("Be long.", CHAT[:1]))
+    assert "Be long." in text
+    assert "Be brief." not in text
+
+
+def test_a_template_that_writes_words_after_the_prompt_has_them_learnt(tokenizer: Any) -> None:
+    chat = formatted(tokenizer, LLAMA_2)
+    [segments] = chat.segments(CHAT)
+    assert learnt(chat, chat.tokens(segments)) == " Hello. <|im_end|> No. <|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_a_document_of_each_turn(tokenizer: Any) -> None:
+    chat = formatted(tokenizer, FORGETS_THOUGHTS)
+    assert not chat.keeps_history
+    documents = [chat.tokens(segments) for segments in chat.segments(CHAT)]
+    thoughtless = "<think>\n\n</think>\n\n"
+    assert [learnt(chat, tokens) for tokens in documents] == [
+        f"{thoughtless}Hello.<|im_end|>",
+        f"{thoughtless}No.<|im_end|>",
+    ]
+    assert len(chat.segments(CHAT, "last")) == 1
+
+
+def test_a_system_prompt_goes_into_the_first_turn_where_the_template_has_no_place_for_it(tokenizer: Any) -> None:
+    chat = formatted(tokenizer, NO_SYSTEM)
+    assert not chat.takes_system
+    assert chat.with_system("Be kind.", CHAT[:1]) == [{"role": "user", "content": "Be kind.\n\nHi"}]
+    assert learnt(chat, chat.tokens(chat.segments(CHAT)[0])) == "Hello.<|im_end|>No.<|im_end|>"
+
+
+def test_a_template_without_the_prefix_property_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ChatTemplateError, match=r"set model\.chatTemplate"):
+        formatted(tokenizer, NO_PREFIX)
+
+
+def test_a_base_model_gets_a_plain_template_with_its_end_token(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    assert with_plain_template(tokenizer)
+    chat = ChatFormat(tokenizer)
+    [segments] = chat.segments([{"role": "system", "content": "S"}, *CHAT])
+    assert learnt(chat, chat.tokens(segments)) == "Hello.<|im_end|>No.<|im_end|>"
+    assert chat.keeps_history
+    assert not with_plain_template(tokenizer)
+
+
+def test_a_template_without_end_tokens_still_teaches_to_stop(tokenizer: Any) -> None:
+    chat = formatted(
+        tokenizer,
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    )
+    assert chat.answer_ids("No.")[-1] == tokenizer.eos_token_id
+    assert [learnt(chat, chat.tokens(s)).endswith("<|im_end|>") for s in chat.segments(CHAT)] == [True, True]
+
+
+@pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML])
+def test_there_is_never_a_second_begin_token(directory: Path, template: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, bos_token="<|endoftext|>")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    chat = formatted(tokenizer, template)
+    _, ids = chat.prompt(CHAT[:1])
+    assert ids.count(bos) == ("bos_token" in template)
+    assert chat.plain_text_ids("words").count(bos) == 1
+    assert formatted(tokenizer, "{{ bos_token * 2 }}" + CHATML).prompt(CHAT[:1])[1].count(bos) == 1
+
+
+def test_the_pad_token_never_ends_an_answer(tokenizer: Any) -> None:
+    ends = ChatFormat(tokenizer).end_token_ids
+    assert choose_pad(tokenizer, ends).token == "<|pad|>"
+    tokenizer.pad_token = tokenizer.eos_token
+    chosen = choose_pad(tokenizer, ends)
+    assert chosen.token not in (tokenizer.eos_token, tokenizer.bos_token)
+    assert "also ends answers" in chosen.why
+
+
+def test_a_byte_level_vocabulary_without_special_tokens_pads_with_a_byte_that_no_text_holds() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<eos>", *alphabet])}, merges=[]))
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<eos>")
+    chosen = choose_pad(bare, [bare.eos_token_id])
+    assert chosen is not None
+    assert chosen.token == "ÿ"
+    without = Tokenizer(models.WordLevel(vocab={"<eos>": 0, "word": 1}, unk_token="word"))
+    assert choose_pad(PreTrainedTokenizerFast(tokenizer_object=without, eos_token="<eos>"), [0]) is None

@@ -1,0 +1,149 @@
+"""Files of every format become rows; what cannot be read is named."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.prepare.readers import UnreadableFileError, read_rows
+from finetune_trainer.prepare.sources import Head, SplitSource, choose_files, open_path, split_of
+
+ROWS = [{"text": "one, two", "label": "a"}, {"text": "three\nfour", "label": "b"}]
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.parquet", "rows.csv.gz", "rows.arrow"]
+)
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "rows.parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif name == "rows.arrow":
+        table = pa.Table.from_pylist(ROWS)
+        with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+    elif name.startswith("rows.js"):
+        path.write_text(json.dumps(ROWS) if name == "rows.json" else "\n".join(map(json.dumps, ROWS)))
+    else:
+        tab = "\t" if "tsv" in name else ","
+        content = f'text{tab}label\n"one, two"{tab}a\n"three\nfour"{tab}b\n'.encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(read_rows(path)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ('{"a": {"x": 1}, "b": {"x": 2}}', [{"x": 1}, {"x": 2}]),
+        ('{"version": "1", "data": [{"x": 1}]}', [{"x": 1}]),
+        ('{"x": [1, 2], "y": [3, 4]}', [{"x": 1, "y": 3}, {"x": 2, "y": 4}]),
+        ('{"x": 1}\n{"x": 2}\n', [{"x": 1}, {"x": 2}]),
+    ],
+    ids=["by key", "below data", "by column", "lines"],
+)
+def test_json_documents_of_several_shapes_are_rows(tmp_path: Path, content: str, rows: list[object]) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert list(read_rows(tmp_path / "a.json")) == rows
+
+
+def test_a_broken_line_is_a_reason_and_the_next_line_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n{"x": \n[1]\n{"x": 2}\n')
+    first, broken, no_object, last = read_rows(tmp_path / "a.jsonl")
+    assert (first, last) == ({"x": 1}, {"x": 2})
+    assert isinstance(broken, str)
+    assert broken.startswith("not JSON")
+    assert no_object == "not a JSON object"
+
+
+def test_a_csv_row_with_too_many_fields_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n1,2,3\n")
+    assert list(read_rows(tmp_path / "a.csv")) == [{"x": "1", "y": "2"}, "3 fields where the header has 2"]
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UnreadableFileError, match=r"a\.parquet cannot be read"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_bytes_that_are_not_utf_8_are_read_as_windows_1252_and_marked(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text\ncafé\n".encode() + b"caf\xe9 \x93quoted\x94\n")
+    rows = list(SplitSource("train", (tmp_path / "a.csv",), ("text",)))
+    assert [(row.fields, row.foreign_bytes) for row in rows] == [
+        ({"text": "café"}, False),
+        ({"text": "café “quoted”"}, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.csv", "train"),
+        ("data/dev.jsonl", "validation"),
+        ("my-test-set.csv", "test"),
+        ("validation/0000.parquet", "validation"),
+        ("data/train_sft-00000-of-00003.parquet", "train_sft"),
+        ("tweets.csv", None),
+        ("contest.csv", None),
+    ],
+)
+def test_the_split_is_told_by_the_file_s_name_or_folder(name: str, split: str | None) -> None:
+    assert split_of(name) == split
+
+
+def test_a_readme_s_patterns_and_class_names_are_used() -> None:
+    readme = """---
+configs:
+- config_name: plain
+  data_files:
+  - {split: train, path: "plain/train-*"}
+  - {split: test, path: ["plain/test-*"]}
+- config_name: other
+  data_files: other/*.csv
+dataset_info:
+- config_name: plain
+  features:
+  - {name: text, dtype: string}
+  - name: label
+    dtype:
+      class_label:
+        names: {'0': activate_my_card, '1': age_limit}
+---
+# Words
+"""
+    head = Head.parse(readme)
+    names = ["README.md", "plain/train-00000-of-00001.parquet", "plain/test-00000-of-00001.parquet", "other/a.csv"]
+    assert choose_files(names, head, "plain", "datasets[0]") == (
+        {"train": [names[1]], "test": [names[2]]},
+        "plain",
+    )
+    assert choose_files(names, head, "other", "datasets[0]")[0] == {"train": ["other/a.csv"]}
+    assert head.class_names("plain") == {"label": ["activate_my_card", "age_limit"]}
+    with pytest.raises(TrainerError, match=r"several configurations \(other, plain\): name one"):
+        choose_files(names, head, None, "datasets[0]")
+    with pytest.raises(TrainerError, match=r"no configuration 'plian'\. Did you mean 'plain'"):
+        choose_files(names, head, "plian", "datasets[0]")
+
+
+def test_a_directory_is_read_by_its_splits_and_its_digest_follows_its_content(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,x\n")
+    (tmp_path / "test.csv").write_text("text,label\nb,y\n")
+    source = open_path(tmp_path, "data", None, "datasets[0]")
+    assert {name: [row.fields for row in split] for name, split in source.splits.items()} == {
+        "train": [{"text": "a", "label": "x"}],
+        "test": [{"text": "b", "label": "y"}],
+    }
+    (tmp_path / "test.csv").write_text("text,label\nb,z\n")
+    assert open_path(tmp_path, "data", None, "datasets[0]").origin != source.origin
+
+
+def test_parquet_carries_its_own_class_names(tmp_path: Path) -> None:
+    info = {"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
+    schema = pa.schema([("text", pa.string()), ("label", pa.int64())], metadata={"huggingface": json.dumps(info)})
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}, schema=schema), tmp_path / "train.parquet")
+    assert open_path(tmp_path, "d", None, "datasets[0]").splits["train"].class_names == {"label": ["no", "yes"]}
