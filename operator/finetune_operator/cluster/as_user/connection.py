@@ -97,7 +97,8 @@ class Connection:
             finally:
                 response.close()
                 response.release_conn()
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+        except (urllib3.exceptions.HTTPError, OSError, kubernetes.client.ApiException) as error:
+            # An ApiException here is the client's own wrapping of a TLS error.
             raise unreachable(self.server, error) from error
 
 

@@ -105,6 +105,9 @@ def unreachable(server: str, error: BaseException) -> UnreachableError:
         ("CERTIFICATE_VERIFY_FAILED", "its certificate is not the one that the kubeconfig trusts."),
         ("WRONG_VERSION_NUMBER", "it does not speak TLS; the kubeconfig says https."),
         ("timed out", "it does not answer; are you in the right network?"),
+        ("EOF", "it broke the connection off."),
+        ("Connection aborted", "it broke the connection off."),
+        ("Connection broken", "it broke the connection off."),
     ):
         if mark in text:
             return UnreachableError(f"The cluster at {server} cannot be reached: {reason}")
