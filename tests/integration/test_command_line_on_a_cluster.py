@@ -5,10 +5,16 @@ No operator runs: its part, the status, is written by the test, as decide() make
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -313,6 +319,29 @@ def test_watch_in_json_ends_with_the_whole_resource(submitted: Shell) -> None:
     lines = [json.loads(line) for line in submitted("watch", "support", "-o", "json").splitlines()]
     assert lines[-1]["type"] == "status"
     assert lines[-1]["resource"]["status"]["phase"] == "Complete"
+
+
+def test_watch_in_a_terminal_is_a_live_view_that_ctrl_c_leaves_and_the_job_goes_on(submitted: Shell) -> None:
+    submitted.says(job().training().says(progress=steps(120)).settled())
+    terminal, own_end = pty.openpty()
+    fcntl.ioctl(own_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    program = [Path(sys.executable).parent / "finetune", "watch", "support", "-n", submitted.namespace]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    child = subprocess.Popen(
+        program, stdin=own_end, stdout=own_end, stderr=own_end, env=environment, start_new_session=True
+    )
+    os.close(own_end)
+    shown = b""
+    while b"120/450" not in shown:
+        shown += os.read(terminal, 65536)
+    child.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # Linux: the terminal's other end is closed
+        while data := os.read(terminal, 65536):
+            shown += data
+    os.close(terminal)
+    assert child.wait() == 130
+    assert b"support goes on; the same command shows it again." in shown
+    assert submitted.job()["spec"]["suspend"] is False
 
 
 # suspend, resume, retry -----------------------------------------------------------------------------------
