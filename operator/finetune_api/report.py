@@ -171,16 +171,26 @@ class Plan(ApiModel):
     """Parameters in all."""
     micro_batch_tokens: int
     """Tokens in one packed row at most."""
+    micro_batches: int = 1
+    """Rows that a rank computes one after the other in each step."""
+    activation_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass: as the spec says, or because memory needs it."""
     memory: list[MemoryComponent] = []
     """Peak memory a rank, by component."""
     memory_bytes: int = 0
     """Peak memory a rank in all."""
+    host_bytes: int = 0
+    """Main memory of one pod at the peak: loading, and copies for checkpoints."""
     device_bytes: int | None = None
     """Memory of the device, if known."""
     fits: bool | None = None
     """Whether it fits, if the device is known."""
     flops: float = 0.0
     """Floating-point operations of the training."""
+    device: str = ""
+    """GPU that time and price are about; empty where it is not known."""
+    utilisation: float | None = None
+    """Share of that GPU's peak speed that the hours assume."""
     hours: float | None = None
     """Hours of training on the named GPU."""
     price: float | None = None
@@ -218,6 +228,8 @@ class ModelFacts(ApiModel):
     """Parameters in all, tied ones once."""
     num_experts: int = 0
     """Experts a layer; 0 for dense models."""
+    experts_per_token: int = 0
+    """Experts that one token goes through; 0 for dense models or where unknown."""
 
 
 class LengthFacts(ApiModel):
