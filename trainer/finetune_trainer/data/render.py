@@ -6,6 +6,7 @@ Answers are never cut: a question's text is cut where the task allows it, else t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,8 +37,6 @@ CUT_FROM: dict[Task, str] = {Task.CLASSIFICATION: "text", Task.SUMMARIZATION: "d
 CLOSED = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE)
 LIKELIHOOD_ONLY = (Task.CHAT, Task.TEXT)
 MAX_CUTS = 8
-OWN_TOKENS = 2
-"""Tokens of a template around a turn, at least."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +284,7 @@ def _chat_documents(how: Rendering, example: Example) -> Rendered:
 
 
 def _without_oldest(how: Rendering, turns: list[Message], excess: int) -> list[Message] | None:
-    """The chat without its oldest exchanges, as many as hold at most `excess` tokens, at least one.
+    """The chat without its oldest exchanges: as many as surely hold no more than `excess` tokens, at least one.
 
     The system message is kept. None where only one exchange is there.
     """
@@ -295,10 +294,11 @@ def _without_oldest(how: Rendering, turns: list[Message], excess: int) -> list[M
     starts = [i for i in starts if any(message["role"] == "assistant" for message in rest[i:])]
     if not starts:
         return None
-    # Contents alone are counted, without the template's own tokens: never more is dropped than needed.
     sizes = [len(how.format.encode([Segment(message["content"], False)], inside=True)[0]) for message in rest]
-    enough = next((i for i in starts if sum(sizes[:i]) + OWN_TOKENS * i >= excess), starts[-1])
-    return [*system, *rest[enough:]]
+    # What the template puts around a turn, rounded up: so never more is dropped than needed.
+    around = math.ceil((how.max_tokens + excess - sum(sizes)) / len(rest)) + 1
+    surely = [i for i in starts if sum(sizes[:i]) + around * i <= excess]
+    return [*system, *rest[surely[-1] if surely else starts[0] :]]
 
 
 def _text_documents(how: Rendering, example: Example) -> list[Tokens]:
