@@ -10,7 +10,6 @@ import hashlib
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -322,16 +321,3 @@ def initialise_virtual_tokens(peft_model: PeftModel, rows: Tensor | None, seed: 
     for name, parameter in peft_model.prompt_encoder.named_parameters():
         values = rows if rows is not None else 0.02 * torch.randn(parameter.shape, generator=generator(seed, name))
         fill(parameter, values)
-
-
-def parameter_groups(trainable: list[tuple[str, nn.Parameter]], b_plus_ratio: float) -> list[dict[str, Any]]:
-    """Groups for the optimiser: {"params", "decay": bool, "lr_scale": float}.
-
-    No decay for vectors (norms, biases, magnitudes) and embeddings; LoRA+ scales the learning rate of B.
-    """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in trainable:
-        decay = parameter.ndim > 1 and "embed" not in name and "prompt_encoder" not in name
-        scale = b_plus_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
-        groups.setdefault((decay, scale), []).append(parameter)
-    return [{"params": params, "decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import AutoTokenizer, PreTrainedModel
 
 from finetune_api.report import Choice, FailureClass
@@ -36,6 +36,8 @@ from finetune_trainer.model.weights import (
 
 UNPACKED = (Method.PROMPT, Method.PREFIX)
 """Methods whose documents would leak into each other in a packed row."""
+PACKED_DEVIATION = 0.05
+"""Relative difference of logits that rounding may make in bfloat16; a leak makes several times as much."""
 
 
 class CausalModel(nn.Module):
@@ -102,6 +104,29 @@ class CausalModel(nn.Module):
                 self.label_smoothing if self.training else 0.0,
             )
         return (losses, correct) if with_correct else losses
+
+    @torch.no_grad()
+    def deviation_when_packed(self, device: torch.device) -> float:
+        """Norm of the difference over the norm of the logits: a document behind another one against alone."""
+        ids = torch.arange(1, 12, device=device)[None] % self.config.vocab_size
+        cut = 6
+        positions = torch.cat([torch.arange(cut), torch.arange(ids.shape[1] - cut)]).to(device)[None]
+        nothing = torch.empty(0, dtype=torch.long, device=device)
+        batch = Batch(
+            ids=ids,
+            positions=positions,
+            documents=(torch.arange(ids.shape[1], device=device) >= cut).long(),
+            cu_seqlens=torch.tensor([0, cut, ids.shape[1]], dtype=torch.int32, device=device),
+            max_length=cut,
+            target_position=nothing,
+            target_id=nothing,
+            target_weight=nothing.float(),
+            target_document=nothing,
+        )
+        with self._precision(batch):
+            packed = self._head(self._hidden(batch)[:, cut:]).float()
+            alone = self.causal_lm(input_ids=ids[:, cut:], use_cache=False).logits.float()
+        return float((packed - alone).norm() / alone.norm())
 
     def sync_gradients(self, last: bool) -> None:
         """Whether the next backward pass is the last of the step: only then are adapters' gradients exchanged.
@@ -208,11 +233,13 @@ def load_model(
     adapter to go on from. precision: type of frozen weights and of products; what is trained is float32.
     packing: batches are packed rows (never for prompt and prefix), else padded ones.
     mesh: None keeps plain tensors on `device` (one process), else FSDP over [ranks] or [replicas, ranks].
+    packing: batches are packed rows, not padded ones (which prompt and prefix always get).
     Raises TrainerError (bad-spec) for files, modules or kernels that do not fit.
     """
     directory = Path(directory)
     adapter_directory = Path(adapter_directory) if adapter_directory else None
     nf4_directory = Path(nf4_directory) if nf4_directory else None
+    _refuse_combinations(method, tuning, activation_checkpointing)
     config = read_config(directory, trust_remote_code)
     packed = packing and method not in UNPACKED
     base = empty_model(config, torch.float32 if method is Method.FULL else precision, "eager", trust_remote_code)
@@ -239,9 +266,6 @@ def load_model(
     _train_in_float32(root)
     if activation_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    if compile:
-        for layer in layers:
-            layer.compile()
     buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
     if mesh is not None:
         embeddings = [] if _tied(base) else [base.get_input_embeddings()]
@@ -250,19 +274,47 @@ def load_model(
     _fill(root, base, directory, nf4_directory, device)
     _initialise(root, directory, tuning, seed, adapter_directory)
     root.trainable = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
+    if packed:
+        _check_documents_apart(root, device)
+    if compile:  # after the check, whose few tokens would be compiled for
+        for layer in layers:
+            layer.compile()
     return root.train()
 
 
-def trainable_state_dict(model: CausalModel) -> dict[str, Tensor]:
-    """What a checkpoint holds of the model: the trained parameters (shards, under FSDP), tied ones once."""
-    return {name: parameter.detach() for name, parameter in model.trainable}
+def _check_documents_apart(root: CausalModel, device: torch.device) -> None:
+    """Raise TrainerError (bad-spec) if this architecture, packed, does not compute what it computes for one document.
+
+    Catches both attention that reaches over into other documents and a head that does more than is known here.
+    """
+    register_fsdp_forward_method(root, "deviation_when_packed")
+    root.eval()
+    deviation = root.deviation_when_packed(device)
+    if isinstance(root, FSDPModule):
+        root.reshard()
+    if not deviation < PACKED_DEVIATION:
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"{root.config.model_type} computes something else for packed documents (logits are off by "
+            f"{deviation:.0%}): set training.packing to false.",
+            "training.packing",
+        )
 
 
-@torch.no_grad()
-def load_trainable_state_dict(model: CausalModel, state: dict[str, Tensor]) -> None:
-    """Copy a state of the same names and placements into the model. Raises KeyError for a name that is missing."""
-    for name, parameter in model.trainable:
-        parameter.copy_(state[name])
+def _refuse_combinations(method: Method, tuning: Tuning, activation_checkpointing: bool) -> None:
+    """What cannot be computed rightly, whatever the spec's own rules let through (an out-of-memory forces options)."""
+    if method is Method.PREFIX and activation_checkpointing:
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            "prefix tuning cannot recompute activations: set training.activationCheckpointing to false.",
+            "training.activationCheckpointing",
+        )
+    if method is Method.QLORA and tuning.lora.init == "pissa":
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            "PiSSA takes the adapter out of the base, which a 4-bit base cannot express: use lora, or init: default.",
+            "tuning.lora.init",
+        )
 
 
 def _attach(
@@ -271,6 +323,7 @@ def _attach(
     if method is Method.FULL:
         return base.requires_grad_(True)
     if method is Method.QLORA:
+        nf4.refuse_saving_quantized(base, tuning.lora.modules_to_save)
         nf4.make_linear_4bit(base, tuning.quantization, _compute_dtype(tuning, precision))
     attached = adapters.attach(base, tuning, adapter_directory)
     if method is Method.QLORA:

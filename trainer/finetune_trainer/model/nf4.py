@@ -44,6 +44,17 @@ def refuse_quantized(directory: Path) -> None:
         )
 
 
+def refuse_saving_quantized(model: nn.Module, modules_to_save: list[str]) -> None:
+    """Raise TrainerError (bad-spec) if a module that is to be trained whole lies in 4 bits."""
+    for name in modules_to_save:
+        if any(module == name or module.endswith(f".{name}") for module in quantized_modules(model)):
+            raise TrainerError(
+                FailureClass.BAD_SPEC,
+                f"{name} is stored in 4 bits and cannot be trained whole: take it out of modulesToSave, or use lora.",
+                "tuning.lora.modulesToSave",
+            )
+
+
 def quantized_modules(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that are stored in 4 bits, by name: all but the head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
