@@ -9,8 +9,9 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from finetune_trainer.evaluate.ranks import Ranks
 from finetune_trainer.export import export_digest
 from finetune_trainer.failures import TrainerError, write_json
 from finetune_trainer.model.device import choose_precision
+from finetune_trainer.publish.card import CardFacts, base_license, model_card
 from finetune_trainer.reports import read_metrics, read_reports
 from finetune_trainer.versions import versions
 
@@ -80,6 +82,7 @@ def run(context: RunContext) -> None:
         everyone = ranks.gather(answers)
         if ranks.rank:
             return
+    _decode_documents(source, asked)
     answered = _put_together(asked, everyone, baseline=spec.evaluation.baseline)
     context.reporter.activity("comparing")
     _add_baselines(context, answered)
@@ -275,6 +278,17 @@ class _RowProgress:
 # -- results ----------------------------------------------------------------------------------------------------
 
 
+def _decode_documents(source: Source, asked: Asked) -> None:
+    """Give rows that came as tokens their text, for those who read the results."""
+    from transformers import AutoTokenizer
+
+    if not any(row.ids for rows in asked.rows.values() for row in rows[:1]):
+        return
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.export, trust_remote_code=source.trust_remote_code)
+    for name, rows in asked.rows.items():
+        asked.rows[name] = [replace(row, text=tokenizer.decode(row.ids)) if row.ids else row for row in rows]
+
+
 def _put_together(
     asked: Asked, everyone: Sequence[dict[Key, list[tuple[int, Answer]]]], *, baseline: bool
 ) -> list[Answered]:
@@ -345,6 +359,9 @@ def _write(context: RunContext, story: Story) -> None:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(dataset))
     aside.replace(context.evaluation / "predictions.jsonl")
     write_page(context.evaluation / "report.html", story)
+    licence = base_license(Path(story.manifest.model.directory))
+    card = model_card(CardFacts(context.config, story.manifest, story.results, story.origin, context.export, licence))
+    (context.evaluation / "model-card.md").write_text(card, encoding="utf-8")
     # Last: whoever finds the results finds everything else.
     write_json(context.evaluation / "results.json", story.results.to_wire())
 
@@ -368,7 +385,7 @@ def _predictions(dataset: Answered) -> list[dict[str, Any]]:
     lines = []
     for index, row in enumerate(dataset.rows):
         base = dataset.base[index] if dataset.base is not None else None
-        line: dict[str, Any] = {"id": row.id, "dataset": dataset.name, "prompt": row.prompt}
+        line: dict[str, Any] = {"id": row.id, "dataset": dataset.name, "prompt": row.prompt or row.text}
         line["gold"] = row.candidates[row.gold or 0] if row.candidates else (row.answers or None)
         line["base"], line["tuned"] = _spoken(base), _spoken(dataset.tuned[index])
         line |= {name: _spoken(answers[index]) for name, answers in dataset.baselines.items()}
