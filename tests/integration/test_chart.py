@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+
+from finetune_operator.settings import from_environment
 
 from .harness import binaries
 from .harness.api import Api, ApiError, Resource
@@ -181,14 +182,31 @@ def container(deployment: Resource) -> Resource:
     return found
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("finetune_operator.settings") is None, reason="`finetune operator` is not there yet"
-)
-def test_every_variable_that_the_chart_sets_is_one_that_the_operator_reads(helm: Helm) -> None:
-    from finetune_operator.settings import Settings
+def test_the_operator_reads_what_the_chart_sets(helm: Helm) -> None:
+    values = {"namespaces": ["ml", "research"], "workers": 3, "healthPort": 9001, "metrics": {"port": 9000}}
+    prices = {"A100-80GB": 1.8, "default": 1}
+    more = {"pricePerGpuHour": prices, "trainerImage": "t:1", "gangScheduling": True, "log": {"level": "debug"}}
+    variables = environment(the(helm.template({**values, **more}), "Deployment")) | {"FINETUNE_LEASE_NAMESPACE": "ops"}
+    asked = Asked(variables)
+    settings = from_environment(asked)
+    assert settings.namespaces == ("ml", "research")
+    assert (settings.workers, settings.metrics_port, settings.health_port) == (3, 9000, 9001)
+    assert (settings.prices, settings.image, settings.gang_scheduling) == (prices, "t:1", True)
+    assert (settings.log_level, settings.log_format) == ("debug", "json")
+    assert (settings.lease_name, settings.lease_namespace) == (NAME, "ops")
+    assert set(variables) <= asked.names, "the operator does not read these"
 
-    known = {f"FINETUNE_{name.upper()}" for name in getattr(Settings, "model_fields", Settings.__annotations__)}
-    assert set(environment(the(helm.template(), "Deployment"))) <= known
+
+class Asked(dict[str, str]):
+    """An environment that remembers what it was asked for."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        super().__init__(variables)
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
 
 
 # On an API server -----------------------------------------------------------------------------------------
@@ -270,6 +288,7 @@ ALLOWED_AND_DENIED = [
     ("get", "", "pods", "log", False),
     ("patch", "", "configmaps", "", True),
     ("update", "", "configmaps", "", False),
+    ("delete", "", "configmaps", "", False),
     ("create", "", "serviceaccounts", "", True),
     ("create", "", "serviceaccounts", "token", False),
     ("create", "rbac.authorization.k8s.io", "roles", "", True),
@@ -278,6 +297,7 @@ ALLOWED_AND_DENIED = [
     ("create", "rbac.authorization.k8s.io", "clusterroles", "", False),
     ("create", "networking.k8s.io", "networkpolicies", "", True),
     ("create", "", "persistentvolumeclaims", "", True),
+    ("delete", "", "persistentvolumeclaims", "", False),
     ("get", "", "secrets", "", True),
     ("list", "", "secrets", "", False),
     ("watch", "", "secrets", "", False),

@@ -29,6 +29,7 @@ from finetune_api.crd import definition
 from finetune_operator.cli import run_command_line
 from finetune_operator.cluster.as_user import following
 from finetune_operator.planning import labels
+from finetune_operator.planning.manifests.job import UID_LABEL
 
 from .harness.api import Resource
 from .harness.control_plane import ControlPlane
@@ -308,6 +309,20 @@ def test_watch_tells_the_story_and_ends_with_the_results(submitted: Shell) -> No
     assert "+0.208" in submitted.out or "improved" in submitted.out
 
 
+def test_submit_can_go_on_to_watch(shell: Shell) -> None:
+    def end() -> None:
+        wait_until(lambda: shell.control_plane.api.objects("FineTuneJob", shell.namespace), "the job")
+        shell.says(gate_refused())
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    shell("submit", shell.file(), "--watch", expect=3)
+    thread.join()
+    assert "support is created" in shell.out
+    assert "error: The model worse." in shell.err
+    assert "give one job, without --dry-run" in shell.fails("submit", shell.file(), "--watch", "--dry-run", code=2)
+
+
 def test_watch_of_a_job_that_has_failed_says_why(submitted: Shell) -> None:
     submitted.says(job().training().failed_for_good("bad-data"))
     submitted("watch", "support", expect=1)
@@ -388,8 +403,10 @@ def log_server(submitted: Shell, kubelet: FakeKubelet, tmp_path: Path) -> Iterat
         yield server
 
 
-def pod_of(shell: Shell, name: str, stage: str, attempt: int = 1, node_rank: int | None = None) -> Resource:
-    marks = {labels.JOB: "support", labels.STAGE: stage, labels.ATTEMPT: str(attempt)}
+def pod_of(
+    shell: Shell, name: str, stage: str, attempt: int = 1, node_rank: int | None = None, before: str = ""
+) -> Resource:
+    marks = {UID_LABEL: shell.job()["metadata"]["uid"], labels.STAGE: stage, labels.ATTEMPT: str(attempt)}
     if node_rank is not None:
         marks[labels.REPLICA_INDEX] = str(node_rank)
     pod = {
@@ -398,6 +415,8 @@ def pod_of(shell: Shell, name: str, stage: str, attempt: int = 1, node_rank: int
         "metadata": {"name": name, "labels": marks},
         "spec": restricted_pod(restricted_container("trainer")),
     }
+    if before:
+        pod["spec"]["initContainers"] = [restricted_container(before)]
     return shell.control_plane.api.create(pod, shell.namespace)
 
 
@@ -441,6 +460,29 @@ def test_logs_are_followed_from_before_the_start_to_the_end(
     lines = submitted("logs", "support", "-f").splitlines()
     timer.join()
     assert sorted(lines) == ["0| hello from 0", "1| hello from 1"]
+
+
+def test_logs_of_a_pod_that_failed_before_its_stage_began_are_those_of_the_failure(
+    submitted: Shell, kubelet: FakeKubelet, log_server: LogServer
+) -> None:
+    pod = kubelet.bind(pod_of(submitted, "p", "prepare", before="check-publish"))
+    ended = {"terminated": {"exitCode": 1, "reason": "Error"}}
+    failed = {**pod["status"]["initContainerStatuses"][0], "state": ended}
+    status = {"phase": "Failed", "initContainerStatuses": [failed]}
+    submitted.control_plane.api.patch(pod, {"status": status}, "status")
+    log_server.write("p", "no write access")
+    assert submitted("logs", "support") == "no write access\n"
+    assert log_server.asked == ["check-publish"]
+
+
+def test_logs_of_an_older_job_of_the_same_name_are_not_shown(
+    submitted: Shell, kubelet: FakeKubelet, log_server: LogServer
+) -> None:
+    kubelet.run(pod_of(submitted, "old", "train"))
+    log_server.write("old", "of the job before")
+    submitted.control_plane.api.delete(submitted.job())
+    submitted("submit", submitted.file())
+    assert submitted.fails("logs", "support").startswith("There are no pods")
 
 
 def test_logs_of_pods_that_are_gone_are_on_the_volume(submitted: Shell) -> None:

@@ -79,7 +79,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 # Run config and report. patch is held to be handed on: a job's pods may patch that job's report and nothing else.
 - apiGroups: [""]
   resources: [configmaps]
-  verbs: [get, list, watch, create, delete, patch]
+  verbs: [get, list, watch, create, patch]
 - apiGroups: [""]
   resources: [serviceaccounts]
   verbs: [get, create, delete]
@@ -91,14 +91,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, create, delete]
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
-  verbs: [get, list, watch, create, delete]
+  verbs: [get, list, watch, create]
 # One Secret by its name, to say that it or a key is missing. Never list or watch.
 - apiGroups: [""]
   resources: [secrets]
   verbs: [get]
 - apiGroups: [events.k8s.io]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create]
 {{- end }}
 
 {{- /* What only a ClusterRole can give. */ -}}

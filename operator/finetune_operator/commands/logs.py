@@ -32,7 +32,7 @@ def logs(
 
     jobs = jobs_in(namespace, context)
     job = jobs.get(name)
-    found = newest(sources(jobs.connection, jobs.namespace, name), stage, attempt)
+    found = newest(sources(jobs.connection, jobs.namespace, job["metadata"]["uid"]), stage, attempt)
     if not found:
         raise UserError(_nothing_left(job, stage, attempt), EXIT_FAILED)
     found = _of_rank(found, rank, int(job["spec"].get("topology", {}).get("gpusPerNode") or 1))

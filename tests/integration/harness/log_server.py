@@ -20,6 +20,8 @@ class LogServer:
         self._changed = threading.Condition()
         self._lines: dict[str, list[str]] = {}
         self._ended: set[str] = set()
+        self.asked: list[str] = []
+        """Names of the containers that were asked for, in order."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         certificate, key = Authority("kubelet-ca").server("node").write(folder, "kubelet")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -67,7 +69,9 @@ class LogServer:
 
             def do_GET(self) -> None:
                 parts = urlsplit(self.path)
-                pod, query = parts.path.split("/")[3], parse_qs(parts.query)
+                _, _, _, pod, container = parts.path.split("/")
+                query = parse_qs(parts.query)
+                log.asked.append(container)
                 self.send_response(200)
                 self.send_header("Content-Type", "text/plain")
                 self.send_header("Transfer-Encoding", "chunked")

@@ -12,6 +12,7 @@ from finetune_api.base import STAGES, Stage
 from finetune_operator.cluster.as_user.connection import Connection, Resource
 from finetune_operator.cluster.as_user.problems import ClusterError, RefusedError, UnreachableError
 from finetune_operator.planning import labels
+from finetune_operator.planning.manifests.job import UID_LABEL
 
 START_POLL_SECONDS = 1.0
 
@@ -21,6 +22,8 @@ class LogSource:
     """One pod of an attempt."""
 
     name: str
+    container: str
+    """The one whose log is wanted: the stage's own, or the one before it that failed."""
     stage: Stage
     attempt: int
     node_rank: int
@@ -37,9 +40,9 @@ class Line:
     text: str
 
 
-def sources(connection: Connection, namespace: str, job: str) -> list[LogSource]:
-    """The pods of a job, of all its attempts that are still there, in the order of its life."""
-    query = {"labelSelector": f"{labels.JOB}={job}"}
+def sources(connection: Connection, namespace: str, uid: str) -> list[LogSource]:
+    """The pods of the job of that uid, of all its attempts that are still there, in the order of its life."""
+    query = {"labelSelector": f"{UID_LABEL}={uid}"}
     found = connection.request("GET", f"/api/v1/namespaces/{namespace}/pods", query=query)["items"]
     made = [_source(pod) for pod in found if pod["metadata"]["labels"].get(labels.STAGE) in STAGES]
     return sorted(made, key=lambda source: (STAGES.index(source.stage), source.attempt, source.node_rank))
@@ -47,17 +50,26 @@ def sources(connection: Connection, namespace: str, job: str) -> list[LogSource]
 
 def _source(pod: Resource) -> LogSource:
     marks = pod["metadata"]["labels"]
-    containers = pod.get("status", {}).get("containerStatuses") or []
-    state = containers[0].get("state", {}) if containers else {}
+    container = _container(pod.get("status", {}))
+    state = container.get("state", {})
     index = marks.get(labels.REPLICA_INDEX, "0")
     return LogSource(
         name=str(pod["metadata"]["name"]),
+        container=str(container.get("name") or pod["spec"]["containers"][0]["name"]),
         stage=Stage(marks[labels.STAGE]),
         attempt=int(marks.get(labels.ATTEMPT, "1")),
         node_rank=int(index) if index.isdigit() else 0,
         started="running" in state or "terminated" in state,
         waiting=str(state.get("waiting", {}).get("reason") or "Pending"),
     )
+
+
+def _container(status: Resource) -> Resource:
+    """The status of the stage's container; of one before it, if that failed and the stage's thus never starts."""
+    for earlier in status.get("initContainerStatuses") or []:
+        if earlier.get("state", {}).get("terminated", {}).get("exitCode"):
+            return dict(earlier)
+    return dict(next(iter(status.get("containerStatuses") or []), {}))
 
 
 def newest(found: list[LogSource], stage: Stage | None, attempt: int | None) -> list[LogSource]:
@@ -84,6 +96,7 @@ def read(
 
 def _lines(connection: Connection, namespace: str, source: LogSource, query: dict[str, str]) -> Iterator[Line]:
     path = f"/api/v1/namespaces/{namespace}/pods/{source.name}/log"
+    query = query | {"container": source.container}
     for line in connection.lines(path, query, None if "follow" in query else 60.0):
         yield Line(source, line.decode("utf-8", errors="replace"))
 
@@ -93,8 +106,9 @@ def _merged(connection: Connection, namespace: str, found: list[LogSource], quer
 
     def pump(source: LogSource) -> None:
         try:
-            if _wait_for_start(connection, namespace, source):
-                for line in _lines(connection, namespace, source, query):
+            started = _wait_for_start(connection, namespace, source)
+            if started is not None:
+                for line in _lines(connection, namespace, started, query):
                     mailbox.put(line)
         except UnreachableError as error:
             mailbox.put(error)
@@ -117,12 +131,12 @@ def _merged(connection: Connection, namespace: str, found: list[LogSource], quer
             yield item
 
 
-def _wait_for_start(connection: Connection, namespace: str, source: LogSource) -> bool:
-    """Wait until the pod's container runs or has run; False if it never will."""
+def _wait_for_start(connection: Connection, namespace: str, source: LogSource) -> LogSource | None:
+    """Wait until the pod's container runs or has run; None if it never will."""
     while not source.started:
         time.sleep(START_POLL_SECONDS)
         pod = connection.request("GET", f"/api/v1/namespaces/{namespace}/pods/{source.name}")
-        if pod.get("status", {}).get("phase") in ("Failed", "Succeeded") and not _source(pod).started:
-            return False
         source = _source(pod)
-    return True
+        if pod.get("status", {}).get("phase") in ("Failed", "Succeeded") and not source.started:
+            return None
+    return source
