@@ -36,6 +36,9 @@ class TrainerError(Exception):
         self.sentence = sentence
         self.field = field
 
+    def __reduce__(self) -> tuple[type[TrainerError], tuple[FailureClass, str, str]]:
+        return TrainerError, (self.failure_class, self.sentence, self.field)  # ranks tell each other
+
 
 def register_secret(value: str) -> None:
     """From now on, `redact` takes `value` out of every text."""

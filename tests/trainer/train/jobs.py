@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import multiprocessing.process
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, Pr
 
 PAD, END = 3, 2
 VOCABULARY = 260
+os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the server: a fork keeps no threads
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["tests.trainer.train.preloaded"])
 
@@ -62,8 +64,9 @@ class Job:
         return self.run / "checkpoints"
 
     def configure(self, **spec: Any) -> None:
-        """Write the run config, with these blocks of the spec changed."""
+        """Write the run config, with these blocks of the spec changed. Products are in float32 if not said otherwise."""
         self.spec = {**self.spec, **spec}
+        self.spec["training"] = {"precision": "fp32", **self.spec.get("training", {})}
         config = RunConfig(
             job=JobRef(namespace="default", name="job", uid="uid-1"),
             spec=resolve(FineTuneJobSpec.model_validate(self.spec)),
@@ -72,19 +75,28 @@ class Job:
         self.run.mkdir(parents=True, exist_ok=True)
         (self.run / "run-config.json").write_text(config.model_dump_json(by_alias=True))
 
+    def copy(self, root: Path) -> Job:
+        """The same job as it stands, in another place."""
+        shutil.copytree(self.run, root / "run", dirs_exist_ok=True)
+        other = Job(root, self.model, self.spec, self.attempts)
+        other.configure()
+        return other
+
     def report(self) -> Report:
         """What the newest attempt said."""
         return Report.model_validate_json((self.run / "reports" / f"train-{self.attempts}.json").read_text())
 
     def rows(self) -> list[dict[str, Any]]:
         """The curve: one row a step."""
-        rows = map(json.loads, (self.run / "metrics" / "train.jsonl").read_text().splitlines())
-        return [row for row in rows if "loss" in row]
+        return [row for row in self._metrics() if "loss" in row]
 
     def validations(self) -> list[dict[str, Any]]:
         """The validation rows."""
-        rows = map(json.loads, (self.run / "metrics" / "train.jsonl").read_text().splitlines())
-        return [row for row in rows if "validation" in row]
+        return [row for row in self._metrics() if "validation" in row]
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        file = self.run / "metrics" / "train.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def losses(self) -> list[float]:
         """Training losses, step by step."""
@@ -190,7 +202,7 @@ class Ranks:
             process.join()
 
 
-def start(job: Job, ranks: int = 1, hook: Hook | None = None, **attempt: Any) -> Ranks:
+def start(job: Job, ranks: int = 1, hook: Hook | None = None, ranks_a_node: int | None = None, **attempt: Any) -> Ranks:
     """Start the next attempt on so many ranks; `hook` (importable) runs in each before training."""
     job.attempts += 1
     fields = {"startupSeconds": 60, "hangSeconds": 60, "microBatchTokens": 96, **job.attempt_fields, **attempt}
@@ -204,7 +216,7 @@ def start(job: Job, ranks: int = 1, hook: Hook | None = None, **attempt: Any) ->
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks_a_node or ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
@@ -222,7 +234,6 @@ def train(job: Job, ranks: int = 1, hook: Hook | None = None, **attempt: Any) ->
 def train_rank(environment: Mapping[str, str], hook: Hook | None) -> None:
     """What one process does."""
     os.environ.update(environment)
-    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)

@@ -231,7 +231,6 @@ def load_model(
 
     directory: config and safetensors of the base; nf4_directory: its 4-bit copy (qlora); adapter_directory: a LoRA
     adapter to go on from. precision: type of frozen weights and of products; what is trained is float32.
-    packing: batches are packed rows (never for prompt and prefix), else padded ones.
     mesh: None keeps plain tensors on `device` (one process), else FSDP over [ranks] or [replicas, ranks].
     packing: batches are packed rows, not padded ones (which prompt and prefix always get).
     Raises TrainerError (bad-spec) for files, modules or kernels that do not fit.

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 ASIDE = ".tmp"
+REMOVED = ".old"
 T = TypeVar("T")
 
 
@@ -87,11 +88,13 @@ def published_steps(directory: Path) -> list[int]:
 def retained(steps: Sequence[int], keep: int, best: int | None, before: int | None) -> set[int]:
     """Which of the published steps (ascending, the last one just written) to keep.
 
-    The newest `keep`, the best one, and the newest not after `before`, to which a spike would lead back.
+    The newest `keep`, the best one, and for a spike the newest not after `before`, where its window begins, with the
+    one after it, which takes its place once the window has passed it.
     """
     kept = {*steps[-max(1, keep) :], *(step for step in steps if step == best)}
-    old = [step for step in steps if before is not None and step <= before]
-    return kept | set(old[-1:])
+    if before is not None:
+        kept |= {*[step for step in steps if step <= before][-1:], *[step for step in steps if step > before][:1]}
+    return kept
 
 
 class Checkpoints:
@@ -275,8 +278,9 @@ class Checkpoints:
         """Remove what attempts before this one left unpublished. Collective."""
         if self._rank == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
-            for aside in self._directory.glob(f"step-*{ASIDE}"):
-                shutil.rmtree(aside, ignore_errors=True)
+            for suffix in (ASIDE, REMOVED):
+                for left in self._directory.glob(f"step-*{suffix}"):
+                    shutil.rmtree(left, ignore_errors=True)
         dist.barrier(group=self._group)
 
     def _from_rank_0(self, value: T) -> T:
@@ -325,10 +329,10 @@ def _read_manifest(path: Path) -> tuple[str, str]:
 
 def _remove(path: Path) -> None:
     """Take a checkpoint out of sight in one step, then delete it."""
-    aside = path.with_suffix(ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    removed = path.with_suffix(REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

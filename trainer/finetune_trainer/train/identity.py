@@ -24,6 +24,8 @@ FREE_TRAINING_FIELDS = {
     "precision",
 }
 """Fields of `training` that change how, not what, is computed, or only what is looked at."""
+STARTING_FIELDS = {"tuning.lora.dropout", "tuning.lora.bPlusRatio", "tuning.lora.init", "tuning.prompt.initText"}
+"""Fields of `tuning` that say how weights begin or are learnt, not what they mean."""
 METHOD_BLOCKS = {"lora": ("lora",), "qlora": ("lora", "quantization"), "prompt": ("prompt",), "prefix": ("prefix",)}
 
 
@@ -55,12 +57,13 @@ def refuse_other(stored: Identity, current: Identity, where: str) -> None:
 
 
 def refuse_other_weights(stored: Identity, current: Identity, where: str) -> None:
-    """The same for a start from another job's weights: only the base model and the method must be those."""
+    """The same for a start from another job's weights: only what the weights mean must be the same."""
     refuse_other(_of_weights(stored), _of_weights(current), where)
 
 
 def _of_weights(identity: Identity) -> Identity:
-    return {k: v for k, v in identity.items() if k == "model" or k.startswith("tuning")}
+    fields = (k for k in identity if k == "model" or k.startswith("tuning."))
+    return {k: identity[k] for k in fields if k not in STARTING_FIELDS}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

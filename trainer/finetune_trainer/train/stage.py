@@ -24,6 +24,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.data.order import Order
+from finetune_trainer.export import Base, export_model
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.build import CausalModel, load_model
 from finetune_trainer.model.device import choose_compile, choose_precision
@@ -54,7 +55,7 @@ def run(context: RunContext) -> None:
     interrupt = Interrupt()
     interrupt.install()
     attempt = context.attempt
-    watchdog = Watchdog(context.logs, context.rank, context.world_size, _end_as_hang(context))
+    watchdog = Watchdog(context.logs, context.rank, context.world_size, attempt.hang_seconds, _end_as_hang(context))
     watchdog.start()
     watchdog.expect("meeting the other ranks", attempt.startup_seconds)
     context.reporter.activity("meeting the other ranks")
@@ -73,7 +74,6 @@ def run(context: RunContext) -> None:
     export = _export(context, loop.model, step)
     loop.monitor.tracker.finish()
     loop.monitor.tracked()
-    context.check_fence()
     if context.rank == 0:
         context.reporter.done(export=export)
     dist.barrier(group=group)
@@ -177,6 +177,7 @@ def build_model(context: RunContext, manifest: PreparedManifest, device: torch.d
         mesh=mesh,
         seed=spec.training.seed,
         attention=spec.model.attention,
+        packing=spec.training.packing is not False,
         activation_checkpointing=checkpointed,
         compile=compiled,
         neftune_alpha=spec.training.neftune_alpha,
@@ -186,6 +187,8 @@ def build_model(context: RunContext, manifest: PreparedManifest, device: torch.d
         trust_remote_code=spec.model.trust_remote_code,
     )
     choose("device", device.type, "what is there")
+    if spec.training.deterministic:
+        choose("deterministic", "on", "as the spec says")
     choose("precision", why_precision.value, why_precision.why)
     choose("compile", why_compiled.value, why_compiled.why)
     choose("activationCheckpointing", "on" if checkpointed else "off", why_checkpointed)
@@ -310,9 +313,26 @@ def build_tracker(context: RunContext) -> Tracker:
 
 
 def _export(context: RunContext, model: CausalModel, step: int) -> ExportRef:
-    from finetune_trainer.model.export import export_model
-
-    raise NotImplementedError(export_model, context, model, step)
+    """Write `export/` and read it again. Collective; returns when it is durable."""
+    manifest = PreparedManifest.read(context.prepared)
+    publish = context.config.spec.publish
+    exported = export_model(
+        model,
+        directory=context.export,
+        base=Base(Path(manifest.model.directory), manifest.model.source, manifest.model.commit or None),
+        tokenizer=context.prepared / manifest.tokenizer,
+        format=publish.format if publish else "adapter",
+        end_token_ids=manifest.end_token_ids,
+        pad_token_id=manifest.pad_token_id,
+        check_fence=context.check_fence,
+    )
+    return ExportRef(
+        path=context.export.name,
+        digest=exported.digest,
+        format=exported.format,
+        size_bytes=exported.size_bytes,
+        step=step,
+    )
 
 
 def _describer(store: DocumentStore, manifest: PreparedManifest) -> Callable[[int], str]:

@@ -39,8 +39,11 @@ class Heartbeat:
 class Watchdog:
     """Watches the steps of this rank. `on_hang` gets the sentence and must end the process."""
 
-    def __init__(self, logs: Path, rank: int, world_size: int, on_hang: Callable[[str], None]) -> None:
+    def __init__(
+        self, logs: Path, rank: int, world_size: int, hang_seconds: float, on_hang: Callable[[str], None]
+    ) -> None:
         self._logs, self._rank, self._world_size, self._on_hang = logs, rank, world_size, on_hang
+        self._interval = min(10.0, max(0.2, hang_seconds / 10))
         self._step, self._phase, self._activity = 0, 0, "starting"
         self._since, self._budget = time.monotonic(), float("inf")
         self._stopped = threading.Event()
@@ -54,6 +57,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch."""
+        self._leave_heartbeat()
         self._thread.start()
 
     def stop(self) -> None:
@@ -79,10 +83,6 @@ class Watchdog:
             self._leave_heartbeat()
             if time.monotonic() - self._since > self._budget:
                 self._tell()
-
-    @property
-    def _interval(self) -> float:
-        return min(10.0, max(0.2, self._budget / 10))
 
     def _leave_heartbeat(self) -> None:
         beat = Heartbeat(self._step, self._phase, self._activity, time.time())
