@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,11 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.unit.finetune_operator.planning.world import job
 
+from finetune_operator.metrics import Metrics
 from finetune_operator.settings import from_environment
 
 from .harness import binaries
@@ -164,6 +170,31 @@ def test_alerts_are_valid_promql_and_say_what_to_do(helm: Helm) -> None:
         assert alert["annotations"]["description"]
 
 
+def test_alerts_and_dashboard_ask_for_what_the_operator_exports(helm: Helm) -> None:
+    exported = exported_series()
+    manifests = helm.template(FULL)
+    rules = the(manifests, "PrometheusRule")["spec"]["groups"][0]["rules"]
+    dashboard = json.loads(the(manifests, "ConfigMap", f"{NAME}-dashboard")["data"]["finetune-operator.json"])
+    expressions = [rule["expr"] for rule in rules]
+    expressions += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = [found for text in expressions for found in re.findall(r"\b(finetune_[a-z_]+)(?:\{([^}]*)\})?", text)]
+    assert len({name for name, _ in asked}) >= 8
+    for name, matchers in asked:
+        assert name in exported
+        assert set(re.findall(r"(\w+)\s*[=!]~?", matchers)) <= exported[name], (name, matchers)
+
+
+def exported_series() -> dict[str, set[str]]:
+    """Names of all series of the operator, with their labels."""
+    present = {"metadata": {"namespace": "ml"}, "status": {"phase": "Training"}}
+    metrics = Metrics(lambda: [present])
+    metrics.count_request("get", 200)
+    metrics.count_transition("ml", job().status, job().complete().status)
+    text = generate_latest(metrics.registry).decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {sample.name: set(sample.labels) for sample in samples}
+
+
 def test_the_alert_on_a_silent_operator_looks_at_this_release(helm: Helm) -> None:
     manifests = helm.template(FULL)
     rules = the(manifests, "PrometheusRule")["spec"]["groups"][0]["rules"]
@@ -222,8 +253,8 @@ def test_the_chart_installs_into_a_restricted_namespace(control_plane: ControlPl
     # What the ReplicaSet controller would do: Pod Security Admission refuses a pod that is not restricted.
     api.apply({**pod, "spec": template["spec"]}, namespace, dry_run=True)
     assert api.get("PodDisruptionBudget", NAME, namespace)["spec"]["maxUnavailable"] == 1
-    job = api.create(fine_tune_job(), namespace)
-    assert job["spec"]["training"]["epochs"] >= 1  # filled in by the CRD
+    made = api.create(fine_tune_job(), namespace)
+    assert made["spec"]["training"]["epochs"] >= 1  # filled in by the CRD
 
 
 def test_an_upgrade_changes_the_crd_and_keeps_live_jobs(
@@ -282,6 +313,7 @@ ALLOWED_AND_DENIED = [
     ("delete", "kubeflow.org", "pytorchjobs", "", True),
     ("patch", "kubeflow.org", "pytorchjobs", "", False),
     ("create", "trainer.kubeflow.org", "trainjobs", "", False),
+    ("get", "finetune.dev", "finetunejobs", "", False),
     ("list", "", "pods", "", True),
     ("create", "", "pods", "", False),
     ("create", "", "pods", "exec", False),

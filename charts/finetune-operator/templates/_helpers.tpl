@@ -53,14 +53,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 # The jobs themselves: read. Status is the operator's alone to write; finalizers, for blockOwnerDeletion in children.
 - apiGroups: [finetune.dev]
   resources: [finetunejobs]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/status]
   verbs: [update]
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/finalizers]
   verbs: [update]
-# The child of an attempt: made once, never changed, deleted when its end is recorded.
+# The child of an attempt: made once, never changed, deleted when its end is recorded. get: whose it is, if it exists.
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
@@ -75,7 +75,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 # Root causes are read from pods; they are made and ended by their controllers.
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 # Run config and report. patch is held to be handed on: a job's pods may patch that job's report and nothing else.
 - apiGroups: [""]
   resources: [configmaps]
@@ -91,7 +91,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, create, delete]
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
-  verbs: [get, list, watch, create]
+  verbs: [get, create]
 # One Secret by its name, to say that it or a key is missing. Never list or watch.
 - apiGroups: [""]
   resources: [secrets]
@@ -106,9 +106,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 # A node that carries the out-of-service taint cannot write any more.
 - apiGroups: [""]
   resources: [nodes]
-  verbs: [get, list, watch]
+  verbs: [get]
 # To notice that training-operator was installed later.
 - apiGroups: [apiextensions.k8s.io]
   resources: [customresourcedefinitions]
   verbs: [list, watch]
+{{- if .Values.namespaces }}
+# To notice that a served namespace was deleted and made again.
+- apiGroups: [""]
+  resources: [namespaces]
+  verbs: [list, watch]
+{{- end }}
 {{- end }}

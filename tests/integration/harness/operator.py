@@ -1,0 +1,128 @@
+"""Our own operator as a process, under the rights that the chart gives it, and the trainer played by the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.unit.finetune_operator.planning.world import job as world
+
+from finetune_api.report import Report
+from finetune_api.runconfig import Attempt
+
+from .api import Api, ApiError, Resource
+from .control_plane import ControlPlane
+from .fake_kubelet import Exit
+from .helm import Helm
+from .processes import free_ports, wait_until
+
+ACCOUNT = "finetune-finetune-operator"
+
+
+class OperatorProcess:
+    """`finetune operator` for one namespace, from here to `stop` or `kill`."""
+
+    def __init__(self, control_plane: ControlPlane, helm: Helm, namespace: str, ops: str, server: str | None = None):
+        self.ops, self.account = ops, ACCOUNT
+        values: Resource = {"namespaces": [namespace], "crd": {"install": False}, "rbac": {"aggregate": False}}
+        helm.install(ops, values)
+        self.kubeconfig = control_plane.kubeconfig_for(ACCOUNT, ops, server)
+        self.log = control_plane.folder / f"operator-{namespace}.log"
+        self.health_port, self.metrics_port = free_ports(2)
+        self._environment = {
+            "PATH": os.environ["PATH"],
+            "KUBECONFIG": str(self.kubeconfig),
+            "FINETUNE_NAMESPACES": namespace,
+            "FINETUNE_TRAINER_IMAGE": "trainer.example/trainer@sha256:" + "0" * 64,
+            "FINETUNE_LEASE_NAME": ACCOUNT,
+            "FINETUNE_LEASE_NAMESPACE": ops,
+            "FINETUNE_HEALTH_PORT": str(self.health_port),
+            "FINETUNE_METRICS_PORT": str(self.metrics_port),
+            "FINETUNE_BACKOFF_BASE_SECONDS": "1",
+            "FINETUNE_PRICE_PER_GPU_HOUR": "2",
+            "FINETUNE_GRACE_SECONDS": "5",
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> OperatorProcess:
+        """Start it; whatever it says goes to its log."""
+        with self.log.open("ab") as log:
+            command = [str(Path(sys.executable).parent / "finetune"), "operator"]
+            self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+        return self
+
+    def stop(self) -> int:
+        """End it as Kubernetes does; returns its exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(timeout=30)
+
+    def kill(self) -> None:
+        """End it without a word."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait(timeout=10)
+
+    def words(self) -> str:
+        """Everything that it logged."""
+        return self.log.read_text(errors="replace")
+
+
+class Trainer:
+    """Writes reports as the trainer's pods do, and says how pods end."""
+
+    def __init__(self, api: Api, namespace: str) -> None:
+        self._api, self._namespace = api, namespace
+
+    def succeeds(self, pod: Resource) -> Exit | None:
+        """The script of a pod whose attempt does all that it should: a report, then exit 0."""
+        attempt = attempt_of(pod)
+        if attempt is None:
+            return None
+        self.report(pod, attempt, done=True, **world().product(attempt.stage))
+        return Exit()
+
+    def report(self, pod: Resource, attempt: Attempt, **fields: object) -> None:
+        """Patch the job's report ConfigMap as the pod would."""
+        report = Report.model_validate(
+            {"attempt": attempt.id, "stage": attempt.stage, "time": datetime.now(UTC), **fields}
+        )
+        variable = environment_of(pod)["FINETUNE_REPORT_CONFIGMAP"]
+        target = {"kind": "ConfigMap", "metadata": {"namespace": self._namespace, "name": variable.partition("/")[2]}}
+        self._api.patch(target, {"data": {attempt.stage: json.dumps(report.to_wire())}})
+
+
+def environment_of(pod: Resource) -> dict[str, str]:
+    """The variables of a pod's container that are given by value."""
+    return {v["name"]: v["value"] for v in pod["spec"]["containers"][0].get("env", []) if "value" in v}
+
+
+def attempt_of(pod: Resource) -> Attempt | None:
+    """The attempt that a pod was told to be of."""
+    text = environment_of(pod).get("FINETUNE_ATTEMPT")
+    return None if text is None else Attempt.model_validate_json(text)
+
+
+def wait_for_job(
+    api: Api, name: str, namespace: str, condition: Callable[[Resource], object], what: str, seconds: float = 60
+) -> Resource:
+    """Wait until a FineTuneJob's status is as wanted, and return the job."""
+
+    def seen() -> Resource | None:
+        try:
+            found = api.get("FineTuneJob", name, namespace)
+        except ApiError:
+            return None
+        return found if condition(found.get("status") or {}) else None
+
+    return wait_until(seen, f"FineTuneJob {name} to be {what}", seconds)
+
+
+def is_true(kind: str) -> Callable[[Resource], bool]:
+    """Whether a status has that condition."""
+    return lambda status: any(c["type"] == kind and c["status"] == "True" for c in status.get("conditions", []))

@@ -1,0 +1,103 @@
+"""A FineTuneJob on a real API server, from `kubectl apply` to Complete: the test is kubelet and trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_api.crd import definition
+
+from .harness import binaries
+from .harness.api import Api, Resource
+from .harness.control_plane import ControlPlane
+from .harness.fake_kubelet import FakeKubelet
+from .harness.helm import Helm
+from .harness.operator import OperatorProcess, Trainer, is_true, wait_for_job
+from .harness.processes import wait_until
+
+NAME = "support"
+
+
+@pytest.fixture
+def operator(control_plane: ControlPlane, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
+    """Our operator, serving the test's namespace under the chart's rights."""
+    try:
+        binaries.ensure("helm")
+    except binaries.BinaryUnavailableError as problem:
+        pytest.skip(str(problem))
+    control_plane.install_crds(definition())
+    ops = control_plane.create_namespace("ops")
+    running = OperatorProcess(control_plane, Helm(tmp_path, control_plane.kubeconfig), namespace, ops).start()
+    yield running
+    running.kill()
+    control_plane.delete_namespace(ops)
+
+
+def fine_tune_job(**spec: object) -> Resource:
+    base: Resource = {
+        "model": {"repo": "acme/base"},
+        "datasets": [{"name": "claims", "repo": "acme/claims", "task": "classification"}],
+        "tuning": {"method": "lora"},
+        "topology": {"nodes": 3, "gpusPerNode": 4, "gpuType": "A100-80GB"},
+        "publish": {"repo": "acme/support"},
+        "credentials": {"hub": {"name": "hf-read"}, "publish": {"name": "hf-write"}},
+    }
+    metadata = {"name": NAME}
+    return {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": base | spec}
+
+
+def furnish(api: Api, namespace: str) -> None:
+    """What a user of the namespace has made: two tokens and the shared cache."""
+    for name in ("hf-read", "hf-write"):
+        api.create(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"token": "hf_x"}},
+            namespace,
+        )
+    claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": ""}
+    metadata = {"name": "finetune-cache"}
+    api.create({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": claim}, namespace)
+
+
+def test_a_job_is_carried_to_complete(
+    control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess
+) -> None:
+    api = control_plane.api
+    furnish(api, namespace)
+    api.create(fine_tune_job(), namespace)
+    trainer = Trainer(api, namespace)
+    with kubelet.playing(namespace, trainer.succeeds):
+        done = wait_for_job(api, NAME, namespace, is_true("Complete"), "Complete", seconds=120)
+    status = done["status"]
+    assert [(a["stage"], a["number"], a["outcome"]) for a in status["attempts"]] == [
+        (stage, 1, "succeeded") for stage in ("prepare", "train", "evaluate", "publish")
+    ]
+    assert status["published"]["commit"] == "c0ffee"
+    assert status["observedGeneration"] == done["metadata"]["generation"]
+    assert "finalizers" not in done["metadata"]
+    assert not any(key.startswith("kopf") for key in done["metadata"].get("annotations", {}))
+    assert operator.stop() == 0
+    assert "Traceback" not in operator.words()
+    user = f"system:serviceaccount:{operator.ops}:{operator.account}"
+    writes = [e for e in control_plane.audit_events(user) if e["verb"] in ("create", "update", "patch", "delete")]
+    counted = [e for e in writes if e["objectRef"]["resource"] != "leases"]
+    assert len(counted) <= 30, sorted((e["verb"], e["objectRef"]["resource"]) for e in counted)
+    assert {e["responseStatus"]["code"] for e in counted} <= {200, 201, 409}
+
+
+def test_children_are_gone_with_their_job_and_the_kept_claim_stays(
+    control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess
+) -> None:
+    api = control_plane.api
+    furnish(api, namespace)
+    job = api.create(fine_tune_job(), namespace)
+    wait_for_job(api, NAME, namespace, lambda status: status.get("phase") == "Preparing", "Preparing")
+    (pod,) = kubelet.wait_for_pods(namespace, 1, {"finetune.dev/stage": "prepare"})
+    assert pod["spec"]["initContainers"][0]["name"] == "check-publish"
+    api.delete(job)
+    with kubelet.playing(namespace):
+        wait_until(lambda: not api.objects("Pod", namespace), "the pods to be gone", 60)
+        wait_until(lambda: not api.objects("Job", namespace), "the Job to be gone", 60)
+    kept = [claim["metadata"]["name"] for claim in api.objects("PersistentVolumeClaim", namespace)]
+    assert "support-run" in kept
