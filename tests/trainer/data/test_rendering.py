@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tests.support.assets import smollm2_gguf
+from tests.support.assets import smollm2_directory
 from tests.support.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -34,8 +34,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ChatFormat:
 
 @pytest.fixture(scope="module")
 def smollm2() -> ChatFormat:
-    path = smollm2_gguf()
-    return ChatFormat(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+    directory = smollm2_directory()
+    return ChatFormat(AutoTokenizer.from_pretrained(directory))
 
 
 def example(task: Task, row: dict[str, Any] | None = None, number: int = 7) -> Example:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.report import FailureClass
-from finetune_api.spec import Dataset, Split, Task
+from finetune_api.spec import Split, Task
 from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.near_duplicates import METHOD, clusters, joined, keep_together
@@ -84,15 +84,18 @@ def _divide(
     spec, own = reading.spec, reading.spec.splits
     train = scans[own.train]
     strata = train.labels if split.stratify else [""] * len(train)
-    together, large = keep_together(cluster[own.train].tolist())
-    if train.groups:
-        together = joined(together, train.groups)
+    drawn = draw(train.ranks, strata, spec.max_rows) if spec.max_rows is not None else [True] * len(train)
+    chosen = [i for i, taken in enumerate(drawn) if taken]
+    together, large = _together(train, cluster[own.train], chosen)
     shares: dict[Side, float] = {}
     if own.test is None and split.test > 0:
         shares["test"] = split.test
     if own.validation is None and split.validation > 0:
         shares["validation"] = split.validation
-    sides = _divide_train(spec, train, strata, together, shares)
+    sides: list[Side] = ["left out"] * len(train)
+    assigned = assign([train.ranks[i] for i in chosen], [strata[i] for i in chosen], together, shares)
+    for i, side in zip(chosen, assigned, strict=True):
+        sides[i] = side
     division = Division(reading, scans, {own.train: sides}, "none", ())
     if reading.task is Task.CLASSIFICATION:
         trained = {label for label, side in zip(train.labels, sides, strict=True) if side == "train"}
@@ -104,26 +107,16 @@ def _divide(
     division.evaluation = _evaluation_split(division, selects)
     if division.evaluation == UNSEEN_HALF:
         where = own.validation or own.train
-        kept = together if where == own.train else keep_together(cluster[where].tolist())[0]
-        _halve(division.sides[where], scans[where], kept, split)
+        _halve(division.sides[where], scans[where], cluster[where], split)
     _exclude_held_out(division, cluster)
     _say_duplicates(division, train, cluster[own.train], large, bool(shares))
     return division
 
 
-def _divide_train(
-    spec: Dataset, train: Scan, strata: Sequence[str], together: Sequence[int], shares: dict[Side, float]
-) -> list[Side]:
-    """Sides of the rows of the train split; rows that `maxRows` does not draw are left out."""
-    drawn = draw(train.ranks, strata, spec.max_rows) if spec.max_rows is not None else [True] * len(train)
-    chosen = [i for i, taken in enumerate(drawn) if taken]
-    assigned = assign(
-        [train.ranks[i] for i in chosen], [strata[i] for i in chosen], [together[i] for i in chosen], shares
-    )
-    sides: list[Side] = ["left out"] * len(train)
-    for i, side in zip(chosen, assigned, strict=True):
-        sides[i] = side
-    return sides
+def _together(scan: Scan, cluster: npt.NDArray[np.int64], chosen: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(what goes together among the chosen rows, sizes of the clusters too large for that)."""
+    together, large = keep_together([int(cluster[i]) for i in chosen])
+    return (joined(together, [scan.groups[i] for i in chosen]) if scan.groups else together), large
 
 
 def _evaluation_split(division: Division, selects: bool) -> EvaluationSplit:
@@ -134,11 +127,12 @@ def _evaluation_split(division: Division, selects: bool) -> EvaluationSplit:
     return UNSEEN_HALF if selects else "validation"
 
 
-def _halve(sides: list[Side], scan: Scan, together: Sequence[int], split: Split) -> None:
+def _halve(sides: list[Side], scan: Scan, cluster: npt.NDArray[np.int64], split: Split) -> None:
     """Move half of the validation rows to `test`: a checkpoint chosen on rows is no longer measured by them."""
     held = [i for i, side in enumerate(sides) if side == "validation"]
     strata = [scan.labels[i] if split.stratify else "" for i in held]
-    halves = assign([scan.ranks[i] for i in held], strata, [together[i] for i in held], {"test": 0.5})
+    together, _ = _together(scan, cluster, held)
+    halves = assign([scan.ranks[i] for i in held], strata, together, {"test": 0.5})
     for i, side in zip(held, halves, strict=True):
         sides[i] = "test" if side == "test" else "validation"
 

@@ -130,8 +130,10 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises TrainerError (bad-spec): already quantised, no causal language model, unknown architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
@@ -148,10 +150,13 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
             "Name the unquantised model; with tuning.method qlora it is quantised here.",
             "model",
         )
-    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
-        names = ", ".join(getattr(config, "architectures", None) or [config.model_type])
+    names = getattr(config, "architectures", None) or []
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (not names or set(names) & causal)
+    if not known and not trust_remote_code:
         raise TrainerError(
-            FailureClass.BAD_SPEC, f"{names} is no causal language model, and only those are trained here.", "model"
+            FailureClass.BAD_SPEC,
+            f"{', '.join(names) or config.model_type} is no causal language model, and only those are trained here.",
+            "model",
         )
     return config
 

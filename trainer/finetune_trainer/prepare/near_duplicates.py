@@ -21,7 +21,9 @@ PERMUTATIONS = 64
 BANDS = 16
 THRESHOLD = 0.8
 LARGE_CLUSTER_SHARE = 0.01
-"""Clusters above this share of the rows are reported and not kept together: they would unbalance the split."""
+LARGE_CLUSTER_ROWS = 10
+"""Clusters above this share of the rows, and this many, are reported and not kept together: they would unbalance
+the split."""
 METHOD = f"MinHash over {SHINGLE_WORDS}-word shingles, {PERMUTATIONS} permutations, similarity at least {THRESHOLD}"
 
 Signatures = npt.NDArray[np.uint32]
@@ -87,7 +89,7 @@ def _root(parent: npt.NDArray[np.int64], row: int) -> int:
 def keep_together(cluster: Sequence[int]) -> tuple[list[int], list[int]]:
     """(what goes together, sizes of the clusters too large for that): rows of a large cluster stand alone."""
     sizes = Counter(cluster)
-    limit = max(LARGE_CLUSTER_SHARE * len(cluster), 2)
+    limit = max(LARGE_CLUSTER_SHARE * len(cluster), LARGE_CLUSTER_ROWS)
     large = sorted((size for size in sizes.values() if size > limit), reverse=True)
     firsts: dict[int, int] = {}
     together = [row if sizes[of] > limit else firsts.setdefault(of, row) for row, of in enumerate(cluster)]

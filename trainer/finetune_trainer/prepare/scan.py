@@ -5,6 +5,7 @@ What is kept of a row is a few numbers, so memory grows with the count of rows a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,11 +197,14 @@ def scan(reading: Reading, split: str, seed: int, tick: Callable[[], None] = lam
     source = reading.source.splits[split]
     result = Scan(source, [], [], [], [], np.empty((0, PERMUTATIONS), np.uint32), BadRows(), Counts())
     signatures: list[Signatures] = []
+    occurrences: Counter[int] = Counter()
     group = reading.spec.group_by
     for example, _ in reading.examples(source, result.bad, result.counts):
         result.rows.append(example.row)
-        content = "\0".join([example.text, example.answer])
-        result.ranks.append(content_key(seed, content))
+        content = content_key(0, f"{example.text}\0{example.answer}")
+        occurrences[content] += 1
+        # The same text for the second time is ranked anew: a draw takes some of many copies, not all or none.
+        result.ranks.append(content_key(seed, f"{content} {occurrences[content]}"))
         result.labels.append(example.answer if reading.task is Task.CLASSIFICATION else "")
         if group is not None:
             result.groups.append(content_key(0, repr(example.variables.get(group))))

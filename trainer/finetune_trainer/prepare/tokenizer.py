@@ -32,7 +32,8 @@ def open_chat(context: RunContext, spec: FineTuneJobSpec, local: LocalModel) -> 
     try:
         chat = ChatFormat(tokenizer)
     except ChatTemplateError as error:
-        raise TrainerError(FailureClass.BAD_SPEC, f"{str(error).capitalize()}.", "model.chatTemplate") from error
+        sentence = f"{str(error)[:1].upper()}{str(error)[1:]}."
+        raise TrainerError(FailureClass.BAD_SPEC, sentence, "model.chatTemplate") from error
     pad = choose_pad(tokenizer, chat.end_token_ids)
     if pad is None:
         raise TrainerError(

@@ -1,0 +1,368 @@
+"""Prepare as a whole: real text in, `prepared/` out, and the same again costs nothing."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support.assets import chitchat_jsonl, commonsense_jsonl, tweets_csv
+from tests.support.prepare_runs import labelled, prepare_context, write_rows
+from tests.support.tiny import tiny_llama
+from transformers import AutoTokenizer
+
+from finetune_api.report import FailureClass, Report
+from finetune_trainer.context import RunContext
+from finetune_trainer.data.documents import DocumentStore
+from finetune_trainer.data.evaluation_rows import read_baseline, read_evaluation
+from finetune_trainer.data.manifest import PreparedManifest
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.prepare import stage
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    tiny_llama(tmp_path / "tiny", layers=1, hidden=16, heads=2, key_value_heads=1, intermediate=16, context=600)
+    return tmp_path
+
+
+def prepared(context: RunContext) -> tuple[PreparedManifest, Report]:
+    stage.run(context)
+    return PreparedManifest.read(context.prepared), context.reporter.report
+
+
+def classification(work: Path, rows: list[Any], **settings: Any) -> dict[str, Any]:
+    write_rows(work / "rows.jsonl", rows)
+    return {"datasets": [{"name": "d", "path": "rows.jsonl", "task": "classification"} | settings]}
+
+
+def texts(context: RunContext, store: str) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(context.prepared / "tokenizer")
+    return [tokenizer.decode(document.ids) for document in DocumentStore(context.prepared / store)]
+
+
+def test_three_tasks_on_real_text_are_prepared_together(work: Path) -> None:
+    context = prepare_context(
+        work,
+        {
+            "datasets": [
+                {
+                    "name": "tweets",
+                    "path": str(tweets_csv()),
+                    "task": "classification",
+                    "columns": {"label": "sentiment"},
+                    "maxRows": 200,
+                },
+                {"name": "commonsense", "path": str(commonsense_jsonl()), "task": "multiple-choice", "maxRows": 100},
+                {"name": "chats", "path": str(chitchat_jsonl()), "task": "chat", "maxRows": 40, "weight": 0.5},
+            ],
+            "evaluation": {"fewShot": 1, "maxRows": 10},
+        },
+    )
+    manifest, report = prepared(context)
+    train = DocumentStore(context.prepared / "train")
+    assert [dataset.train for dataset in manifest.datasets] == np.bincount(train.dataset).tolist()
+    assert [(d.name, d.train + d.validation) for d in manifest.datasets[:2]] == [("tweets", 180), ("commonsense", 90)]
+    assert manifest.dataset("tweets").labels == ["negative", "neutral", "positive"]
+    assert manifest.evaluation_split == "unseen half of validation"
+    assert report.lengths is not None
+    assert report.lengths.documents == 160 + 80 + round(0.5 * manifest.dataset("chats").train)
+    assert report.lengths.longest == int(train.lengths.max()) <= 600
+    assert report.model is not None
+    assert report.model.num_hidden_layers == 1
+    assert any("are not UTF-8" in sentence for sentence in report.warnings)
+    rows = list(read_evaluation(context.prepared / "evaluation" / "tweets.jsonl"))
+    assert len(rows) == manifest.dataset("tweets").test == 10
+    assert all(len(row.few_shot_prompt_ids or []) > len(row.prompt_ids) for row in rows)
+    assert report.origin["datasets"]["tweets"].partition(" sha256:")[2]
+    assert report.done
+
+
+def test_held_out_rows_are_in_no_training_document_and_baselines_see_none_of_them(work: Path) -> None:
+    context = prepare_context(work, classification(work, labelled(100), maxRows=50))
+    manifest, _ = prepared(context)
+    held = [row.text for row in read_evaluation(context.prepared / "evaluation" / "d.jsonl")]
+    assert len(held) == manifest.datasets[0].test == 5
+    for store in ("train", "validation"):
+        assert not [text for text in texts(context, store) if any(row in text for row in held)]
+    baseline = list(read_baseline(context.prepared / "baseline" / "d.jsonl"))
+    assert not {row.text for row in baseline} & set(held)
+    assert Counter(row.used for row in baseline) == {True: 40, False: 50}
+
+
+@pytest.mark.parametrize(
+    ("spec", "evaluation", "counts"),
+    [
+        ({}, "unseen half of validation", (80, 10, 10)),
+        ({"training": {"keepBest": False}}, "validation", (80, 20, 20)),
+        ({"training": {"keepBest": False, "earlyStopping": {}}}, "unseen half of validation", (80, 10, 10)),
+        ({"split": {"validation": 0.1, "test": 0.1}}, "test", (80, 10, 10)),
+        ({"split": {"validation": 0.0}}, "none", (100, 0, 0)),
+    ],
+)
+def test_rows_that_chose_the_checkpoint_do_not_measure_it(
+    work: Path, spec: dict[str, Any], evaluation: str, counts: tuple[int, int, int]
+) -> None:
+    manifest, report = prepared(prepare_context(work, classification(work, labelled(100)) | spec))
+    [dataset] = manifest.datasets
+    assert dataset.evaluation_split == evaluation
+    assert (dataset.train, dataset.validation, dataset.test) == counts
+    assert any("Nothing of d is held out" in warning for warning in report.warnings) == (evaluation == "none")
+
+
+def test_the_dataset_s_own_splits_are_used(work: Path) -> None:
+    rows = labelled(60)
+    write_rows(work / "data" / "train.jsonl", rows[:40])
+    write_rows(work / "data" / "dev.jsonl", rows[40:50])
+    write_rows(work / "data" / "test.jsonl", rows[50:])
+    own = {"validation": "validation", "test": "test"}
+    context = prepare_context(
+        work, {"datasets": [{"name": "d", "path": "data", "task": "classification", "splits": own}]}
+    )
+    manifest, _ = prepared(context)
+    [dataset] = manifest.datasets
+    assert (dataset.train, dataset.validation, dataset.test) == (40, 10, 10)
+    assert [row.text for row in read_evaluation(context.prepared / "evaluation" / "d.jsonl")] == [
+        row["text"] for row in rows[50:]
+    ]
+
+
+def test_rows_of_one_group_and_near_duplicates_stay_on_one_side(work: Path) -> None:
+    rows = [row | {"author": f"a{i // 5}"} for i, row in enumerate(labelled(100))]
+    rows += [row | {"text": row["text"].upper() + "!", "author": f"b{i}"} for i, row in enumerate(rows)]
+    context = prepare_context(work, classification(work, rows, groupBy="author"))
+    _, report = prepared(context)
+    train = set(" ".join(texts(context, "train")).lower().split("number"))
+    held = [row.text.lower().strip("!") for row in read_evaluation(context.prepared / "evaluation" / "d.jsonl")]
+    assert held
+    assert not [text for text in held if any(text in piece for piece in train)]
+    assert any("100 rows are near-duplicates of others" in note for note in report.datasets[0].notes)
+
+
+def test_held_out_rows_that_another_dataset_trains_on_are_told(work: Path) -> None:
+    rows = labelled(50)
+    write_rows(work / "a.jsonl", rows)
+    write_rows(work / "b.jsonl", rows)
+    spec = {"datasets": [{"name": name, "path": f"{name}.jsonl", "task": "classification"} for name in "ab"]}
+    spec["datasets"][1]["maxRows"] = 30  # so that the two are divided otherwise
+    _, report = prepared(prepare_context(work, spec))
+    assert any(
+        "held-out rows of a occur, nearly word for word, among the training rows of b" in w for w in report.warnings
+    )
+
+
+def test_a_filter_leaves_rows_out_and_says_how_many(work: Path) -> None:
+    rows = [row | {"stars": i % 4} for i, row in enumerate(labelled(80, ("bad", "good", "so so")))]
+    manifest, report = prepared(
+        prepare_context(work, classification(work, rows, filter="stars > 0 and text | length > 5"))
+    )
+    assert sum([manifest.datasets[0].train, manifest.datasets[0].validation, manifest.datasets[0].test]) == 60
+    assert "the filter left out 20 rows" in report.datasets[0].notes
+
+
+def test_a_few_bad_rows_are_named_and_left_out(work: Path) -> None:
+    rows = [*labelled(98), '{"text": "unfinished', {"text": "", "label": "good"}]
+    manifest, report = prepared(prepare_context(work, classification(work, rows)))
+    assert sum([manifest.datasets[0].train, manifest.datasets[0].validation, manifest.datasets[0].test]) == 98
+    assert report.datasets[0].bad_rows == 2
+    [note] = [note for note in report.datasets[0].notes if "cannot be used" in note]
+    assert "rows.jsonl, row 99: not JSON" in note
+    assert "rows.jsonl, row 100: text is empty" in note
+
+
+def test_the_same_again_is_not_done_again_but_said_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = classification(work, labelled(40))
+    first, report = prepared(prepare_context(work, spec))
+    monkeypatch.setattr(stage, "open_datasets", lambda *_: pytest.fail("prepared a second time"))
+    second, again = prepared(prepare_context(work, spec, number=2))
+    assert second == first
+    told = ("model", "lengths", "datasets", "origin", "choices", "warnings")
+    assert {name: getattr(again, name) for name in told} == {name: getattr(report, name) for name in told}
+
+
+def test_another_config_or_a_lost_model_prepares_anew(work: Path) -> None:
+    spec = classification(work, labelled(40))
+    first, _ = prepared(prepare_context(work, spec))
+    second, _ = prepared(prepare_context(work, spec | {"split": {"seed": 7}}))
+    assert second.digest != first.digest
+    same, _ = prepared(prepare_context(work, spec))
+    assert same.digest == first.digest, "the content follows from config and data alone"
+
+
+def test_killed_in_the_middle_nothing_half_written_is_left(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = classification(work, labelled(40))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "describe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(prepare_context(work, spec))
+    assert not (work / "run" / "prepared").exists()
+    (work / "run" / ".prepared-1").mkdir()  # as a SIGKILL leaves it
+    (work / "run" / ".prepared-1" / "manifest.json").write_text("{")
+    manifest, _ = prepared(prepare_context(work, spec, number=2))
+    assert manifest.datasets[0].train == 32
+    assert not list((work / "run").glob(".prepared-*"))
+
+
+def test_an_attempt_that_was_replaced_publishes_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = prepare_context(work, classification(work, labelled(40)))
+
+    def overtaken(*_: Any) -> None:
+        (context.run / "fence.json").write_text(json.dumps({"attempt": "uid-1/prepare/2"}))
+
+    monkeypatch.setattr(stage, "say", lambda *_, **__: overtaken())
+    with pytest.raises(TrainerError) as error:
+        stage.run(context)
+    assert error.value.failure_class is FailureClass.FENCED
+    assert not context.prepared.exists()
+
+
+def test_a_longer_limit_than_the_model_s_context_is_lowered_and_said(work: Path) -> None:
+    rows = [row | {"text": row["text"] + " and on" * 200} for row in labelled(40)]
+    spec = classification(work, rows) | {"tuning": {"method": "prompt", "prompt": {"virtualTokens": 100}}}
+    manifest, report = prepared(prepare_context(work, spec))
+    assert manifest.train.longest <= 500
+    assert any(
+        "maxSequenceLength 2048 is more than the model's context has room for: 500" in w for w in report.warnings
+    )
+    assert any("texts were cut at their end to fit 500 tokens" in note for note in report.datasets[0].notes)
+
+
+def test_a_base_model_without_a_template_gets_a_plain_one_and_is_told(work: Path) -> None:
+    (work / "tiny" / "chat_template.jinja").unlink()
+    context = prepare_context(work, classification(work, labelled(40)))
+    _, report = prepared(context)
+    assert report.choices["chatTemplate"].value == "plain"
+    assert any("no chat template" in warning for warning in report.warnings)
+    assert AutoTokenizer.from_pretrained(context.prepared / "tokenizer").chat_template
+
+
+BAD: list[tuple[str, dict[str, Any], FailureClass, str, str]] = [
+    ("no such file", {"path": "none.csv"}, FailureClass.BAD_SPEC, "", "There is no none.csv"),
+    ("no such format", {"path": "tiny/model.safetensors"}, FailureClass.BAD_SPEC, "datasets[0].path", "of no format"),
+    ("no such column", {"columns": {"text": "txt"}}, FailureClass.BAD_DATA, "datasets[0].columns.text",
+     "d has no column 'txt'. Did you mean 'text'? Its columns: text, label."),
+    ("column not found", {"task": "summarization"}, FailureClass.BAD_DATA, "datasets[0].columns.summary",
+     "d has no column for summary under a usual name"),
+    ("no such split", {"splits": {"test": "tests"}}, FailureClass.BAD_SPEC, "datasets[0].splits.test",
+     "d has no split 'tests'. Its splits: train."),
+    ("no such group", {"groupBy": "autor"}, FailureClass.BAD_DATA, "datasets[0].groupBy", "no column 'autor'"),
+    ("filter that names no column", {"filter": "txet | length > 3"}, FailureClass.BAD_SPEC, "datasets[0].filter",
+     "The expression uses 'txet', which is no column of the dataset. Did you mean 'text'?"),
+    ("filter that is none", {"filter": "text >"}, FailureClass.BAD_SPEC, "datasets[0].filter",
+     "This is not a jinja expression"),
+    ("filter that leaves nothing", {"filter": "text | length > 5000"}, FailureClass.BAD_DATA, "datasets[0]",
+     "the filter leaves none of 40"),
+    ("template that names no column", {"template": "{{ txt }}"}, FailureClass.BAD_SPEC, "datasets[0].template",
+     "The template uses 'txt'"),
+    ("template that is none", {"template": "{% if %}"}, FailureClass.BAD_SPEC, "datasets[0].template",
+     "This is not a jinja template"),
+    ("template that reaches out of its sandbox", {"template": "{{ text.__class__.__mro__ }}"}, FailureClass.BAD_DATA,
+     "datasets[0]", "access to attribute '__class__'"),
+    ("template without effect", {"task": "chat", "columns": {"messages": "text"}, "template": "{{ text }}"},
+     FailureClass.BAD_SPEC, "datasets[0].template", "template has no effect on task chat"),
+    ("configuration of a directory that has none", {"path": "tiny", "config": "x"}, FailureClass.BAD_SPEC,
+     "datasets[0].config", "no configuration 'x'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "failure", "field", "sentence"), [case[1:] for case in BAD], ids=[c[0] for c in BAD]
+)
+def test_a_dataset_that_cannot_be_used_is_refused_with_a_sentence(
+    work: Path, settings: dict[str, Any], failure: FailureClass, field: str, sentence: str
+) -> None:
+    with pytest.raises(TrainerError) as error:
+        stage.run(prepare_context(work, classification(work, labelled(40), **settings)))
+    assert (error.value.failure_class, error.value.field) == (failure, field)
+    assert sentence in error.value.sentence
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([], "d holds no rows"),
+        ([{"text": "", "label": "x"}] * 3, "Of the rows of d none can be used"),
+        ([*labelled(90), *[{"text": "x", "label": None}] * 10], "only 90 of 100 can be used; up to 5% may be unusable"),
+        (labelled(40, ("good",)), "d has one label only ('good')"),
+    ],
+    ids=["empty", "all bad", "a tenth bad", "one label"],
+)
+def test_rows_that_teach_nothing_are_refused_with_a_sentence(work: Path, rows: list[Any], sentence: str) -> None:
+    with pytest.raises(TrainerError) as error:
+        stage.run(prepare_context(work, classification(work, rows)))
+    assert error.value.failure_class is FailureClass.BAD_DATA
+    assert sentence in error.value.sentence
+
+
+def test_a_held_out_label_that_never_occurs_in_training_is_refused(work: Path) -> None:
+    write_rows(work / "data" / "train.jsonl", labelled(40))
+    write_rows(work / "data" / "test.jsonl", [{"text": "a", "label": "good"}, {"text": "b", "label": "Good"}])
+    spec = {"name": "d", "path": "data", "task": "classification", "splits": {"test": "test"}}
+    with pytest.raises(TrainerError, match=r"Label 'Good' of d \(test, row 2\) is held out but never .* mean 'good'"):
+        stage.run(prepare_context(work, {"datasets": [spec]}))
+
+
+def test_rows_longer_than_the_context_are_refused_where_they_may_not_be_cut(work: Path) -> None:
+    rows = [{"question": f"q{i} " + "and on " * 200, "answer": "a"} for i in range(40)]
+    with pytest.raises(TrainerError, match=r"row 1: \d+ tokens do not fit into 600"):
+        stage.run(prepare_context(work, classification(work, rows, task="question-answering")))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantised \(gptq\)"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel is no causal language model"),
+        ({"model_type": "no-such-model"}, "config cannot be read"),
+    ],
+)
+def test_a_model_that_cannot_be_tuned_is_refused(work: Path, change: dict[str, Any], sentence: str) -> None:
+    path = work / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    spec = classification(work, labelled(40)) | {"tuning": {"method": "qlora"}}
+    with pytest.raises(TrainerError, match=sentence) as error:
+        stage.run(prepare_context(work, spec))
+    assert error.value.failure_class is FailureClass.BAD_SPEC
+
+
+def test_pickled_weights_are_refused(work: Path) -> None:
+    (work / "tiny" / "model.safetensors").rename(work / "tiny" / "pytorch_model.bin")
+    with pytest.raises(TrainerError, match="pickles, which can run code"):
+        stage.run(prepare_context(work, classification(work, labelled(40))))
+
+
+def test_a_chat_template_that_cannot_be_used_is_refused(work: Path) -> None:
+    model = {"path": "tiny", "chatTemplate": "{{ messages[-1]['content'] }}"}
+    with pytest.raises(TrainerError, match=r"set model\.chatTemplate") as error:
+        stage.run(prepare_context(work, classification(work, labelled(40)) | {"model": model}))
+    assert error.value.field == "model.chatTemplate"
+
+
+def test_an_adapter_to_go_on_from_is_found_and_named_in_the_origin(work: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = {"path": "tiny", "adapter": {"path": "adapter"}}
+    spec = classification(work, labelled(40)) | {"model": model}
+    (work / "adapter").mkdir()
+    with pytest.raises(TrainerError, match=r"adapter holds no adapter: adapter_config\.json is missing"):
+        stage.run(prepare_context(work, spec))
+    base = AutoModelForCausalLM.from_pretrained(work / "tiny")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(work / "adapter")
+    manifest, report = prepared(prepare_context(work, spec))
+    assert manifest.model.adapter_directory == str(work / "adapter")
+    assert report.origin["adapter"].startswith("adapter sha256:")
+
+
+def test_qlora_gets_a_four_bit_copy_once(work: Path) -> None:
+    spec = classification(work, labelled(40)) | {"tuning": {"method": "qlora"}}
+    manifest, _ = prepared(prepare_context(work, spec))
+    assert manifest.model.nf4_directory is not None
+    copy = Path(manifest.model.nf4_directory)
+    config = json.loads((copy / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    made = copy.stat().st_ino
+    again, _ = prepared(prepare_context(work, spec | {"split": {"seed": 1}}))
+    assert again.model.nf4_directory == str(copy)
+    assert copy.stat().st_ino == made
