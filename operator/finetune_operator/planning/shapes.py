@@ -174,7 +174,8 @@ def _mlp(facts: ModelFacts, family: Family) -> tuple[Matrix, ...]:
 
 def _vectors(facts: ModelFacts, family: Family) -> tuple[Dims, ...]:
     """Norms of a layer."""
-    norms: list[Dims] = [(facts.hidden_size,)] * family.norms * (2 if family.norm_bias else 1)
+    hidden: Dims = (facts.hidden_size,)
+    norms = [hidden] * family.norms * (2 if family.norm_bias else 1)
     if family.qk_norm == "head":
         norms += [(facts.head_dim,)] * 2
     elif family.qk_norm == "width":
