@@ -121,8 +121,8 @@ def _eval_result(facts: CardFacts, metric: MetricResult) -> EvalResult:
         dataset_split=facts.results.split,
         dataset_revision=_commit(prepared.source) or None,
         metric_type=METRIC_TYPES.get(metric.metric, metric.metric),
-        metric_name=metric.metric,
-        metric_value=round(metric.tuned, 6),
+        metric_name="loss" if metric.metric == "neg-loss" else metric.metric,
+        metric_value=round(-metric.tuned if metric.metric == "neg-loss" else metric.tuned, 6),
         verified=False,
     )
 
@@ -268,7 +268,7 @@ def _origin(facts: CardFacts) -> list[tuple[str, str]]:
 
 def reproducible_job(facts: CardFacts) -> str:
     """The job with every revision pinned to the commit that was used, as YAML."""
-    spec = facts.config.spec.to_wire()
+    spec = facts.config.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     kept: dict[str, Any] = {name: spec[name] for name in REPRODUCED if name in spec}
     model = facts.manifest.model
     _pin(kept["model"], model.commit)
