@@ -163,6 +163,7 @@ def _carry_out(record: Record, loaded: JobFile, placement: Placement, show: Show
     from finetune_operator.local.devices import memory
     from finetune_operator.local.runner import Runner, Setting
     from finetune_operator.local.tokens import tokens_of
+    from finetune_operator.planning.model import Environment
 
     tokens = tokens_of(os.environ)
     for sentence in placement.notes:
@@ -175,6 +176,8 @@ def _carry_out(record: Record, loaded: JobFile, placement: Placement, show: Show
         cache=cache_directory(),
         tokens=tokens,
         version=version_of("finetune-operator"),
+        # Somebody is looking on: they see a failure that stays, and need not wait as long as a cluster does.
+        decisions=Environment(local=True, backoff_base_seconds=3.0, backoff_cap_seconds=60.0),
     )
     children = Children(record.run, record.uid, tokens, memory_limit=f"{memory() / 2**30:.0f}Gi")
     return Runner(record, setting, children, show).run()

@@ -404,8 +404,9 @@ def _spoken(answer: Answer | None) -> dict[str, Any] | str | None:
 
 
 def _origin(context: RunContext, manifest: PreparedManifest, source: Source, digest: str) -> dict[str, Any]:
+    model = manifest.model
     return {
-        "model": {"source": manifest.model.source, "commit": manifest.model.commit, "digest": manifest.model.digest},
+        "model": f"{model.source}@{model.commit}" if model.commit else f"{model.source} sha256:{model.digest}",
         "datasets": {dataset.name: dataset.source for dataset in manifest.datasets},
         "prepared": manifest.digest,
         "export": digest,
@@ -414,6 +415,7 @@ def _origin(context: RunContext, manifest: PreparedManifest, source: Source, dig
         "device": torch.cuda.get_device_name() if source.device.type == "cuda" else "cpu",
         "ranks": context.world_size,
         "intervals": STATEMENT,
-        "seed": context.config.spec.split.seed,
+        "seed": context.config.spec.training.seed,
+        "splitSeed": context.config.spec.split.seed,
         "versions": versions(),
     }
