@@ -18,6 +18,7 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,19 @@ def test_wait_gives_up_after_its_time(submitted: Shell) -> None:
     submitted.says(job().training())
     assert submitted.fails("wait", "support", "--timeout", "1s") == "support has not ended after 1s; it is Training."
     assert submitted.fails("wait", "support", "--timeout", "soon", code=2).startswith("--timeout soon is no length")
+
+
+def test_a_job_that_no_operator_looks_at_is_said(submitted: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_operator.commands._cluster.UNTOUCHED_AFTER", timedelta(0))
+    said = "No operator has looked at support yet: is finetune-operator running, "
+    said += f"and does it serve namespace {submitted.namespace}?"
+    submitted("wait", "support", "--timeout", "1s", expect=1)
+    assert submitted.err.splitlines()[0] == said
+    timer = threading.Timer(1.5, submitted.says, [job().complete()])
+    timer.start()
+    submitted("watch", "support")
+    timer.join()
+    assert submitted.out.count(said) == 1
 
 
 def test_wait_says_when_the_job_is_deleted(submitted: Shell) -> None:

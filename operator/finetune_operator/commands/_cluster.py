@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,8 @@ from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_GATE_REFUS
 if TYPE_CHECKING:
     from finetune_api.status import JobStatus
     from finetune_operator.cluster.as_user.jobs import Jobs
+
+UNTOUCHED_AFTER = timedelta(seconds=20)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.")]
 Namespace = Annotated[
@@ -35,6 +38,18 @@ def status_of(job: dict[str, Any]) -> JobStatus:
     from finetune_api.status import JobStatus
 
     return JobStatus.parse(job.get("status"))
+
+
+def nobody_looks(job: dict[str, Any], now: datetime) -> str:
+    """A sentence if no operator has touched the job for a while after its creation; else empty."""
+    metadata = job["metadata"]
+    age = now - datetime.fromisoformat(metadata["creationTimestamp"])
+    if (job.get("status") or {}).get("conditions") or age < UNTOUCHED_AFTER:
+        return ""
+    return (
+        f"No operator has looked at {metadata['name']} yet: "
+        f"is finetune-operator running, and does it serve namespace {metadata['namespace']}?"
+    )
 
 
 def exit_code(status: JobStatus) -> int:

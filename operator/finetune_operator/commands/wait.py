@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
-from finetune_operator.commands._cluster import Context, Name, Namespace, exit_code, jobs_in, last_sentence, status_of
+from finetune_operator.commands._cluster import (
+    Context,
+    Name,
+    Namespace,
+    exit_code,
+    jobs_in,
+    last_sentence,
+    nobody_looks,
+    status_of,
+)
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 
 TICK_SECONDS = 0.5
@@ -30,10 +41,14 @@ def wait(
     seconds = _seconds(timeout)
     jobs = jobs_in(namespace, context)
     began = time.monotonic()
-    phase = "Pending"
-    for job in ticking(follow(jobs, name), TICK_SECONDS):
-        if job is not None:
-            status = status_of(job)
+    phase, job, told = "Pending", None, False
+    for change in ticking(follow(jobs, name), TICK_SECONDS):
+        job = change or job
+        if job is not None and not told and (sentence := nobody_looks(job, datetime.now(UTC))):
+            print(sentence, file=sys.stderr)
+            told = True
+        if change is not None:
+            status = status_of(change)
             phase = str(status.phase)
             code = exit_code(status)
             if code != EXIT_INTERRUPTED:

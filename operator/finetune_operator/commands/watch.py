@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_operator.commands._cluster import Context, Name, Namespace, exit_code, jobs_in, last_sentence
+from finetune_operator.commands._cluster import (
+    Context,
+    Name,
+    Namespace,
+    exit_code,
+    jobs_in,
+    last_sentence,
+    nobody_looks,
+)
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ def watch(
                 change = next(changes)
                 if change is not None:
                     shown.take(change, out)
+                shown.look_for_the_operator(out)
                 out.scene(shown.scene())
             out.end(shown.scene())
     except KeyboardInterrupt:
@@ -78,6 +87,7 @@ class Shown:
         # A newer operator may know fields of the spec that this version does not: they are not shown.
         self._spec = FineTuneJobSpec.model_validate(job["spec"])
         self.status = JobStatus.parse(job.get("status"))
+        self._notes: tuple[str, ...] = ()
         self._history = History()
         self._history.add_progress(self.status.progress)
 
@@ -92,12 +102,25 @@ class Shown:
         self.job, self.status = job, status
         self._history.add_progress(status.progress)
 
+    def look_for_the_operator(self, out: Output) -> None:
+        """Say, once, that nobody carries the job out; take it back when somebody does."""
+        sentence = nobody_looks(self.job, datetime.now(UTC))
+        if sentence and not self._notes:
+            out.note(sentence)
+        self._notes = (sentence,) if sentence else ()
+
     def scene(self) -> Scene:
         """The job at this moment."""
         from finetune_operator.view.scene import Scene
 
-        name = str(self.job["metadata"]["name"])
-        return Scene(name=name, spec=self._spec, status=self.status, now=datetime.now(UTC), history=self._history)
+        return Scene(
+            name=str(self.job["metadata"]["name"]),
+            spec=self._spec,
+            status=self.status,
+            now=datetime.now(UTC),
+            history=self._history,
+            notes=self._notes,
+        )
 
 
 def _output(output_format: OutputFormat, shown: Shown) -> Output:
