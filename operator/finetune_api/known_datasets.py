@@ -38,6 +38,7 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = MappingProxyType(
             columns={"text": "text", "label": "label"},
             splits={"train": "train", "test": "test"},
             rows={"train": 10_003, "test": 3_080},
+            characters=1_930,  # the prompt names all 77 intents
         ),
         # The answers of its test split are not public: its validation split is what is held out to the end.
         "tau/commonsense_qa": KnownDataset(
@@ -45,6 +46,7 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = MappingProxyType(
             columns={"question": "question", "choices": "choices", "answer": "answerKey"},
             splits={"train": "train", "test": "validation"},
             rows={"train": 9_741, "validation": 1_221, "test": 1_140},
+            characters=190,
         ),
     }
 )

@@ -116,6 +116,22 @@ def _reads_only(task: Task) -> Rule:
     )
 
 
+WITHOUT_EFFECT: dict[str, tuple[Task, ...]] = {
+    "template": (Task.CHAT,),
+    "answerTemplate": (Task.CHAT, Task.TEXT),
+    "systemPrompt": (Task.TEXT,),
+}
+"""Fields of a dataset that some tasks do not read."""
+
+
+def _no_effect(name: str, task: Task) -> Rule:
+    return Rule(
+        f"!has(self.{name}) || !has(self.task) || self.task != '{task}'",
+        f"{name} has no effect on task {task}: take it out",
+        f".{name}",
+    )
+
+
 class Source(ApiModel):
     """Where a model, adapter or dataset comes from."""
 
@@ -186,7 +202,7 @@ class Dataset(Source):
     name: Name
     """Short unique name; metrics are called `<name>/<metric>`."""
     config: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
-    """Configuration (subset) of a Hub dataset that has several."""
+    """Configuration (subset) of a dataset that has several: one of its README, or a folder."""
     task: Task | None = None
     """Task of the rows. May be left out for the reference datasets, which are known by name."""
     columns: Columns = Columns()
@@ -223,11 +239,7 @@ class Dataset(Source):
             "FieldValueRequired",
         ),
         *(_reads_only(task) for task in Task),
-        Rule(
-            "!has(self.config) || has(self.repo)",
-            "config chooses a configuration of a Hub dataset and has no effect beside path: take it out",
-            ".config",
-        ),
+        *(_no_effect(name, task) for name, tasks in WITHOUT_EFFECT.items() for task in tasks),
         Rule(
             "self.lossOn == 'all' || (has(self.task) && self.task == 'chat')",
             "lossOn: last chooses among the turns of a chat and has no effect on other tasks: take it out",

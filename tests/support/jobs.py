@@ -114,7 +114,20 @@ BROKEN: tuple[Broken, ...] = (
     _columns("chat", foreign="text", own="messages"),
     _columns("summarization", foreign="text", own="summary"),
     _columns("text", foreign="label", own="text"),
-    Broken("spec.datasets[0].config", "config chooses a configuration", {"spec.datasets.0.config": "en"}),
+    *(
+        Broken(
+            f"spec.datasets[0].{name}",
+            f"{name} has no effect on task {task}",
+            {"spec.datasets.0.task": task, f"spec.datasets.0.{name}": "x"},
+            valid={"spec.datasets.0.task": "summarization", f"spec.datasets.0.{name}": "x"},
+        )
+        for name, task in (
+            ("template", "chat"),
+            ("answerTemplate", "chat"),
+            ("answerTemplate", "text"),
+            ("systemPrompt", "text"),
+        )
+    ),
     Broken(
         "spec.datasets[0].lossOn",
         "lossOn: last chooses among the turns",

@@ -44,7 +44,9 @@ def _footprint(draft: Draft, stage: Stage) -> Footprint | None:
     last = attempts.latest(draft.status, stage)
     if last is None or (last.micro_batch_tokens is None and last.activation_checkpointing is None):
         plan = draft.status.plan
-        first = Footprint(plan.micro_batch_tokens, False) if plan is not None and stage is Stage.TRAIN else None
+        first = None
+        if plan is not None and stage is Stage.TRAIN:
+            first = Footprint(plan.micro_batch_tokens, plan.activation_checkpointing)
         if last is None or last.reason != FailureClass.CUDA_OOM:
             return first
         return shrunk(draft, last)
