@@ -22,6 +22,8 @@ from finetune_operator.planning.following import follow, listen_after_the_end
 from finetune_operator.planning.model import Decision, Observation
 from finetune_operator.planning.waiting import waits
 
+__all__ = ["RETRY_ANNOTATION", "Planner", "decide"]
+
 RETRY_ANNOTATION = "finetune.dev/retry"
 
 

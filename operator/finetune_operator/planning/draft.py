@@ -28,6 +28,8 @@ WAITING_FOR = {
     "PersistentVolumeClaim": "WaitingForClaim",
     "Webhook": "WaitingForWebhook",
     "Quota": "WaitingForQuota",
+    "Leftover": "WaitingForOlderJob",
+    "Refused": "WaitingForApiServer",
 }
 
 

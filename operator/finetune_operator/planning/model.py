@@ -81,9 +81,14 @@ class Child:
 
 @dataclass(frozen=True)
 class Missing:
-    """Something the stage needs that is not there yet: waited for, and said."""
+    """Something the stage needs that is not there yet: waited for, and said.
 
-    kind: Literal["Secret", "PersistentVolumeClaim", "Webhook", "Quota"]
+    A missing Secret or claim keeps an attempt from being entered; the others were found in trying to start one,
+    which is tried again: a webhook that does not answer, a quota, something left of an older job of the name, a
+    refusal of the API server.
+    """
+
+    kind: Literal["Secret", "PersistentVolumeClaim", "Webhook", "Quota", "Leftover", "Refused"]
     name: str
     sentence: str
 

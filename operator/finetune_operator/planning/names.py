@@ -24,6 +24,11 @@ def bounded(name: str, suffix: str, limit: int = MAX_LENGTH) -> str:
     return f"{kept}-{digest}{suffix}"
 
 
+def label_value(job: str) -> str:
+    """The job's name as the value of a label: the name itself unless it is too long for one."""
+    return job if len(job) <= MAX_LENGTH else bounded(job, "")
+
+
 def child_name(job: str, stage: Stage, number: int) -> str:
     """Name of the child of one attempt, short enough for `-worker-<index>` to follow."""
     return bounded(job, f"-{stage}-{number}", MAX_LENGTH - WORKER_SUFFIX_LENGTH)

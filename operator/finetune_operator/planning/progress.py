@@ -115,3 +115,8 @@ def worth_writing(old: JobStatus, new: JobStatus, written: datetime | None, now:
         return True
     last = written or old.active_until
     return last is None or now - last >= timedelta(seconds=WRITE_INTERVAL_SECONDS)
+
+
+def waits_on_credentials(stage: Stage) -> bool:
+    """Whether a refused token in this stage is waited for, so that its Secret's version has to be known."""
+    return stage is Stage.PUBLISH

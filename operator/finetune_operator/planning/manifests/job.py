@@ -8,15 +8,13 @@ from typing import Any
 from finetune_api.base import API_VERSION, KIND, Stage
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.planning.labels import ATTEMPT, JOB, STAGE
 from finetune_operator.planning.model import Environment
-from finetune_operator.planning.names import bounded, child_name, shared_name
+from finetune_operator.planning.names import child_name, label_value, shared_name
 
 Manifest = dict[str, Any]
 
-JOB_LABEL = "finetune.dev/job"
 UID_LABEL = "finetune.dev/uid"
-STAGE_LABEL = "finetune.dev/stage"
-ATTEMPT_LABEL = "finetune.dev/attempt"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGER = "finetune-operator"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -84,17 +82,17 @@ def labels(job: Job, stage: Stage | None = None, number: int | None = None) -> d
     """Labels of an object of the job, by which it is watched, selected and found."""
     common = {
         "app.kubernetes.io/name": "finetune-trainer",
-        "app.kubernetes.io/instance": bounded(job.name, ""),
+        "app.kubernetes.io/instance": label_value(job.name),
         MANAGED_BY_LABEL: MANAGER,
-        JOB_LABEL: bounded(job.name, ""),
+        JOB: label_value(job.name),
         UID_LABEL: job.uid,
     }
     if stage is None:
         return common
     return common | {
         "app.kubernetes.io/component": str(stage),
-        STAGE_LABEL: str(stage),
-        ATTEMPT_LABEL: str(number),
+        STAGE: str(stage),
+        ATTEMPT: str(number),
     }
 
 

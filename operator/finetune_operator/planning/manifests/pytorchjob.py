@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.runconfig import Attempt
+from finetune_operator.planning.labels import REPLICA_INDEX
 from finetune_operator.planning.manifests.backend import ChildState, condition_of, words
 from finetune_operator.planning.manifests.batch import MASTER_PORT
 from finetune_operator.planning.manifests.job import UID_LABEL, Job, Manifest, attempt_metadata
@@ -16,7 +17,6 @@ from finetune_operator.planning.manifests.pod import Program, gpu_resources, pod
 
 CONTAINER = "pytorch"
 """The name by which the training-operator finds the container."""
-INDEX_LABEL = "training.kubeflow.org/replica-index"
 
 
 class PyTorchJobBackend:
@@ -70,12 +70,12 @@ class PyTorchJobBackend:
 
     def pod_index(self, pod: dict[str, Any]) -> int:
         """The replica's index, which is its node rank."""
-        return int(pod["metadata"].get("labels", {}).get(INDEX_LABEL, "0"))
+        return int(pod["metadata"].get("labels", {}).get(REPLICA_INDEX, "0"))
 
 
 def _rendezvous(name: str, attempt: Attempt) -> list[Manifest]:
     """What the training-operator does not set: it gives PET_NNODES and PET_NPROC_PER_NODE."""
-    rank = {"fieldRef": {"fieldPath": f"metadata.labels['{INDEX_LABEL}']"}}
+    rank = {"fieldRef": {"fieldPath": f"metadata.labels['{REPLICA_INDEX}']"}}
     return [
         {"name": "PET_NODE_RANK", "valueFrom": rank},
         {"name": "PET_MASTER_ADDR", "value": f"{name}-worker-0"},

@@ -1,0 +1,246 @@
+"""What the API server's objects say, as an Observation. Pure: it is given objects and reads none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.base import Stage
+from finetune_api.report import Failure, Report
+from finetune_api.spec import Dataset, FineTuneJobSpec, Method, Model, Tuning
+from finetune_api.status import JobStatus
+from finetune_operator.cluster.api import Object
+from finetune_operator.planning.labels import ATTEMPT, STAGE
+from finetune_operator.planning.manifests.backend import Backend, ChildState, condition_of, words
+from finetune_operator.planning.manifests.job import UID_LABEL
+from finetune_operator.planning.model import Child, Environment, Missing, Observation, Pod, PodPhase
+
+NODE_LOST_REASONS = frozenset({"DeletionByTaintManager"})
+STUCK_REASONS = frozenset(
+    {
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "ImageInspectError",
+        "CreateContainerConfigError",
+        "CreateContainerError",
+        "RunContainerError",
+    }
+)
+UNREADABLE = FineTuneJobSpec(
+    model=Model(path="unreadable"),
+    datasets=[Dataset(name="unreadable", path="unreadable")],
+    tuning=Tuning(method=Method.LORA),
+)
+"""Stands in for a spec that cannot be read; an observation that carries it says why."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The objects of one job, as the store holds them."""
+
+    job: Object
+    carriers: tuple[Object, ...] = ()
+    """Jobs and PyTorchJobs that carry its label."""
+    pods: tuple[Object, ...] = ()
+    report: Object | None = None
+    config: Object | None = None
+    out_of_service: frozenset[str] = frozenset()
+    """Nodes that carry the out-of-service taint."""
+    missing: tuple[Missing, ...] = ()
+    credentials_version: str = ""
+    environment: Environment = field(default_factory=Environment)
+
+
+def observe(seen: Seen, backend: Backend, now: datetime) -> Observation:
+    """The observation that a decision is made from."""
+    meta = seen.job["metadata"]
+    spec, invalid = read_spec(seen.job)
+    uid = meta["uid"]
+    return Observation(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=uid,
+        generation=meta.get("generation", 1),
+        spec=spec,
+        status=JobStatus.parse(seen.job.get("status")),
+        now=now,
+        annotations=dict(meta.get("annotations") or {}),
+        deleting="deletionTimestamp" in meta,
+        invalid=invalid,
+        children=children(uid, seen.carriers, seen.pods, seen.out_of_service, backend),
+        reports=reports(seen.report, uid),
+        missing=seen.missing,
+        credentials_version=seen.credentials_version,
+        environment=seen.environment,
+    )
+
+
+def read_spec(job: Object) -> tuple[FineTuneJobSpec, str]:
+    """The spec, and why it cannot be read (then the spec means nothing)."""
+    try:
+        return FineTuneJobSpec.model_validate(job.get("spec") or {}), ""
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in ("spec", *first["loc"]))
+        return UNREADABLE, f"{path}: {first['msg']}."
+
+
+def reports(config_map: Object | None, uid: str) -> tuple[Report, ...]:
+    """The reports in the ConfigMap of this job; one that cannot be read is as one that never came."""
+    if config_map is None or owner_uid(config_map) != uid:
+        return ()
+    found = []
+    for text in (config_map.get("data") or {}).values():
+        with contextlib.suppress(ValidationError):
+            found.append(Report.model_validate_json(text))
+    return tuple(found)
+
+
+def children(
+    uid: str, carriers: Iterable[Object], pods: Iterable[Object], out_of_service: frozenset[str], backend: Backend
+) -> tuple[Child, ...]:
+    """Every attempt of which something is left: its object, its pods, or both."""
+    objects = {key: carrier for carrier in carriers if (key := _key(carrier)) is not None}
+    bodies: dict[tuple[str, Stage, int], list[Object]] = {}
+    for pod in pods:
+        key = _key(pod)
+        if key is not None:
+            bodies.setdefault(key, []).append(pod)
+    return tuple(
+        _child(key, objects.get(key), bodies.get(key, []), key[0] == uid, out_of_service, backend)
+        for key in sorted(objects.keys() | bodies.keys())
+    )
+
+
+def _key(body: Object) -> tuple[str, Stage, int] | None:
+    """Job uid, stage and number that a child or a pod belongs to; None for what carries no such labels."""
+    labels = body["metadata"].get("labels") or {}
+    try:
+        return labels[UID_LABEL], Stage(labels[STAGE]), int(labels[ATTEMPT])
+    except (KeyError, ValueError):
+        return None
+
+
+def _child(
+    key: tuple[str, Stage, int],
+    body: Object | None,
+    pods: list[Object],
+    ours: bool,
+    out_of_service: frozenset[str],
+    backend: Backend,
+) -> Child:
+    _, stage, number = key
+    seen = tuple(sorted((read_pod(pod, out_of_service, backend) for pod in pods), key=lambda pod: pod.index))
+    if body is None:
+        return Child(stage, number, ours=ours, exists=False, pods=seen, pods_expected=max(len(seen), 1))
+    state = backend.state(body) if stage is Stage.TRAIN else batch_state(body)
+    return Child(
+        stage,
+        number,
+        ours=ours and owner_uid(body) == key[0],
+        succeeded=state.succeeded,
+        failed=state.failed,
+        deleting="deletionTimestamp" in body["metadata"],
+        queued=state.queued,
+        message=state.message,
+        created=_time(body["metadata"].get("creationTimestamp")),
+        pods=seen,
+        pods_expected=state.pods_expected,
+    )
+
+
+def batch_state(body: Object) -> ChildState:
+    """What a batch/v1 Job says of itself; suspended by another means queued."""
+    failed = condition_of(body, "Failed") or condition_of(body, "FailureTarget")
+    return ChildState(
+        succeeded=condition_of(body, "Complete") is not None,
+        failed=failed is not None,
+        queued=bool(body["spec"].get("suspend")),
+        message=words(failed),
+    )
+
+
+def owner_uid(body: Object) -> str:
+    """The uid of the controller of an object; empty if it has none."""
+    owners = body["metadata"].get("ownerReferences") or []
+    return next((str(owner["uid"]) for owner in owners if owner.get("controller")), "")
+
+
+def read_pod(body: Object, out_of_service: frozenset[str], backend: Backend) -> Pod:
+    """One pod: its phase, why it waits, how it ended, and what became of its node."""
+    meta, spec, status = body["metadata"], body["spec"], body.get("status") or {}
+    phase, lost = _phase(status)
+    disruption = condition_of(body, "DisruptionTarget")
+    reason = (disruption or {}).get("reason", "")
+    main = _main_state(status)
+    ended = _ended_states(status)
+    failed = next((end for end in ended if end.get("exitCode")), None)
+    node = spec.get("nodeName", "")
+    return Pod(
+        name=meta["name"],
+        index=backend.pod_index(body),
+        phase=phase,
+        terminating="deletionTimestamp" in meta,
+        evicted=status.get("reason") == "Evicted" or (disruption is not None and reason not in NODE_LOST_REASONS),
+        node_lost=lost or reason in NODE_LOST_REASONS,
+        out_of_service=node in out_of_service,
+        oom_killed=any(end.get("reason") == "OOMKilled" for end in ended),
+        memory_limit=_memory_limit(spec),
+        exit_code=(failed or main.get("terminated") or {}).get("exitCode"),
+        failure=next((found for end in ended if (found := _failure(end)) is not None), None),
+        waiting=_waiting(meta["name"], body) if phase is PodPhase.PENDING else "",
+        started=_time((main.get("running") or main.get("terminated") or {}).get("startedAt")),
+        finished=_time((failed or main.get("terminated") or {}).get("finishedAt")),
+        node=node,
+    )
+
+
+def _phase(status: Mapping[str, Any]) -> tuple[PodPhase, bool]:
+    phase = status.get("phase", "Pending")
+    if phase == "Unknown" or status.get("reason") == "NodeLost":
+        return PodPhase.RUNNING, True
+    return PodPhase(phase), False
+
+
+def _main_state(status: Mapping[str, Any]) -> dict[str, Any]:
+    return next((c.get("state") or {} for c in status.get("containerStatuses") or []), {})
+
+
+def _ended_states(status: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How containers ended, initial ones first: the check of the write access is one."""
+    every = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    return [ended for container in every if (ended := (container.get("state") or {}).get("terminated"))]
+
+
+def _failure(ended: Mapping[str, Any]) -> Failure | None:
+    with contextlib.suppress(ValidationError):
+        return Failure.model_validate_json(ended.get("message") or "")
+    return None
+
+
+def _memory_limit(spec: Mapping[str, Any]) -> str:
+    limits = (spec["containers"][0].get("resources") or {}).get("limits") or {}
+    return str(limits.get("memory", ""))
+
+
+def _waiting(name: str, body: Object) -> str:
+    """Why a pending pod does not start; empty while it simply is on its way."""
+    status = body.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            return f"Pod {name} cannot be scheduled: {condition.get('message', '')}"
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") in STUCK_REASONS:
+            return f"Pod {name} cannot start ({waiting['reason']}): {waiting.get('message') or container.get('image')}"
+    return ""
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text).astimezone(UTC) if text else None

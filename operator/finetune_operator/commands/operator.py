@@ -1,0 +1,43 @@
+"""`finetune operator`: the operator itself."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from finetune_operator.errors import EXIT_FAILED, UserError
+from finetune_operator.settings import from_environment
+
+
+def operator(
+    namespaces: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--namespace", "-n", help="Namespace to serve; may be repeated. None: FINETUNE_NAMESPACES, or all."
+        ),
+    ] = None,
+    image: Annotated[str, typer.Option("--trainer-image", help="Trainer image, where a job names none.")] = "",
+    log_format: Annotated[str, typer.Option("--log-format", help="json or text.")] = "",
+) -> None:
+    """Watch FineTuneJobs and carry them out, while this replica holds the Lease.
+
+    Everything else is told by FINETUNE_* variables: docs/operator.md lists them.
+    """
+    from finetune_operator.cluster.lease import LeaseLostError
+    from finetune_operator.service import configure_logging, serve
+
+    settings = from_environment()
+    settings = replace(
+        settings,
+        namespaces=tuple(namespaces or settings.namespaces),
+        image=image or settings.image,
+        log_format=log_format or settings.log_format,
+    )
+    configure_logging(settings)
+    try:
+        asyncio.run(serve(settings))
+    except LeaseLostError as error:
+        raise UserError(str(error), EXIT_FAILED) from error

@@ -1,0 +1,240 @@
+"""observe → decide → record → act, for one job at a time. All writing of status is here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from finetune_api.status import JobStatus
+from finetune_operator.cluster.act import Actor
+from finetune_operator.cluster.api import Api, ApiError, Object
+from finetune_operator.cluster.needs import Needs, look
+from finetune_operator.cluster.observe import Seen, observe, read_spec
+from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
+from finetune_operator.metrics import Metrics
+from finetune_operator.planning import attempts, progress
+from finetune_operator.planning.conditions import next_stage, terminal
+from finetune_operator.planning.decide import Planner, decide
+from finetune_operator.planning.manifests.backend import Backend
+from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.planning.model import (
+    CleanUp,
+    Decision,
+    DeleteChild,
+    EnsureShared,
+    Missing,
+    Observation,
+    StartAttempt,
+)
+from finetune_operator.planning.names import shared_name
+from finetune_operator.planning.plan import planner_for
+from finetune_operator.settings import Settings
+from finetune_operator.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+SECRET_POLL_SECONDS = 30.0
+"""Secrets may be read by name and not watched: a job that waits for one asks again."""
+OUT_OF_SERVICE_TAINT = "node.kubernetes.io/out-of-service"
+
+
+def utc_now() -> datetime:
+    """The time, as the status writes it."""
+    return datetime.now(UTC)
+
+
+@dataclass
+class Memory:
+    """What this process remembers of a job; a fresh process does without."""
+
+    written: datetime | None = None
+    refused: Missing | None = None
+
+
+@dataclass
+class Reconciler:
+    """Works the queue off."""
+
+    api: Api
+    store: Store
+    settings: Settings
+    metrics: Metrics
+    planner: Planner | None = None
+    """How the memory plan is made, if not as planning/plan.py does."""
+    backend: Backend = field(default_factory=PyTorchJobBackend)
+    clock: Callable[[], datetime] = utc_now
+    queue: WorkQueue[Key] = field(default_factory=WorkQueue)
+    _memories: dict[Key, Memory] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._actor = Actor(self.api, self.backend)
+
+    async def run(self) -> None:
+        """Serve the queue with as many workers as are set, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self.settings.workers):
+                group.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            key = await self.queue.get()
+            self.metrics.queue_depth.set(self.queue.depth)
+            begun = time.perf_counter()
+            try:
+                await self._serve(key)
+            finally:
+                self.metrics.reconcile_seconds.observe(time.perf_counter() - begun)
+                self.queue.done(key)
+
+    async def _serve(self, key: Key) -> None:
+        """Reconcile a key; whatever goes wrong, it comes again."""
+        try:
+            again = await self.reconcile(key)
+        except ApiError as error:
+            if error.code != 409:
+                self.metrics.reconcile_errors.inc()
+                log.warning("the API server answered %s; tries again", error, extra=_about(key))
+            self.queue.add_failed(key, error.retry_after or 0.0)
+        except Exception:
+            self.metrics.reconcile_errors.inc()
+            log.exception("reconcile failed; tries again", extra=_about(key))
+            self.queue.add_failed(key)
+        else:
+            self.queue.succeeded(key)
+            if again is not None:
+                self.queue.add_after(key, again)
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Bring one job on by one decision; returns the seconds after which to look again."""
+        job = self.store.job(key)
+        if job is None:
+            self._memories.pop(key, None)
+            return None
+        memory = self._memories.setdefault(key, Memory())
+        seen = await self._observe(key, job, memory)
+        planner = self.planner or planner_for(price_per_gpu_hour=seen.environment.price_per_gpu_hour)
+        decision = decide(seen, planner)
+        wrote = await self._record(key, job, seen, decision, memory)
+        if decision.requeue_after == 0.0:
+            return 0.0 if wrote else 1.0
+        await self._act(key, seen, decision, memory)
+        return self._again(seen, decision, memory)
+
+    async def _observe(self, key: Key, job: Object, memory: Memory) -> Observation:
+        spec, invalid = read_spec(job)
+        name = job["metadata"]["name"]
+        needs = Needs() if invalid else await self._needs(key, job)
+        refused = (memory.refused,) if memory.refused is not None else ()
+        carriers = [*self.store.of("Job", key), *self.store.of(self.backend.kind, key)]
+        pods = self.store.of("Pod", key)
+        seen = Seen(
+            job=job,
+            carriers=tuple(carriers),
+            pods=pods,
+            report=self.store.named("ConfigMap", key, shared_name(name, "report")),
+            out_of_service=await self._out_of_service(pods),
+            missing=(*needs.missing, *refused),
+            credentials_version=needs.credentials_version,
+            environment=self.settings.environment(spec),
+        )
+        return observe(seen, self.backend, self.clock())
+
+    async def _needs(self, key: Key, job: Object) -> Needs:
+        """Ask for Secrets and claims, where the answer may matter: before a child is made, and while publishing."""
+        status, (spec, _) = JobStatus.parse(job.get("status")), read_spec(job)
+        stage = next_stage(status, spec)
+        if stage is None or terminal(status) or spec.suspend or "deletionTimestamp" in job["metadata"]:
+            return Needs()
+        running = attempts.live(status)
+        made = running is not None and running.running_since is not None
+        if made and not progress.waits_on_credentials(stage):
+            return Needs()
+        return await look(self.api, key.namespace, spec, stage)
+
+    async def _out_of_service(self, pods: tuple[Object, ...]) -> frozenset[str]:
+        """Nodes of terminating pods that are declared dead; not to be allowed to read nodes means none are known."""
+        nodes = {
+            pod["spec"]["nodeName"]
+            for pod in pods
+            if "deletionTimestamp" in pod["metadata"] and pod["spec"].get("nodeName")
+        }
+        found = set()
+        for node in nodes:
+            try:
+                body = await self.api.find("Node", "", node)
+            except ApiError as error:
+                if error.code != 403:
+                    raise
+                continue
+            if body is not None and _is_out_of_service(body):
+                found.add(node)
+        return frozenset(found)
+
+    async def _record(self, key: Key, job: Object, seen: Observation, decision: Decision, memory: Memory) -> bool:
+        """Write the status if that is worth it, tell its Events; whether it was written."""
+        if not progress.worth_writing(seen.status, decision.status, memory.written, seen.now):
+            return False
+        wire = decision.status.to_wire()
+        meta = {name: job["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
+        body = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": FINE_TUNE_JOB,
+            "metadata": meta,
+            "spec": job["spec"],
+            "status": wire,
+        }
+        answer = await self.api.replace_status(body)
+        # The watch may be slow: what we wrote ourselves is known at once.
+        self.store.put(FINE_TUNE_JOB, answer)
+        memory.written = seen.now
+        self.metrics.count_transition(seen.namespace, seen.status, decision.status)
+        for event in decision.events:
+            log.info("%s: %s", event.reason, event.message, extra=_about(key))
+            await self._actor.tell(seen, event, seen.now)
+        return True
+
+    async def _act(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> None:
+        config = self.store.named("ConfigMap", key, shared_name(seen.name, "config"))
+        before, memory.refused = memory.refused, None
+        for action in decision.actions:
+            match action:
+                case StartAttempt(attempt):
+                    refused = await self._actor.start(seen, attempt, config)
+                    memory.refused = before if _same(before, refused) else refused
+                    log.info("starts %s%s", attempt.id, " in vain" if refused else "", extra=_about(key, attempt.id))
+                case DeleteChild(stage, number, why):
+                    log.info("deletes %s %d: %s", stage, number, why, extra=_about(key))
+                    await self._actor.delete_child(seen, stage, number)
+                case CleanUp():
+                    await self._actor.clean_up(seen)
+                case EnsureShared():
+                    # Made together with the first attempt's child, for which it is needed.
+                    pass
+
+    def _again(self, seen: Observation, decision: Decision, memory: Memory) -> float | None:
+        wants = [seconds for seconds in (decision.requeue_after,) if seconds is not None]
+        if memory.refused is not None and not any(missing == memory.refused for missing in seen.missing):
+            # Newly refused: say so now.
+            wants.append(0.05)
+        if seen.missing or decision.status.credentials_seen:
+            wants.append(SECRET_POLL_SECONDS)
+        if decision.status.to_wire() != seen.status.to_wire():
+            wants.append(float(progress.WRITE_INTERVAL_SECONDS))
+        return min(wants) if wants else None
+
+
+def _same(before: Missing | None, now: Missing | None) -> bool:
+    """Whether it is the same thing that is in the way: its sentence may count something that changes all the time."""
+    return before is not None and now is not None and (before.kind, before.name) == (now.kind, now.name)
+
+
+def _is_out_of_service(node: Object) -> bool:
+    return any(taint.get("key") == OUT_OF_SERVICE_TAINT for taint in node.get("spec", {}).get("taints") or [])
+
+
+def _about(key: Key, attempt: str = "") -> dict[str, str]:
+    return {"job": f"{key.namespace}/{key.label}", "attempt": attempt}

@@ -1,0 +1,163 @@
+"""The operator as a process: watches, the Lease, the workers, health and metrics, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import kopf
+from aiohttp import web
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiClient, Configuration
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from finetune_operator import handlers
+from finetune_operator.cluster.api import Api
+from finetune_operator.cluster.lease import Lease
+from finetune_operator.cluster.store import Store
+from finetune_operator.metrics import Metrics
+from finetune_operator.planning.decide import Planner
+from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.reconcile import Reconciler
+from finetune_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings, planner: Planner | None = None, stop: asyncio.Event | None = None) -> None:
+    """Run until a signal, or until `stop`. Raises LeaseLostError if the Lease is lost."""
+    backend, store = PyTorchJobBackend(), Store()
+    metrics = Metrics(store.jobs)
+    ready = asyncio.Event()
+    async with _client() as client:
+        api = Api(client, metrics.count_request)
+        lease = Lease(api, settings.lease_namespace, settings.lease_name, settings.identity, settings.lease_seconds)
+        reconciler = Reconciler(api, store, settings, metrics, planner, backend)
+        watching = asyncio.create_task(
+            kopf.operator(
+                registry=handlers.registry(store, reconciler.queue, backend),
+                settings=handlers.settings(backend, clusterwide=not settings.namespaces),
+                namespaces=settings.namespaces,
+                clusterwide=not settings.namespaces,
+                stop_flag=stop,
+                ready_flag=ready,
+            ),
+            name="watches",
+        )
+        leading = asyncio.create_task(_lead(lease, reconciler, metrics), name="lease")
+        runners = [
+            await _listen(_health_app(watching, ready), settings.health_port),
+            await _listen(_metrics_app(metrics), settings.metrics_port),
+        ]
+        try:
+            done, _ = await asyncio.wait({watching, leading}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await _end([leading, watching])
+            await asyncio.gather(*(runner.cleanup() for runner in runners if runner is not None))
+
+
+@contextlib.asynccontextmanager
+async def _client() -> AsyncIterator[ApiClient]:
+    configuration = Configuration()
+    try:
+        config.load_incluster_config(client_configuration=configuration)
+    except config.ConfigException:
+        await config.load_kube_config(client_configuration=configuration)
+    configuration.connection_pool_maxsize = 64
+    async with ApiClient(configuration) as client:
+        yield client
+
+
+async def _lead(lease: Lease, reconciler: Reconciler, metrics: Metrics) -> None:
+    """Wait for the Lease, serve the queue while it is held, give it back at the end."""
+    await lease.acquire()
+    log.info("holds the Lease %s/%s", lease.namespace, lease.name)
+    metrics.leader.set(1)
+    tasks = [asyncio.create_task(lease.keep()), asyncio.create_task(reconciler.run())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        metrics.leader.set(0)
+        # First the work ends, then the Lease.
+        await _end(tasks)
+        await lease.release()
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _listen(app: web.Application, port: int) -> web.AppRunner | None:
+    """Serve HTTP on a port; 0 serves nothing."""
+    if port == 0:
+        return None
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, port=port).start()
+    return runner
+
+
+def _health_app(watching: asyncio.Task[None], ready: asyncio.Event) -> web.Application:
+    async def alive(_: web.Request) -> web.Response:
+        return web.Response(status=500 if watching.done() else 200)
+
+    async def is_ready(_: web.Request) -> web.Response:
+        return web.Response(status=200 if ready.is_set() and not watching.done() else 503)
+
+    app = web.Application()
+    app.add_routes([web.get("/healthz", alive), web.get("/readyz", is_ready)])
+    return app
+
+
+def _metrics_app(metrics: Metrics) -> web.Application:
+    async def show(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.add_routes([web.get("/metrics", show)])
+    return app
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with job and attempt where they are known."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name in ("job", "attempt") if (value := getattr(record, name, ""))}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """The same for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        job = getattr(record, "job", "")
+        return f"{super().format(record)}{f' [{job}]' if job else ''}"
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send all logging to stderr in the configured form; kopf says only what goes wrong."""
+    handler = logging.StreamHandler()
+    text = TextFormatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else text)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    logging.getLogger("kopf").setLevel(logging.WARNING)
