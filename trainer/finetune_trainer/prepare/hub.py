@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils._http import get_session
 
 from finetune_api.report import FailureClass
@@ -89,6 +90,7 @@ class Hub:
 
         The client locks each file and writes it aside, so jobs may share the cache and be killed at any time.
         """
+        total = resolved.size(names)
         with self._explained(resolved.repo, resolved.commit, resolved.kind, field):
             return Path(
                 snapshot_download(
@@ -99,9 +101,14 @@ class Hub:
                     token=self._token,
                     allow_patterns=[_literal(name) for name in names],
                     max_workers=4,
-                    tqdm_class=_meter(self._progress, resolved.size(names)),
+                    tqdm_class=_meter(self._progress, resolved.size(self._present(resolved, names)), total),
                 )
             )
+
+    def _present(self, resolved: ResolvedRepo, names: Sequence[str]) -> list[str]:
+        """Which of the files are in the cache already."""
+        folder = self._cache / repo_folder_name(repo_id=resolved.repo, repo_type=resolved.kind)
+        return [name for name in names if (folder / "snapshots" / resolved.commit / name).exists()]
 
     @contextmanager
     def _explained(self, repo: str, revision: str, kind: Kind, field: str) -> Iterator[None]:
@@ -201,15 +208,17 @@ def _literal(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
-def _meter(progress: Callable[[int, int], None] | None, total: int) -> type:
+def _meter(progress: Callable[[int, int], None] | None, present: int, total: int) -> type:
     """A progress bar that draws nothing and tells `progress` the bytes of the whole download."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class Meter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
-            self._counts = options.pop("name", "") == "huggingface_hub.snapshot_download"
+            # Of the client's three bars this one counts what reached the disk.
+            self._counts = str(options.get("desc", "")).startswith("Reconstructing")
+            options.pop("name", None)
             super().__init__(*args, **(options | {"disable": True}))
-            self._bytes = 0
+            self._bytes = present
 
         def update(self, n: float | None = 1) -> bool:
             if self._counts and progress is not None:

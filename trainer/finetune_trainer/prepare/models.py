@@ -77,13 +77,16 @@ def _tokenizer_of_gguf(path: Path, given: str, cache: Path) -> LocalModel:
 
 
 def model_files(names: Sequence[str], model: Model, *, weights: bool = True) -> list[str]:
-    """Which of a model's files are needed. Raises TrainerError (bad-spec) where it has no config or safetensors."""
+    """Which of a model's files are needed; without `weights` those of tokenizer and config.
+
+    Raises TrainerError (bad-spec) where it has no config or no safetensors.
+    """
     wanted = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()), *(["*.py"] if model.trust_remote_code else [])]
     where = model.repo or model.path
     field = "model.repo" if model.repo else "model.path"
     if "config.json" not in names:
         raise TrainerError(FailureClass.BAD_SPEC, f"{where} holds no model: it has no config.json.", field)
-    if weights and not any(fnmatch(name, pattern) for name in names for pattern in WEIGHT_FILES[:2]):
+    if not any(fnmatch(name, pattern) for name in names for pattern in WEIGHT_FILES[:2]):
         pickles = any(fnmatch(name, pattern) for name in names for pattern in PICKLES)
         why = (
             "Its weights are pickles, which can run code when they are read: convert them to safetensors."
