@@ -32,6 +32,8 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = MappingProxyType(
         "infinite-dataset-hub/TextClaimsDataset": KnownDataset(
             task="classification",
             columns={"text": "text", "label": "label"},
+            rows={"train": 100},  # about: all of that hub are generated and of this size
+            characters=150,
         ),
         "PolyAI/banking77": KnownDataset(
             task="classification",

@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import prod
@@ -63,8 +63,10 @@ class ModelEstimate:
     origin: str
 
 
-def model_estimate(spec: FineTuneJobSpec, source: Path, config: Path | None = None) -> ModelEstimate:
+def model_estimate(spec: FineTuneJobSpec, places: Sequence[Path], config: Path | None = None) -> ModelEstimate:
     """The base model's shape: from `config`, from its directory or GGUF file, from the Hub's cache, or by its name.
+
+    Relative paths are looked for in `places`, in order.
 
     Raises UserError if none of these knows it.
     """
@@ -72,8 +74,7 @@ def model_estimate(spec: FineTuneJobSpec, source: Path, config: Path | None = No
     if config is not None:
         return ModelEstimate(_facts(_json(config)), str(config))
     if model.path is not None:
-        path = Path(model.path)
-        return _from_path(path if path.is_absolute() else source / path)
+        return _from_path(_found(model.path, places))
     assert model.repo is not None
     cached = _in_hub_cache(model.repo, model.revision)
     if cached is not None:
@@ -85,6 +86,12 @@ def model_estimate(spec: FineTuneJobSpec, source: Path, config: Path | None = No
             "with --model-config FILE."
         )
     return ModelEstimate(known, f"the name {model.repo} (the Hub was not asked)")
+
+
+def _found(path: str, places: Sequence[Path]) -> Path:
+    """Where a path of the spec is; where it would be looked for first if it is nowhere."""
+    paths = [place / path for place in places]
+    return next((candidate for candidate in paths if candidate.exists()), paths[0])
 
 
 def _from_path(path: Path) -> ModelEstimate:
@@ -241,11 +248,11 @@ class _Mixture:
     notes: list[str] = field(default_factory=list)
 
 
-def data_estimate(spec: FineTuneJobSpec, source: Path) -> DataEstimate:
+def data_estimate(spec: FineTuneJobSpec, places: Sequence[Path]) -> DataEstimate:
     """Rows counted where the files are here, known or assumed elsewhere; tokens from characters. Never fails."""
     mixture, limit = _Mixture(), spec.training.max_sequence_length
     for dataset in spec.datasets:
-        rows, mean, longest, note = _look_at(dataset, source)
+        rows, mean, longest, note = _look_at(dataset, places)
         rows = min(rows, dataset.max_rows or rows)
         held_out = (spec.split.validation if dataset.splits.validation is None else 0.0) + (
             spec.split.test if dataset.splits.test is None else 0.0
@@ -272,13 +279,13 @@ def _labelled(task: Task | None, tokens: float) -> float:
     return ANSWERED[task] * tokens if task in ANSWERED else min(LABEL_TOKENS, tokens)
 
 
-def _look_at(dataset: Dataset, source: Path) -> tuple[int, float, int, str]:
+def _look_at(dataset: Dataset, places: Sequence[Path]) -> tuple[int, float, int, str]:
     """Training rows, mean and longest example in tokens, and how that is known."""
     known = KNOWN_DATASETS.get(dataset.repo or "")
     if known is not None and (rows := known.rows.get(dataset.splits.train)):
         tokens = known.characters / CHARACTERS_A_TOKEN + TEMPLATE_TOKENS
         return rows, tokens, round(2 * tokens), f"{rows:,} rows, as is known of {dataset.repo}"
-    files = _files(source / dataset.path) if dataset.path is not None else []
+    files = _files(_found(dataset.path, places)) if dataset.path is not None else []
     if files:
         return _measured(files, dataset)
     where = dataset.repo or dataset.path

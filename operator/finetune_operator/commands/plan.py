@@ -1,0 +1,96 @@
+"""`finetune plan FILE`: what a job needs, before anything is downloaded or a GPU is taken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from finetune_operator.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from finetune_api.spec import FineTuneJobSpec
+    from finetune_operator.planning.hardware import Gpu
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the plan lets the job run: the topology is in the spec."""
+
+    spec: FineTuneJobSpec
+    gpu: Gpu | None
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - is stdin.", metavar="FILE")],
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of one GPU for one hour, in whatever currency.", metavar="NUMBER")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for this GPU, such as A100-80GB: --set topology.gpuType=…", metavar="TYPE")
+    ] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(help="The model's config.json, where the model is not here.", metavar="FILE")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field: topology.nodes=2, tuning.method=qlora.", metavar="PATH=VALUE"),
+    ] = None,
+    output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="How to print.")] = "text",
+) -> None:
+    """Say what a job needs before it starts: memory a rank, steps, time, price.
+
+    Where the file names GPUs, it is planned for these; else for this machine. Nothing is downloaded: rows of local
+    files are counted and their tokens estimated. Exit code 1 if it does not fit.
+    """
+    from finetune_api.runconfig import resolve
+    from finetune_operator.commands.run import cache_directory
+    from finetune_operator.local import job_file
+    from finetune_operator.local.estimate import data_estimate, model_estimate
+    from finetune_operator.planning.plan import plan_run
+
+    changes = [*(overrides or []), *([f"topology.gpuType={gpu}"] if gpu else [])]
+    loaded = job_file.load(file, changes)
+    spec = resolve(loaded.job.spec)
+    places = (loaded.source, cache_directory())
+    model = model_estimate(spec, places, model_config)
+    data = data_estimate(spec, places)
+    place = place_job(spec)
+    made = plan_run(place.spec, model.facts, data.lengths, gpu=place.gpu, price_per_gpu_hour=price)
+    origins = [f"model: {model.origin}", *data.notes, *place.notes]
+    if output == "json":
+        print(json.dumps(made.to_wire() | {"origins": origins}, indent=2, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        from finetune_operator.view.plan_view import render_plan
+
+        console = Console(highlight=False)
+        for part in render_plan(loaded.job.metadata.name, place.spec, made, origins, price):
+            console.print(part)
+    if made.fits is False:
+        raise SystemExit(EXIT_FAILED)
+
+
+def place_job(spec: FineTuneJobSpec) -> Place:
+    """The GPUs that the file names; where it names none, those of this machine as `finetune run` would use them."""
+    from finetune_operator.local.devices import this_machine
+    from finetune_operator.local.estimate import gpu_here
+    from finetune_operator.local.placement import place
+
+    topology = spec.topology
+    if topology.gpu_type is not None or topology.gpus_per_node:
+        if topology.gpus_per_node is None:
+            spec = spec.model_copy(update={"topology": topology.model_copy(update={"gpus_per_node": 1})})
+        return Place(spec, None)
+    machine = this_machine()
+    placement = place(topology, machine)
+    spec = spec.model_copy(update={"topology": placement.apply(topology)})
+    notes = ["planned for this machine, as finetune run would use it", *placement.notes]
+    if placement.gpus:
+        return Place(spec, gpu_here(placement.gpus[0]), tuple(notes))
+    return Place(spec, None, tuple(notes))
