@@ -164,14 +164,14 @@ def _choice(implementation: str, why: str) -> AttentionChoice:
 
 def _obstacle(config: PretrainedConfig, supports_backend: bool, packed: bool) -> str:
     """Why attention without a mask is not possible for this model; empty if it is."""
-    if not packed:
-        return "padded batches need a padding mask"
-    if not supports_backend:
-        return f"{config.model_type} does not take other attention functions"
     if _softcap(config):
         return f"{config.model_type} caps its attention scores"
     if _sinks(config):
         return f"{config.model_type} has attention sinks"
+    if not packed:
+        return "padded batches need a padding mask"
+    if not supports_backend:
+        return f"{config.model_type} does not take other attention functions"
     kinds = set(getattr(config, "layer_types", None) or [])
     if getattr(config, "attention_chunk_size", None) or kinds - {"full_attention", "sliding_attention"}:
         return f"{config.model_type} mixes other kinds of attention"
@@ -187,6 +187,10 @@ def _refusal(
             return "flash attention needs a GPU and 16-bit precision: set model.attention to auto."
         if not _has_flash():
             return "flash-attn is not installed in this image: set model.attention to auto or varlen."
+    if requested == "flex" and device.type != "cuda":
+        return "flex attention has no backward pass on a CPU: set model.attention to auto."
+    if requested == "sdpa" and (_softcap(config) or _sinks(config)):
+        return f"sdpa cannot compute this model's attention ({obstacle}): set model.attention to auto."
     if requested == "varlen":
         if device.type != "cuda" or precision == torch.float32:
             return "varlen attention needs a GPU and 16-bit precision: set model.attention to auto."

@@ -252,25 +252,27 @@ def load_model(
     )
     base.set_attn_implementation(chosen.implementation)
     layers = list(adapters.decoder_layers(base))
-    attached = _attach(base, method, tuning, precision, adapter_directory)
-    root = CausalModel(
-        attached,
-        method=method,
-        attention=chosen.implementation,
-        label_smoothing=label_smoothing,
-        neftune_alpha=neftune_alpha,
-        autocast=precision if mesh is None and precision != torch.float32 else None,
-    )
-    root.choices["attention"] = chosen.choice
-    _train_in_float32(root)
-    if activation_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-    if mesh is not None:
-        embeddings = [] if _tied(base) else [base.get_input_embeddings()]
-        shard(root, layers, embeddings, mesh, precision)
-    _materialise(root, base, buffers, device)
-    _fill(root, base, directory, nf4_directory, device)
+    with SafetensorsDirectory(_source(directory, method, nf4_directory)) as files:
+        weights = ModelWeights(files, base)
+        root = CausalModel(
+            _attach(base, method, tuning, precision, adapter_directory),
+            method=method,
+            attention=chosen.implementation,
+            label_smoothing=label_smoothing,
+            neftune_alpha=neftune_alpha,
+            autocast=precision if mesh is None and precision != torch.float32 else None,
+        )
+        root.choices["attention"] = chosen.choice
+        _train_in_float32(root)
+        if activation_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
+        if mesh is not None:
+            shard(root, layers, [] if _tied(base) else [base.get_input_embeddings()], mesh, precision)
+        _materialise(root, base, buffers, device)
+        if method is Method.QLORA:
+            nf4.read_states(base, files, device)
+        _fill(base, weights)
     _initialise(root, directory, tuning, seed, adapter_directory)
     root.trainable = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
     if packed:
@@ -279,6 +281,14 @@ def load_model(
         for layer in layers:
             layer.compile()
     return root.train()
+
+
+def _source(directory: Path, method: Method, nf4_directory: Path | None) -> Path:
+    if method is not Method.QLORA:
+        return directory
+    if nf4_directory is None:
+        raise ValueError("qlora needs the 4-bit copy that Prepare writes")
+    return nf4_directory
 
 
 def _check_documents_apart(root: CausalModel, device: torch.device) -> None:
@@ -369,26 +379,17 @@ def _materialise(root: nn.Module, base: PreTrainedModel, buffers: dict[str, Tens
         buffer.copy_(buffers[name])
 
 
-def _fill(
-    root: CausalModel, base: PreTrainedModel, directory: Path, nf4_directory: Path | None, device: torch.device
-) -> None:
+def _fill(base: PreTrainedModel, weights: ModelWeights) -> None:
     """Copy this rank's rows of every base weight from the files."""
-    source = nf4_directory if root.method is Method.QLORA else directory
-    if source is None:
-        raise ValueError("qlora needs the 4-bit copy that Prepare writes")
-    with SafetensorsDirectory(source) as files:
-        weights = ModelWeights(files, empty_model(read_config(directory), torch.float32))
-        if root.method is Method.QLORA:
-            nf4.read_states(base, files, device)
-        for name, parameter in base.named_parameters():
-            key = base_name(name)
-            if key not in weights:
-                if adapters.is_adapter(name):
-                    continue
-                key = _tied_name(base, key, weights)
-            if weights.shape(key) != tuple(parameter.shape):
-                raise shape_mismatch(source, key, weights.shape(key), parameter.shape)
-            fill(parameter, weights, key)
+    for name, parameter in base.named_parameters():
+        key = base_name(name)
+        if key not in weights:
+            if adapters.is_adapter(name):
+                continue
+            key = _tied_name(base, key, weights)
+        if weights.shape(key) != tuple(parameter.shape):
+            raise shape_mismatch(weights.directory.directory, key, weights.shape(key), parameter.shape)
+        fill(parameter, weights, key)
 
 
 def base_name(name: str) -> str:

@@ -191,7 +191,7 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
 
 
 def empty_model(
-    config: PretrainedConfig, dtype: torch.dtype, attention: str = "sdpa", trust_remote_code: bool = False
+    config: PretrainedConfig, dtype: torch.dtype, attention: str = "eager", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The architecture with parameters on the meta device and real buffers (rotary frequencies are not in files)."""
     with init_empty_weights(include_buffers=False):
