@@ -10,7 +10,7 @@ from typing import Any
 
 import kopf
 
-from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
+from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store, slim
 from finetune_operator.planning.manifests.backend import Backend
 from finetune_operator.planning.manifests.job import MANAGED_BY_LABEL, MANAGER
 from finetune_operator.workqueue import WorkQueue
@@ -61,20 +61,13 @@ def _watch(
 
     @kopf.index(registry=made, id=f"index-{kind}", **where)  # type: ignore[untyped-decorator]
     def index(body: kopf.Body, **_: Any) -> None:
-        store.put(kind, plain(body))
+        store.put(kind, slim(dict(body)))
 
     @kopf.on.event(registry=made, id=f"event-{kind}", **where)  # type: ignore[untyped-decorator]
     def event(type: str | None, body: kopf.Body, **_: Any) -> None:
-        key = store.drop(kind, plain(body)) if type == "DELETED" else store.put(kind, plain(body))
+        key = store.drop(kind, slim(dict(body))) if type == "DELETED" else store.put(kind, slim(dict(body)))
         if key is not None:
             queue.add(key)
-
-
-def plain(body: kopf.Body) -> dict[str, Any]:
-    """The object without what nobody reads here and what is most of its size."""
-    made = dict(body)
-    made["metadata"] = {name: value for name, value in made["metadata"].items() if name != "managedFields"}
-    return made
 
 
 def _login(**kwargs: Any) -> Any:

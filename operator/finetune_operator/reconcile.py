@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from finetune_api.base import Stage
 from finetune_api.status import JobStatus
 from finetune_operator.cluster.act import Actor
 from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.needs import Needs, look
 from finetune_operator.cluster.observe import Seen, observe, read_spec
-from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
+from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store, slim
 from finetune_operator.metrics import Metrics
 from finetune_operator.planning import attempts, progress
 from finetune_operator.planning.conditions import next_stage, terminal
@@ -30,7 +31,7 @@ from finetune_operator.planning.model import (
     Observation,
     StartAttempt,
 )
-from finetune_operator.planning.names import shared_name
+from finetune_operator.planning.names import child_name, shared_name
 from finetune_operator.planning.plan import planner_for
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue
@@ -149,11 +150,17 @@ class Reconciler:
         stage = next_stage(status, spec)
         if stage is None or terminal(status) or spec.suspend or "deletionTimestamp" in job["metadata"]:
             return Needs()
-        running = attempts.live(status)
-        made = running is not None and running.running_since is not None
-        if made and not progress.waits_on_credentials(stage):
+        if not progress.waits_on_credentials(stage) and self._has_child(key, job, status):
             return Needs()
         return await look(self.api, key.namespace, spec, stage)
+
+    def _has_child(self, key: Key, job: Object, status: JobStatus) -> bool:
+        record = attempts.live(status)
+        if record is None:
+            return False
+        name = child_name(job["metadata"]["name"], record.stage, record.number)
+        kind = self.backend.kind if record.stage is Stage.TRAIN else "Job"
+        return self.store.named(kind, key, name) is not None
 
     async def _out_of_service(self, pods: tuple[Object, ...]) -> frozenset[str]:
         """Nodes of terminating pods that are declared dead; not to be allowed to read nodes means none are known."""
@@ -189,7 +196,7 @@ class Reconciler:
         }
         answer = await self.api.replace_status(body)
         # The watch may be slow: what we wrote ourselves is known at once.
-        self.store.put(FINE_TUNE_JOB, answer)
+        self.store.put(FINE_TUNE_JOB, slim(answer))
         memory.written = seen.now
         self.metrics.count_transition(seen.namespace, seen.status, decision.status)
         for event in decision.events:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from finetune_api.crd import definition
 
 from .harness import binaries
 from .harness.control_plane import ControlPlane, is_given
 from .harness.fake_kubelet import FAKE_NODE_LABEL, FakeKubelet
+from .harness.helm import Helm
+from .harness.operator import OperatorProcess
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -65,3 +70,18 @@ def kubelet(control_plane: ControlPlane) -> FakeKubelet:
     kubelet = FakeKubelet(control_plane.api)
     kubelet.add_node("node-a")
     return kubelet
+
+
+@pytest.fixture
+def operator(control_plane: ControlPlane, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
+    """Our operator, serving the test's namespace under the chart's rights."""
+    try:
+        binaries.ensure("helm")
+    except binaries.BinaryUnavailableError as problem:
+        pytest.skip(str(problem))
+    control_plane.install_crds(definition())
+    ops = control_plane.create_namespace("ops")
+    running = OperatorProcess(control_plane, Helm(tmp_path, control_plane.kubeconfig), namespace, ops).start()
+    yield running
+    running.kill()
+    control_plane.delete_namespace(ops)

@@ -2,62 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-from finetune_api.crd import definition
-
-from .harness import binaries
-from .harness.api import Api, Resource
 from .harness.control_plane import ControlPlane
 from .harness.fake_kubelet import FakeKubelet
-from .harness.helm import Helm
-from .harness.operator import OperatorProcess, Trainer, is_true, wait_for_job
+from .harness.operator import OperatorProcess, Trainer, fine_tune_job, furnish, is_true, wait_for_job
 from .harness.processes import wait_until
 
 NAME = "support"
-
-
-@pytest.fixture
-def operator(control_plane: ControlPlane, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    """Our operator, serving the test's namespace under the chart's rights."""
-    try:
-        binaries.ensure("helm")
-    except binaries.BinaryUnavailableError as problem:
-        pytest.skip(str(problem))
-    control_plane.install_crds(definition())
-    ops = control_plane.create_namespace("ops")
-    running = OperatorProcess(control_plane, Helm(tmp_path, control_plane.kubeconfig), namespace, ops).start()
-    yield running
-    running.kill()
-    control_plane.delete_namespace(ops)
-
-
-def fine_tune_job(**spec: object) -> Resource:
-    base: Resource = {
-        "model": {"repo": "acme/base"},
-        "datasets": [{"name": "claims", "repo": "acme/claims", "task": "classification"}],
-        "tuning": {"method": "lora"},
-        "topology": {"nodes": 3, "gpusPerNode": 4, "gpuType": "A100-80GB"},
-        "publish": {"repo": "acme/support"},
-        "credentials": {"hub": {"name": "hf-read"}, "publish": {"name": "hf-write"}},
-    }
-    metadata = {"name": NAME}
-    return {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": base | spec}
-
-
-def furnish(api: Api, namespace: str) -> None:
-    """What a user of the namespace has made: two tokens and the shared cache."""
-    for name in ("hf-read", "hf-write"):
-        api.create(
-            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"token": "hf_x"}},
-            namespace,
-        )
-    claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": ""}
-    metadata = {"name": "finetune-cache"}
-    api.create({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": claim}, namespace)
 
 
 def test_a_job_is_carried_to_complete(
@@ -65,7 +15,7 @@ def test_a_job_is_carried_to_complete(
 ) -> None:
     api = control_plane.api
     furnish(api, namespace)
-    api.create(fine_tune_job(), namespace)
+    api.create(fine_tune_job(NAME), namespace)
     trainer = Trainer(api, namespace)
     with kubelet.playing(namespace, trainer.succeeds):
         done = wait_for_job(api, NAME, namespace, is_true("Complete"), "Complete", seconds=120)
@@ -91,7 +41,7 @@ def test_children_are_gone_with_their_job_and_the_kept_claim_stays(
 ) -> None:
     api = control_plane.api
     furnish(api, namespace)
-    job = api.create(fine_tune_job(), namespace)
+    job = api.create(fine_tune_job(NAME), namespace)
     wait_for_job(api, NAME, namespace, lambda status: status.get("phase") == "Preparing", "Preparing")
     (pod,) = kubelet.wait_for_pods(namespace, 1, {"finetune.dev/stage": "prepare"})
     assert pod["spec"]["initContainers"][0]["name"] == "check-publish"

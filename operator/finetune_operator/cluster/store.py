@@ -74,6 +74,12 @@ def key_of(kind: str, body: Object) -> Key | None:
     return Key(meta["namespace"], label) if label else None
 
 
+def slim(body: Object) -> Object:
+    """A body without what nobody reads here and what is most of its size."""
+    meta = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
+    return {**body, "metadata": meta}
+
+
 def _version(body: Object) -> int:
     return int(body["metadata"].get("resourceVersion") or 0)
 

@@ -126,3 +126,29 @@ def wait_for_job(
 def is_true(kind: str) -> Callable[[Resource], bool]:
     """Whether a status has that condition."""
     return lambda status: any(c["type"] == kind and c["status"] == "True" for c in status.get("conditions", []))
+
+
+def fine_tune_job(name: str, **spec: object) -> Resource:
+    """A job of three nodes that publishes; fields of the spec may be replaced."""
+    base: Resource = {
+        "model": {"repo": "acme/base"},
+        "datasets": [{"name": "claims", "repo": "acme/claims", "task": "classification"}],
+        "tuning": {"method": "lora"},
+        "topology": {"nodes": 3, "gpusPerNode": 4, "gpuType": "A100-80GB"},
+        "publish": {"repo": "acme/support"},
+        "credentials": {"hub": {"name": "hf-read"}, "publish": {"name": "hf-write"}},
+    }
+    metadata = {"name": name}
+    return {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": metadata, "spec": base | spec}
+
+
+def furnish(api: Api, namespace: str) -> None:
+    """What a user of the namespace has made: two tokens and the shared cache."""
+    for name in ("hf-read", "hf-write"):
+        api.create(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"token": "hf_x"}},
+            namespace,
+        )
+    claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": ""}
+    metadata = {"name": "finetune-cache"}
+    api.create({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": claim}, namespace)

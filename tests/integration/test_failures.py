@@ -1,0 +1,207 @@
+"""Failures of a job on a real API server with the real controllers: root causes, retries, suspension, the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+
+from finetune_api.base import Stage
+from finetune_api.report import CheckpointRef, Failure, FailureClass
+
+from .harness.api import Api, Resource
+from .harness.control_plane import ControlPlane
+from .harness.fake_kubelet import Exit, FakeKubelet
+from .harness.operator import OperatorProcess, Trainer, attempt_of, fine_tune_job, furnish, is_true, wait_for_job
+from .harness.processes import wait_until
+
+NAME = "support"
+
+
+class Story:
+    """One job in a namespace, and shorthand for what is asked of it."""
+
+    def __init__(self, control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet) -> None:
+        self.api: Api = control_plane.api
+        self.namespace, self.kubelet = namespace, kubelet
+        self.trainer = Trainer(self.api, namespace)
+        furnish(self.api, namespace)
+
+    def apply(self, **spec: object) -> Resource:
+        return self.api.create(fine_tune_job(NAME, **spec), self.namespace)
+
+    def wait(self, condition: Callable[[Resource], object], what: str, seconds: float = 60) -> Resource:
+        return wait_for_job(self.api, NAME, self.namespace, condition, what, seconds)["status"]  # type: ignore[no-any-return]
+
+    def reason(self, reason: str, seconds: float = 60) -> Resource:
+        """Wait until Ready gives that reason."""
+        return self.wait(
+            lambda status: any(c["type"] == "Ready" and c["reason"] == reason for c in status.get("conditions", [])),
+            reason,
+            seconds,
+        )
+
+    def pods(self, count: int, stage: Stage, number: int = 1) -> list[Resource]:
+        labels = {"finetune.dev/stage": str(stage), "finetune.dev/attempt": str(number)}
+        return self.kubelet.wait_for_pods(self.namespace, count, labels)
+
+    def pods_terminating(self) -> list[Resource]:
+        """Wait until every pod is being deleted, and return them."""
+
+        def all_of_them() -> list[Resource] | None:
+            pods = self.api.objects("Pod", self.namespace, {"finetune.dev/stage": "train"})
+            return pods if pods and all("deletionTimestamp" in pod["metadata"] for pod in pods) else None
+
+        return wait_until(all_of_them, "the pods of Train to be deleted")
+
+    def patch(self, body: Resource) -> None:
+        self.api.patch({"kind": "FineTuneJob", "metadata": {"name": NAME, "namespace": self.namespace}}, body)
+
+    def until_train(self) -> list[Resource]:
+        """Prepare goes well; the pods of Train run."""
+        (pod,) = self.pods(1, Stage.PREPARE)
+        self.end_well(self.kubelet.run(pod))
+        return [self.kubelet.run(pod) for pod in self.pods(3, Stage.TRAIN)]
+
+    def end_well(self, *pods: Resource) -> None:
+        for pod in pods:
+            self.kubelet.end(pod, self.trainer.succeeds(pod))
+
+    def carry_on(self) -> Resource:
+        """From here on everything goes well."""
+        with self.kubelet.playing(self.namespace, self.trainer.succeeds):
+            return self.wait(is_true("Complete"), "Complete", 120)
+
+
+@pytest.fixture
+def story(control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess) -> Story:
+    """A furnished namespace that our operator serves."""
+    return Story(control_plane, namespace, kubelet)
+
+
+def failing(kind: str, rank: int, sentence: str = "") -> Exit:
+    """How a rank ends that says why."""
+    failure = Failure(
+        failure_class=FailureClass(kind),
+        rank=rank,
+        sentence=sentence or f"Rank {rank}: {kind}.",
+        time=datetime.now(UTC),
+    )
+    return Exit(code=1, message=failure.model_dump_json(by_alias=True, exclude_none=True))
+
+
+def test_the_root_cause_on_another_rank_is_recorded_before_the_child_goes(story: Story) -> None:
+    story.apply()
+    first, second, third = story.until_train()
+    story.kubelet.end(first, failing("peer", 0))
+    story.kubelet.end(third, failing("cuda-oom", 2))
+    story.kubelet.end(second, failing("peer", 1))
+    status = story.wait(lambda s: any(a.get("reason") == "cuda-oom" for a in s["attempts"]), "recorded")
+    (record,) = [a for a in status["attempts"] if a["stage"] == "train" and a["number"] == 1]
+    assert (record["rank"], record["counted"]) == (2, True)
+    done = story.carry_on()
+    assert [a["number"] for a in done["attempts"] if a["stage"] == "train"] == [1, 2]
+
+
+def test_bad_data_ends_the_job_with_the_sentence(story: Story) -> None:
+    story.apply()
+    (pod,) = story.pods(1, Stage.PREPARE)
+    story.kubelet.end(story.kubelet.run(pod), failing("bad-data", 0, "claims.csv, row 7: no label."))
+    status = story.wait(is_true("Failed"), "Failed")
+    (failed,) = [c for c in status["conditions"] if c["type"] == "Failed"]
+    assert (failed["reason"], "row 7" in failed["message"]) == ("BadData", True)
+
+
+def test_preempted_while_it_checkpoints_no_new_attempt_starts_until_its_pods_are_gone(story: Story) -> None:
+    story.apply()
+    first, second, third = story.until_train()
+    story.kubelet.preempt(second)
+    story.kubelet.end(first, failing("peer", 0))
+    story.kubelet.end(third, failing("peer", 2))
+    status = story.reason("WaitingForPreviousAttempt", 60)
+    assert not [a for a in status["attempts"] if a["stage"] == "train" and a["number"] == 2]
+    assert story.api.find("Pod", second["metadata"]["name"], story.namespace)
+    (record,) = [a for a in status["attempts"] if a["stage"] == "train"]
+    assert (record["reason"], record.get("counted", False)) == ("evicted", False)
+    for pod in story.api.objects("Pod", story.namespace, {"finetune.dev/stage": "train"}):
+        if "deletionTimestamp" in pod["metadata"]:
+            story.kubelet.finish_termination(pod)
+    story.carry_on()
+
+
+def test_a_running_job_is_suspended_and_goes_on_from_its_checkpoint(story: Story) -> None:
+    story.apply()
+    pods = story.until_train()
+    attempt = attempt_of(pods[0])
+    assert attempt is not None
+    story.reason("Training")
+    story.patch({"spec": {"suspend": True}})
+    story.reason("Suspending")
+    checkpoint = CheckpointRef(step=40, path="checkpoints/step-00000040", time=datetime.now(UTC))
+    story.trainer.report(pods[0], attempt, last_checkpoint=checkpoint)
+    for pod in story.pods_terminating():
+        story.kubelet.finish_termination(pod, failing("preempted", 0))
+    status = story.wait(is_true("Suspended"), "Suspended")
+    assert status["lastCheckpoint"]["step"] == 40
+    assert not story.api.objects("PyTorchJob", story.namespace)
+    story.patch({"spec": {"suspend": False}})
+    done = story.carry_on()
+    assert [a["outcome"] for a in done["attempts"] if a["stage"] == "train"] == ["suspended", "succeeded"]
+
+
+def test_a_refused_write_token_is_waited_for_after_train(story: Story) -> None:
+    story.apply()
+
+    def script(pod: Resource) -> Exit | None:
+        attempt = attempt_of(pod)
+        if attempt is not None and attempt.stage is Stage.PUBLISH:
+            return failing("no-access", 0, "The token may not write to acme/support.")
+        return story.trainer.succeeds(pod)
+
+    with story.kubelet.playing(story.namespace, script):
+        status = story.reason("WaitingForCredentials", 120)
+    assert not is_true("Failed")(status)
+    story.api.patch(
+        {"kind": "Secret", "metadata": {"name": "hf-write", "namespace": story.namespace}},
+        {"stringData": {"token": "new"}},
+    )
+    done = story.carry_on()
+    assert [a["number"] for a in done["attempts"] if a["stage"] == "train"] == [1]
+
+
+def test_a_failed_job_goes_on_by_the_retry_annotation_and_keeps_what_is_finished(story: Story) -> None:
+    story.apply(retry={"limit": 0})
+    for pod in story.until_train():
+        story.kubelet.end(pod, failing("crash", 0))
+    story.wait(is_true("Failed"), "Failed")
+    story.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
+    done = story.carry_on()
+    assert [(a["stage"], a["number"]) for a in done["attempts"]] == [
+        ("prepare", 1),
+        ("train", 1),
+        ("train", 2),
+        ("evaluate", 1),
+        ("publish", 1),
+    ]
+
+
+def test_a_secret_that_appears_late_is_waited_for(story: Story) -> None:
+    story.api.delete({"kind": "Secret", "metadata": {"name": "hf-read", "namespace": story.namespace}})
+    story.apply()
+    status = story.reason("WaitingForSecret")
+    (ready,) = [c for c in status["conditions"] if c["type"] == "Ready"]
+    assert "hf-read" in ready["message"]
+    assert not story.api.objects("Job", story.namespace)
+
+
+def test_the_same_name_applied_again_at_once_starts_from_the_beginning(story: Story) -> None:
+    old = story.apply()
+    story.until_train()
+    story.api.delete(old)
+    new = story.apply()
+    assert new["metadata"]["uid"] != old["metadata"]["uid"]
+    with story.kubelet.playing(story.namespace, story.trainer.succeeds):
+        done = story.wait(is_true("Complete"), "Complete", 120)
+    assert [a["number"] for a in done["attempts"]] == [1, 1, 1, 1]
+    wait_until(lambda: story.api.find("FineTuneJob", NAME, story.namespace), "the job to be there")

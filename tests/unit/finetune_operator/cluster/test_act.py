@@ -1,0 +1,94 @@
+import json
+from datetime import UTC, datetime
+
+import pytest
+from tests.unit.finetune_operator.planning.world import job
+
+from finetune_operator.cluster.act import event_manifest, in_the_way, snapshot_image
+from finetune_operator.cluster.api import ApiError
+from finetune_operator.cluster.store import Key, Store
+from finetune_operator.planning.model import Event
+
+REFUSALS = [
+    (403, 'jobs "a" is forbidden: exceeded quota: gpus, requested: 8', "Quota"),
+    (500, 'Internal error occurred: failed calling webhook "x": connection refused', "Webhook"),
+    (404, "the server could not find the requested resource", "Webhook"),
+    (422, "spec.template: Invalid value", "Refused"),
+    (403, "pods is forbidden: violates PodSecurity", "Refused"),
+    (500, "etcdserver: request timed out", None),
+    (503, "apiserver is shutting down", None),
+    (429, "too many requests", None),
+    (0, "ClientConnectorError", None),
+]
+
+
+@pytest.mark.parametrize(("code", "message", "kind"), REFUSALS)
+def test_a_refusal_is_waited_for_with_its_words_or_simply_tried_again(
+    code: int, message: str, kind: str | None
+) -> None:
+    missing = in_the_way(ApiError(code, "", message))
+    assert (missing.kind if missing else None) == kind
+    assert missing is None or message in missing.sentence
+
+
+def test_a_job_keeps_the_image_that_it_began_with() -> None:
+    owners = [{"uid": "u1", "controller": True}]
+    data = {"run-config.json": json.dumps({"image": "trainer@sha256:old", "fieldOfAnOlderVersion": 1})}
+    config = {"metadata": {"ownerReferences": owners}, "data": data}
+    assert snapshot_image(config, "u1") == "trainer@sha256:old"
+    assert snapshot_image(config, "u2") is None
+    assert snapshot_image(None, "u1") is None
+
+
+def test_the_same_event_of_the_same_moment_has_the_same_name() -> None:
+    seen, noon = job().observe(), datetime(2026, 1, 1, 12, tzinfo=UTC)
+    event = Event("Warning", "CudaOom", "x" * 5000)
+    first, second = event_manifest(seen, event, noon), event_manifest(seen, event, noon)
+    assert first == second
+    assert len(first["note"]) <= 1024
+    assert first["regarding"]["name"] == "support"
+
+
+def body(name: str, version: int, uid: str = "u", label: str = "support") -> dict[str, object]:
+    meta = {
+        "name": name,
+        "namespace": "ml",
+        "uid": uid,
+        "resourceVersion": str(version),
+        "labels": {"finetune.dev/job": label},
+    }
+    return {"metadata": meta}
+
+
+KEY = Key("ml", "support")
+
+
+def test_a_late_event_does_not_bring_an_older_body_back() -> None:
+    store = Store()
+    store.put("Pod", body("a", 7))
+    store.put("Pod", body("a", 5))
+    assert store.of("Pod", KEY) == (body("a", 7),)
+
+
+def test_the_end_of_an_older_object_does_not_take_the_new_one_of_its_name_along() -> None:
+    store = Store()
+    store.put("Pod", body("a", 9, uid="new"))
+    store.drop("Pod", body("a", 8, uid="old"))
+    assert len(store.of("Pod", KEY)) == 1
+    store.drop("Pod", body("a", 10, uid="new"))
+    assert store.of("Pod", KEY) == ()
+
+
+def test_what_belongs_to_no_job_is_passed_over() -> None:
+    store = Store()
+    assert store.put("Pod", {"metadata": {"name": "stranger", "namespace": "ml"}}) is None
+
+
+@pytest.mark.parametrize("name", ["support", "n" * 80])
+def test_a_job_is_found_by_the_label_of_its_children(name: str) -> None:
+    store = Store()
+    meta = {"name": name, "namespace": "ml", "uid": "u", "resourceVersion": "1"}
+    key = store.put("FineTuneJob", {"metadata": meta})
+    assert key is not None
+    assert len(key.label) <= 63
+    assert store.job(key) is not None

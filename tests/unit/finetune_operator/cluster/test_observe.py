@@ -1,0 +1,187 @@
+from copy import deepcopy
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from tests.unit.finetune_operator.planning.world import SPEC
+
+from finetune_api.base import Stage
+from finetune_api.report import Report
+from finetune_operator.cluster.observe import Seen, children, observe, read_pod, read_spec, reports
+from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.planning.model import Pod, PodPhase
+
+BACKEND = PyTorchJobBackend()
+Body = dict[str, Any]
+NOTHING: frozenset[str] = frozenset()
+
+
+def labels(stage: str = "train", attempt: str = "1", uid: str = "u1") -> dict[str, str]:
+    return {"finetune.dev/uid": uid, "finetune.dev/stage": stage, "finetune.dev/attempt": attempt}
+
+
+def pod(status: Body | None = None, index: int = 0, **meta: Any) -> Body:
+    own = labels() | {"training.kubeflow.org/replica-index": str(index)}
+    spec = {"nodeName": "node-a", "containers": [{"name": "pytorch", "resources": {"limits": {"memory": "64Gi"}}}]}
+    return {"metadata": {"name": f"p{index}", "labels": own, **meta}, "spec": spec, "status": status or {}}
+
+
+def ended(code: int, message: str = "", reason: str = "Error") -> Body:
+    terminated = {"exitCode": code, "reason": reason, "message": message, "finishedAt": "2026-01-01T00:00:09Z"}
+    return {"phase": "Failed" if code else "Succeeded", "containerStatuses": [{"state": {"terminated": terminated}}]}
+
+
+def waiting(reason: str, message: str = "") -> Body:
+    return {
+        "phase": "Pending",
+        "containerStatuses": [{"image": "i:1", "state": {"waiting": {"reason": reason, "message": message}}}],
+    }
+
+
+def disrupted(reason: str) -> Body:
+    return {"phase": "Running", "conditions": [{"type": "DisruptionTarget", "status": "True", "reason": reason}]}
+
+
+def read(body: Body, out_of_service: frozenset[str] = NOTHING) -> Pod:
+    return read_pod(body, out_of_service, BACKEND)
+
+
+def test_a_termination_message_is_the_failure() -> None:
+    message = '{"class": "cuda-oom", "sentence": "No memory.", "rank": 5, "time": "2026-01-01T00:00:00Z"}'
+    seen = read(pod(ended(68, message), index=1))
+    assert (seen.index, seen.phase, seen.exit_code) == (1, PodPhase.FAILED, 68)
+    assert seen.failure is not None
+    assert (seen.failure.failure_class, seen.failure.rank) == ("cuda-oom", 5)
+    assert seen.finished == datetime(2026, 1, 1, 0, 0, 9, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("message", ["", "Segmentation fault", '{"class": "unheard-of"}', "[1]"])
+def test_any_other_message_is_none(message: str) -> None:
+    seen = read(pod(ended(139, message)))
+    assert (seen.failure, seen.exit_code) == (None, 139)
+
+
+def test_the_message_of_an_init_container_counts() -> None:
+    message = '{"class": "no-access", "sentence": "No write access.", "time": "2026-01-01T00:00:00Z"}'
+    status = {
+        "phase": "Failed",
+        "initContainerStatuses": ended(66, message)["containerStatuses"],
+        "containerStatuses": [],
+    }
+    seen = read(pod(status))
+    assert seen.failure is not None
+    assert (seen.failure.failure_class, seen.exit_code) == ("no-access", 66)
+
+
+def test_a_host_out_of_memory_comes_with_its_limit() -> None:
+    seen = read(pod(ended(137, reason="OOMKilled")))
+    assert (seen.oom_killed, seen.memory_limit) == (True, "64Gi")
+
+
+@pytest.mark.parametrize(
+    ("status", "evicted", "lost"),
+    [
+        (disrupted("PreemptionByScheduler"), True, False),
+        (disrupted("EvictionByEvictionAPI"), True, False),
+        (disrupted("TerminationByKubelet"), True, False),
+        (disrupted("DeletionByTaintManager"), False, True),
+        ({"phase": "Failed", "reason": "Evicted"}, True, False),
+        ({"phase": "Unknown", "reason": "NodeLost"}, False, True),
+        ({"phase": "Running"}, False, False),
+    ],
+)
+def test_what_the_cluster_took_away(status: Body, evicted: bool, lost: bool) -> None:
+    seen = read(pod(status))
+    assert (seen.evicted, seen.node_lost) == (evicted, lost)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (waiting("ImagePullBackOff", "not found"), "ImagePullBackOff): not found"),
+        (waiting("ErrImagePull"), "i:1"),
+        (waiting("CreateContainerConfigError", 'secret "x" not found'), 'secret "x"'),
+        (waiting("ContainerCreating"), ""),
+        (
+            {"phase": "Pending", "conditions": [{"type": "PodScheduled", "reason": "Unschedulable", "message": "0/3"}]},
+            "0/3",
+        ),
+        ({"phase": "Running", "containerStatuses": waiting("CrashLoopBackOff")["containerStatuses"]}, ""),
+    ],
+)
+def test_why_a_pod_does_not_start(status: Body, words: str) -> None:
+    seen = read(pod(status))
+    assert words in seen.waiting
+    assert bool(seen.waiting) is bool(words)
+
+
+def test_a_pod_on_a_dead_node_cannot_write_any_more() -> None:
+    body = pod({"phase": "Running"}, deletionTimestamp="2026-01-01T00:00:00Z")
+    assert read(body, frozenset({"node-a"})).out_of_service
+    assert read(body).terminating
+
+
+def carrier(uid: str = "u1", owner: str | None = None, **meta: Any) -> Body:
+    owners = [{"uid": owner or uid, "controller": True}]
+    made = {"name": "support-train-1", "labels": labels(uid=uid), "ownerReferences": owners, **meta}
+    return {"metadata": made, "spec": {"pytorchReplicaSpecs": {"Worker": {"replicas": 3}}}}
+
+
+def test_a_child_is_its_object_and_its_pods_by_rank() -> None:
+    (seen,) = children("u1", [carrier()], [pod(index=2), pod(index=0)], NOTHING, BACKEND)
+    assert (seen.stage, seen.number, seen.ours, seen.exists, seen.pods_expected) == (Stage.TRAIN, 1, True, True, 3)
+    assert [p.index for p in seen.pods] == [0, 2]
+
+
+def test_pods_without_their_object_are_still_a_child() -> None:
+    (seen,) = children("u1", [], [pod()], NOTHING, BACKEND)
+    assert (seen.exists, seen.ours, len(seen.pods)) == (False, True, 1)
+
+
+def test_children_of_an_older_job_of_the_name_are_not_ours() -> None:
+    found = children("u2", [carrier("u1"), carrier("u2")], [pod()], NOTHING, BACKEND)
+    assert [(child.ours, len(child.pods)) for child in found] == [(False, 1), (True, 0)]
+
+
+def test_objects_that_carry_no_attempt_are_no_children() -> None:
+    stray = deepcopy(carrier())
+    stray["metadata"]["labels"] = {
+        "finetune.dev/uid": "u1",
+        "finetune.dev/stage": "dancing",
+        "finetune.dev/attempt": "1",
+    }
+    assert children("u1", [stray, {"metadata": {"name": "x"}}], [], NOTHING, BACKEND) == ()
+
+
+def report_map(uid: str = "u1") -> Body:
+    report = Report(attempt="u1/train/1", stage=Stage.TRAIN, time=datetime(2026, 1, 1, tzinfo=UTC))
+    data = {"train": report.model_dump_json(by_alias=True, exclude_none=True), "prepare": "{cut off"}
+    return {"metadata": {"name": "r", "ownerReferences": [{"uid": uid, "controller": True}]}, "data": data}
+
+
+def test_reports_that_can_be_read_are_read() -> None:
+    assert [report.attempt for report in reports(report_map(), "u1")] == ["u1/train/1"]
+
+
+def test_reports_of_an_older_job_of_the_name_are_not_listened_to() -> None:
+    assert reports(report_map(uid="u0"), "u1") == ()
+
+
+def test_a_spec_that_cannot_be_read_says_where() -> None:
+    _, why = read_spec({"spec": SPEC | {"topology": {"nodes": "many"}}})
+    assert why.startswith("spec.topology.nodes: ")
+
+
+def test_a_job_is_observed_as_it_is_persisted() -> None:
+    meta = {
+        "namespace": "ml",
+        "name": "support",
+        "uid": "u1",
+        "generation": 4,
+        "annotations": {"finetune.dev/retry": "2"},
+    }
+    job = {"metadata": meta, "spec": SPEC, "status": {"phase": "Training", "fieldOfANewerVersion": 1}}
+    seen = observe(Seen(job=job, report=report_map()), BACKEND, datetime(2026, 1, 1, tzinfo=UTC))
+    assert (seen.uid, seen.generation, seen.status.phase, seen.deleting) == ("u1", 4, "Training", False)
+    assert seen.annotations == {"finetune.dev/retry": "2"}
+    assert len(seen.reports) == 1
