@@ -38,6 +38,7 @@ def results_table(results: Results) -> Table:
     """One line a dataset and metric: before, after, difference with its interval, simple baselines."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1), show_edge=False)
     shown = [name for name in COLUMN_BASELINES if any(name in metric.baselines for metric in results.metrics)]
+    several = len({metric.dataset for metric in results.metrics} - {MEAN_OF_DATASETS}) > 1
     table.add_column("dataset", overflow="ellipsis", no_wrap=True, max_width=16)
     table.add_column("metric", no_wrap=True)
     for name in ("rows", "base", "tuned"):
@@ -47,6 +48,8 @@ def results_table(results: Results) -> Table:
         table.add_column(BASELINE_NAMES.get(name, name), justify="right", no_wrap=True)
     for metric in results.metrics:
         if metric.dataset == MEAN_OF_DATASETS:
+            if not several:
+                continue
             table.add_section()
         table.add_row(*_cells(metric, shown), style="" if metric.primary else "dim")
     return table

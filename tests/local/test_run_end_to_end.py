@@ -1,0 +1,101 @@
+"""`finetune run` with the real trainer: a random Llama learns two words, is stopped, goes on, is published."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.support.local_runs import until
+from tests.support.tiny import tiny_llama
+
+JOB: dict[str, Any] = {
+    "apiVersion": "finetune.dev/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "days"},
+    "spec": {
+        "model": {"path": "model"},
+        "datasets": [{"name": "days", "path": "days.csv", "task": "classification"}],
+        "split": {"validation": 0.1, "test": 0.3},
+        "tuning": {"method": "full"},
+        "training": {
+            "epochs": 10,
+            "learningRate": 3.0e-3,
+            "maxGradNorm": 10,
+            "globalBatchSize": 16,
+            "maxSequenceLength": 256,
+            "precision": "fp32",
+        },
+        "topology": {"nodes": 2, "gpusPerNode": 0},
+        "publish": {"path": "published"},
+    },
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    tiny_llama(tmp_path / "model")
+    chance = random.Random(0)
+    with (tmp_path / "days.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        for day in range(240):
+            label = ("good", "bad")[day % 2]
+            word = chance.choice({"good": ["lovely", "great", "nice"], "bad": ["awful", "sad", "ugly"]}[label])
+            rows.writerow([f"a {word} day {day} {chance.random():.6f}", label])
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
+    return tmp_path
+
+
+def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from finetune_operator.cli import main; main()", "run", "job.yaml", *arguments]
+    environ = os.environ | {"FINETUNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=place, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def trained_to(place: Path, step: int) -> bool:
+    files = list(place.glob("runs/default/days/*/metrics/train.jsonl"))
+    return bool(files) and f'"step": {step},' in files[0].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_is_trained_stopped_resumed_evaluated_and_published(place: Path) -> None:
+    first = start(place)
+    until(lambda: trained_to(place, 10) or first.poll() is not None, seconds=400)
+    first.send_signal(signal.SIGINT)
+    said, errors = first.communicate(timeout=200)
+    assert first.returncode == 130, said + errors
+    assert "the same command goes on from step" in errors
+
+    second = start(place, "--output", "json")
+    said, errors = second.communicate(timeout=400)
+    assert second.returncode == 0, said[-2000:] + errors
+    resource = json.loads(said.splitlines()[-1])["resource"]
+    status = resource["status"]
+
+    stopped, resumed = [attempt for attempt in status["attempts"] if attempt["stage"] == "train"]
+    assert (stopped["outcome"], stopped["counted"]) == ("suspended", False)
+    assert resumed["resumedFromStep"] >= 10
+    tuned = status["results"]["metrics"][0]
+    assert tuned["tuned"] > tuned["base"]
+    assert tuned["difference"]["low"] > 0
+    assert set(tuned["baselines"]) >= {"majority", "tfidf-logreg"}
+    assert status["results"]["exportDigest"] == status["export"]["digest"] == status["published"]["digest"]
+    run = place / "runs" / "default" / "days" / resource["metadata"]["uid"]
+    assert (run / status["results"]["report"]).is_file()
+    assert (place / "published" / "README.md").is_file()
+    steps = [
+        json.loads(line)["step"]
+        for line in (run / "metrics" / "train.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
+    assert sorted(set(steps)) == list(range(1, 91))
