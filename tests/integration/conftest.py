@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     fixtures = {name for item in items for name in getattr(item, "fixturenames", ())}
     if config.option.collectonly or not binaries.can_build():
         return
-    if "helm" in fixtures:
+    if fixtures & {"helm", "operator"}:
         binaries.ensure("helm")
     if "control_plane" in fixtures and not is_given():
         for name in binaries.CONTROL_PLANE:
