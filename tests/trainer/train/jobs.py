@@ -41,6 +41,8 @@ class DatasetOf:
     task: Task = Task.CLASSIFICATION
     weight: float = 1.0
     loss_weight: float = 1.0
+    contrary: bool = False
+    """Validation has other answers: what is learnt makes it worse."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Job:
         return self.run / "checkpoints"
 
     def configure(self, **spec: Any) -> None:
-        """Write the run config, with these blocks of the spec changed. Products are in float32 if not said otherwise."""
+        """Write the run config, with these blocks of the spec changed; products are in float32 by default."""
         self.spec = {**self.spec, **spec}
         self.spec["training"] = {"precision": "fp32", **self.spec.get("training", {})}
         config = RunConfig(
@@ -90,6 +92,11 @@ class Job:
         """The curve: one row a step."""
         return [row for row in self._metrics() if "loss" in row]
 
+    def steps_done(self) -> int:
+        """The last step of the curve, whose last line may be cut."""
+        file = self.run / "metrics" / "train.jsonl"
+        return file.read_text().count('"loss"') if file.exists() else 0
+
     def validations(self) -> list[dict[str, Any]]:
         """The validation rows."""
         return [row for row in self._metrics() if "validation" in row]
@@ -114,7 +121,9 @@ class Job:
         return sorted(int(path.name[5:]) for path in self.checkpoints.glob("step-????????"))
 
 
-def make_job(root: Path, model: Path, datasets: Sequence[DatasetOf], *, validation: int = 6, **spec: Any) -> Job:
+def make_job(
+    root: Path, model: Path, datasets: Sequence[DatasetOf], *, nf4: Path | None = None, validation: int = 6, **spec: Any
+) -> Job:
     """Prepare a job with random documents of the given lengths; `spec` are blocks such as `training={...}`."""
     random = np.random.default_rng(7)
     prepared = root / "run" / "prepared"
@@ -125,14 +134,17 @@ def make_job(root: Path, model: Path, datasets: Sequence[DatasetOf], *, validati
                 for row, length in enumerate(lengths):
                     labelled = min(dataset.labelled or length // 2, length - 1)
                     ids = random.integers(4, VOCABULARY, length)
-                    ids[-labelled:] = 10 + 7 * index  # something that can be learnt
+                    contrary = dataset.contrary and split == "validation"
+                    ids[-labelled:] = 10 + 7 * index + contrary  # something that can be learnt
                     positions = np.arange(length - labelled - 1, length - 1)
                     writer.add(ids, positions, ids[positions + 1], dataset=index, row=row)
     tokens = sum(sum(dataset.lengths) for dataset in datasets)
     span = Span(documents=sum(len(d.lengths) for d in datasets), tokens=tokens, labelled=0, longest=0)
     PreparedManifest(
         config_digest="c",
-        model=PreparedModel(directory=str(model), source="tiny", digest="digest-of-the-base"),
+        model=PreparedModel(
+            directory=str(model), source="tiny", digest="digest-of-the-base", nf4_directory=nf4 and str(nf4)
+        ),
         tokenizer=str(model),
         pad_token_id=PAD,
         end_token_ids=[END],
@@ -193,6 +205,11 @@ class Ranks:
                 process.kill()
                 process.join()
         return [process.exitcode or 0 for process in self.processes]
+
+    @property
+    def alive(self) -> bool:
+        """Whether all of them run."""
+        return all(process.is_alive() for process in self.processes)
 
     def kill(self) -> None:
         """SIGKILL all of them."""

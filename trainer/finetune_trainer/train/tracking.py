@@ -92,8 +92,9 @@ class WandbTracker:
             except queue.Full:
                 self.problem = f"W&B has not taken anything for {MOST_PENDING} rows; the curves there end."
 
-    def finish(self, timeout_seconds: float = FINISH_SECONDS) -> None:
-        """Send what is left; after the time-out it is left behind."""
+    def finish(self, timeout_seconds: float | None = None) -> None:
+        """Send what is left; after the time-out (FINISH_SECONDS) it is left behind."""
+        timeout_seconds = FINISH_SECONDS if timeout_seconds is None else timeout_seconds
         if self._thread.is_alive() and not self.problem:
             self._rows.put(None)
             self._thread.join(timeout_seconds)
