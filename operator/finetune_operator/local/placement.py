@@ -39,10 +39,7 @@ class Placement:
 
     def apply(self, topology: Topology) -> Topology:
         """The topology that is really run: what plan and run config should say."""
-        update: dict[str, object] = {"nodes": self.nodes, "gpus_per_node": self.gpus_per_node}
-        if self.gpus and self.gpus[0].name and topology.gpu_type is None:
-            update["gpu_type"] = self.gpus[0].name[:63]
-        return topology.model_copy(update=update)
+        return topology.model_copy(update={"nodes": self.nodes, "gpus_per_node": self.gpus_per_node})
 
 
 def place(topology: Topology, machine: Machine) -> Placement:
