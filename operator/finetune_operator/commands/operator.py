@@ -27,7 +27,6 @@ def operator(
     Everything else is told by FINETUNE_* variables: docs/operator.md lists them.
     """
     from finetune_operator.cluster.lease import LeaseLostError
-    from finetune_operator.planning.plan import planner_for
     from finetune_operator.service import configure_logging, serve
 
     settings = from_environment()
@@ -39,6 +38,6 @@ def operator(
     )
     configure_logging(settings)
     try:
-        asyncio.run(serve(settings, planner_for(price_of=lambda spec: settings.environment(spec).price_per_gpu_hour)))
+        asyncio.run(serve(settings))
     except LeaseLostError as error:
         raise UserError(str(error), EXIT_FAILED) from error

@@ -275,12 +275,12 @@ def plan_run(
 
 
 def planner_for(
-    gpu: Gpu | None = None, price_of: Callable[[FineTuneJobSpec], float | None] = lambda spec: None
+    gpu: Gpu | None = None, price_per_gpu_hour: float | None = None
 ) -> Callable[[FineTuneJobSpec, ModelFacts, LengthFacts], Plan]:
-    """`plan_run` as `decide` wants it: with the GPU of the place, if it has one kind only, and the job's price."""
+    """`plan_run` as `decide` wants it: with the GPU of the place, if it has one kind only, and its price."""
 
     def planner(spec: FineTuneJobSpec, model: ModelFacts, lengths: LengthFacts) -> Plan:
-        return plan_run(spec, model, lengths, gpu=gpu, price_per_gpu_hour=price_of(spec))
+        return plan_run(spec, model, lengths, gpu=gpu, price_per_gpu_hour=price_per_gpu_hour)
 
     return planner
 
