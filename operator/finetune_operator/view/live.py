@@ -120,7 +120,10 @@ def _running_rows(scene: Scene) -> list[tuple[str, RenderableType]]:
 
 
 def _plan(plan: Plan) -> str:
-    parts = [f"{plan.steps:,} steps", f"{count(plan.trainable_parameters)} of {count(plan.parameters)} parameters"]
+    parts = [
+        f"{plan.steps:,} steps",
+        f"{count(plan.trainable_parameters)} of {count(plan.parameters)} parameters trained",
+    ]
     if plan.memory_bytes:
         device = f" of {size(plan.device_bytes)}" if plan.device_bytes else ""
         parts.append(f"{size(plan.memory_bytes)}{device} a rank")
