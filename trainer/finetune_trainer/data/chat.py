@@ -99,6 +99,10 @@ class ChatFormat:
         """System prompt that the template adds by itself."""
         self._answer_ids = lru_cache(maxsize=10_000)(self._compute_answer_ids)
 
+    def __reduce__(self) -> tuple[type[ChatFormat], tuple[Any]]:
+        """A worker process finds the template out anew from the tokenizer."""
+        return ChatFormat, (self.tokenizer,)
+
     # --- text ---
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:

@@ -5,7 +5,8 @@ Needs the tokenizer only, never the model's weights, and writes nothing to the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from finetune_api.runconfig import resolve
 from finetune_trainer.context import RunContext
-from finetune_trainer.data.chat import Tokens
+from finetune_trainer.data.chat import ChatFormat, Tokens
 from finetune_trainer.data.examples import BadRowError
 from finetune_trainer.data.render import Rendering, render_training
 from finetune_trainer.prepare.fetch import hub_of, open_datasets
@@ -45,7 +46,16 @@ def run(context: RunContext, console: Console | None = None) -> None:
         config = load_config(local.directory, trust_remote_code=spec.model.trust_remote_code)
         most = document_limit(context, spec, config)
     scans = scan_all(context, spec, readings)
-    for division in divide(scans, spec.split, selects=selects(spec), max_rows=spec.evaluation.max_rows):
+    # rich ends the process where the reader of a pipe has seen enough (`finetune preview … | head`): no failure.
+    divisions = divide(scans, spec.split, selects=selects(spec), max_rows=spec.evaluation.max_rows)
+    with suppress(SystemExit):
+        _show_all(context, console, divisions, chat, most)
+
+
+def _show_all(
+    context: RunContext, console: Console, divisions: Sequence[Division], chat: ChatFormat, most: int
+) -> None:
+    for division in divisions:
         _show(console, division, rendering_of(division, chat, most))
     for name, choice in context.reporter.report.choices.items():
         console.print(Text(f"{name}: {choice.value!r} ({choice.why})", style=GIVEN))

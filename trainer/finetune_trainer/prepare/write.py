@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,17 +12,12 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Task
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.documents import DocumentWriter
-from finetune_trainer.data.evaluation_rows import BaselineRow, EvaluationRow, RowWriter
-from finetune_trainer.data.examples import BadRowError, Example
-from finetune_trainer.data.render import (
-    FewShot,
-    Rendering,
-    few_shot_of,
-    render_evaluation,
-    render_training,
-)
+from finetune_trainer.data.evaluation_rows import BaselineRow, RowWriter
+from finetune_trainer.data.examples import Example
+from finetune_trainer.data.render import Rendered, Rendering, few_shot_of
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.mixture import Division
+from finetune_trainer.prepare.rendering import Order, Renderer, render_all, worker_count
 from finetune_trainer.prepare.scan import BadRows
 from finetune_trainer.prepare.split import Side
 
@@ -89,57 +85,49 @@ class DatasetWriter:
         reading = self.division.reading
         examples = self._few_shot_examples()
         shots = few_shot_of(self.how, examples) if examples else None
+        renderer = Renderer(self.how, reading.name, self.answer_tokens, shots)
+        workers = worker_count(sum(self.division.count(side) for side in ("train", "validation", "test")))
         with ExitStack() as stack:
             scored = stack.enter_context(RowWriter(self.directory / "evaluation" / f"{reading.name}.jsonl"))
             baseline = None
             if reading.task is Task.CLASSIFICATION:
                 baseline = stack.enter_context(RowWriter(self.directory / "baseline" / f"{reading.name}.jsonl"))
-            for split, example, place, side in self._rows():
-                try:
-                    self._write_row(written, scored, shots, split, example, side)
-                except BadRowError as error:
-                    written.bad.add(place, str(error))
-                else:
-                    if baseline is not None and side in ("train", "left out"):
-                        baseline.write(BaselineRow(example.text, example.answer, used=side == "train"))
+            sides: deque[Side] = deque()
+            for order, outcome in render_all(renderer, self._orders(sides), workers):
+                side = sides.popleft()
                 self.tick()
+                if outcome.problem:
+                    written.bad.add(order.place, outcome.problem)
+                    continue
+                for row in outcome.rows:
+                    scored.write(row)
+                written.scored += len(outcome.rows)
+                if outcome.rendered is not None:
+                    self._write_documents(written, order.example, outcome.rendered, side)
+                if baseline is not None and side in ("train", "left out"):
+                    baseline.write(BaselineRow(order.example.text, order.example.answer, used=side == "train"))
         usable = sum(len(sides) for sides in self.division.sides.values()) - written.bad.count
         written.bad.check(usable, reading.name, reading.field)
         if not written.train:
             raise TrainerError(FailureClass.BAD_DATA, f"Nothing of {reading.name} is left to train on.", reading.field)
         return written
 
-    def _rows(self) -> Iterator[tuple[str, Example, str, Side]]:
+    def _orders(self, sides_given: deque[Side]) -> Iterator[Order]:
+        """What is wanted of each row; its side is appended to `sides_given`."""
         for split, sides in self.division.sides.items():
             scan = self.division.scans[split]
             skipped = ("excluded",) if self.how.task is Task.CLASSIFICATION else ("excluded", "left out")
             side_of = {row: side for row, side in zip(scan.rows, sides, strict=True) if side not in skipped}
             for example, place in self.division.reading.examples(scan.split, BadRows(), only=side_of):
-                yield split, example, place, side_of[example.row]
+                side = side_of[example.row]
+                sides_given.append(side)
+                yield Order(example, place, side in ("train", "validation"), self._is_scored(split, example, side))
 
-    def _write_row(
-        self,
-        written: Written,
-        scored: RowWriter,
-        shots: FewShot | None,
-        split: str,
-        example: Example,
-        side: Side,
-    ) -> None:
-        rows: list[EvaluationRow] = []
-        chosen = self.division.scored is None or (split, example.row) in self.division.scored
-        if side == self.division.scored_side and self.division.evaluation != "none" and chosen:
-            rows = render_evaluation(
-                self.how, example, self.division.reading.name, answer_tokens=self.answer_tokens, few_shot=shots
-            )
-        if side in ("train", "validation"):
-            self._write_documents(written, example, side)
-        for row in rows:
-            scored.write(row)
-        written.scored += len(rows)
+    def _is_scored(self, split: str, example: Example, side: Side) -> bool:
+        drawn = self.division.scored is None or (split, example.row) in self.division.scored
+        return drawn and side == self.division.scored_side and self.division.evaluation != "none"
 
-    def _write_documents(self, written: Written, example: Example, side: Side) -> None:
-        rendered = render_training(self.how, example)
+    def _write_documents(self, written: Written, example: Example, rendered: Rendered, side: Side) -> None:
         store = self.train if side == "train" else self.validation
         for document in rendered.documents:
             store.add(
