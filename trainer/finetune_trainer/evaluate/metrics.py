@@ -11,11 +11,11 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics.bleu import BLEU
 
 from finetune_api.spec import Task
 from finetune_trainer.data.evaluation_rows import EvaluationRow
@@ -191,12 +191,17 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * shared / (len(words) + len(wanted))
 
 
-_ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+@cache
+def _rouge_scorer() -> Any:
+    """rouge-score brings nltk, which takes seconds to import: only where it is needed."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
 def rouge(name: str, answer: str, reference: str) -> float:
     """F-measure of ROUGE-1, -2 or -L with Porter stemming, by rouge-score."""
-    return float(_ROUGE.score(reference, answer)[name.replace("-", "").replace("l", "L")].fmeasure)
+    return float(_rouge_scorer().score(reference, answer)[name.replace("-", "").replace("l", "L")].fmeasure)
 
 
 _BLEU_ORDER = 4
@@ -204,6 +209,8 @@ _BLEU_ORDER = 4
 
 def _bleu(rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> Measure:
     """Corpus BLEU (sacrebleu's defaults: 13a, exponential smoothing), from 0 to 100."""
+    from sacrebleu.metrics.bleu import BLEU
+
     sentence = BLEU(effective_order=True)
     scores = [sentence.sentence_score(a.text, r.answers or [""]) for r, a in zip(rows, answers, strict=True)]
     sums = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=np.float64)
@@ -211,6 +218,8 @@ def _bleu(rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> Measure:
 
 
 def _corpus_bleu(sums: Float64) -> Float64:
+    from sacrebleu.metrics.bleu import BLEU
+
     flat = sums.reshape(-1, sums.shape[-1])
     values = [
         BLEU.compute_bleu(

@@ -16,14 +16,16 @@ class Ranks:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
+        self._joined = False
 
     def __enter__(self) -> Ranks:
-        if self.world_size > 1:
+        if self.world_size > 1 and not dist.is_initialized():
+            self._joined = True
             dist.init_process_group("gloo", timeout=LONGEST_WAIT, rank=self.rank, world_size=self.world_size)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if dist.is_initialized():
+        if self._joined:
             dist.destroy_process_group()
 
     def share(self, sizes: list[int]) -> list[int]:

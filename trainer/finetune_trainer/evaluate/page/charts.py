@@ -38,7 +38,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) that cover `low` to `high`."""
     if not math.isfinite(high - low) or high <= low:
         return [low]
-    step = 10 ** math.floor(math.log10((high - low) / count))
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
     step *= next(m for m in (1, 2, 5, 10, 20) if (high - low) / (step * m) <= count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(n * step, 12) for n in range(first, last + 1)]
@@ -60,12 +60,13 @@ def minus(text: str) -> str:
 
 
 WIDTH, HEIGHT = 520.0, 230.0
+LARGEST = 1e100
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 12.0, 36.0
 
 
 def line_chart(series: Sequence[Series], *, x: str, y: str, from_zero: bool = False) -> Markup:
     """Lines over a common x axis. Values that are not finite leave a gap. Empty where there is nothing to draw."""
-    finite = [p for s in series for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]
+    finite = [p for s in series for p in s.points if _drawable(p)]
     if not finite:
         return Markup("")
     xs = ticks(min(p[0] for p in finite), max(p[0] for p in finite), 6)
@@ -76,6 +77,10 @@ def line_chart(series: Sequence[Series], *, x: str, y: str, from_zero: bool = Fa
     for one in series:
         parts += _line(one, frame)
     return Markup("").join([*parts, Markup("</svg>")])
+
+
+def _drawable(point: tuple[float, float]) -> bool:
+    return all(math.isfinite(value) and abs(value) < LARGEST for value in point)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def _line(series: Series, frame: _Frame) -> list[Markup]:
     commands = []
     pen_up = True
     for px, py in series.points:
-        if not (math.isfinite(px) and math.isfinite(py)):
+        if not _drawable((px, py)):
             pen_up = True
             continue
         commands.append(f"{'M' if pen_up else 'L'}{frame.x(px):.1f} {frame.y(py):.1f}")
@@ -117,7 +122,7 @@ def _line(series: Series, frame: _Frame) -> list[Markup]:
     if series.dots or len(series.points) == 1:
         dot = Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.2"><title>{}</title></circle>')
         for px, py in series.points:
-            if math.isfinite(py):
+            if _drawable((px, py)):
                 words = f"{series.name} {number(py)} at {number(px)}"
                 parts.append(dot.format(series.kind, frame.x(px), frame.y(py), words))
     return parts
