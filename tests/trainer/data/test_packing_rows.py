@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
@@ -108,8 +109,8 @@ def check_segments(batch: Batch) -> None:
     positions, owner = batch.positions.flatten(), batch.documents
     assert bounds[0] == 0
     assert bounds[-1] == batch.ids.numel()
-    assert batch.max_length == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    assert batch.max_length == max(b - a for a, b in pairwise(bounds))
+    for start, end in pairwise(bounds):
         assert positions[start:end].tolist() == list(range(end - start))
         found = set(owner[start:end].tolist())
         assert len(found - {-1}) <= 1

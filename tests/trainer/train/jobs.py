@@ -224,7 +224,7 @@ def start(job: Job, ranks: int = 1, hook: Hook | None = None, ranks_a_node: int 
     job.attempts += 1
     fields = {"startupSeconds": 60, "hangSeconds": 60, "microBatchTokens": 96, **job.attempt_fields, **attempt}
     wire = Attempt(uid="uid-1", stage=Stage.TRAIN, number=job.attempts, **_snake(fields)).model_dump_json(by_alias=True)
-    port = _free_port()
+    port = free_port()
     processes = []
     for rank in range(ranks):
         environment = {
@@ -266,7 +266,8 @@ def _snake(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"".join(f"_{c.lower()}" if c.isupper() else c for c in key): value for key, value in fields.items()}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
