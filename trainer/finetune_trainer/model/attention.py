@@ -206,7 +206,7 @@ def _softcap(config: PretrainedConfig) -> bool:
 
 
 def _dropout(config: PretrainedConfig) -> bool:
-    return bool(getattr(config, "attention_dropout", None))
+    return bool(getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None))
 
 
 def _sinks(config: PretrainedConfig) -> bool:
