@@ -37,6 +37,7 @@ from .harness.control_plane import ControlPlane
 from .harness.fake_kubelet import FakeKubelet
 from .harness.log_server import LogServer
 from .harness.manifests import restricted_container, restricted_pod
+from .harness.operator import OperatorProcess, Trainer, fine_tune_job, furnish
 from .harness.processes import free_ports, wait_until
 from .harness.tcp_proxy import TcpProxy
 
@@ -112,7 +113,6 @@ def shell(
     capsys: pytest.CaptureFixture[str],
 ) -> Shell:
     monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
-    monkeypatch.setenv("HOME", str(tmp_path))
     return Shell(cluster, namespace, tmp_path, capsys)
 
 
@@ -623,6 +623,21 @@ def test_the_namespace_of_the_context_is_the_default(submitted: Shell, monkeypat
     submitted.capture.readouterr()
     assert run_command_line(["list", "-o", "name"]) == 0
     assert submitted.capture.readouterr().out == "support\n"
+
+
+def test_a_job_is_submitted_and_watched_to_its_end_with_the_operator_at_work(
+    shell: Shell, kubelet: FakeKubelet, operator: OperatorProcess
+) -> None:
+    api = shell.control_plane.api
+    furnish(api, shell.namespace)
+    path = shell.folder / "real.yaml"
+    path.write_text(yaml.safe_dump(fine_tune_job("support")))
+    with kubelet.playing(shell.namespace, Trainer(api, shell.namespace).succeeds):
+        shell("submit", str(path), "--watch")
+    for told in ("prepare starts", "Prepared:", "train starts", "Trained:", "Evaluated:", "Published:", "Complete:"):
+        assert told in shell.out
+    assert shell("wait", "support").startswith("support: Complete: 0.415 → 0.623")
+    assert operator.stop() == 0
 
 
 def test_kubectl_finetune_is_the_same(submitted: Shell) -> None:
