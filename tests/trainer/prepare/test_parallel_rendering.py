@@ -39,5 +39,5 @@ def test_two_processes_render_what_one_renders_in_the_same_order(tmp_path: Path)
 
 
 def test_processes_are_started_only_where_there_are_rows_enough() -> None:
-    assert worker_count(19_999) == 1
-    assert 1 <= worker_count(20_000) <= rendering.MOST_WORKERS
+    assert worker_count(99_999) == 1
+    assert 1 <= worker_count(100_000) <= rendering.MOST_WORKERS

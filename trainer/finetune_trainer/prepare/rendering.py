@@ -14,7 +14,7 @@ from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.data.examples import BadRowError, Example
 from finetune_trainer.data.render import FewShot, Rendered, Rendering, render_evaluation, render_training
 
-PARALLEL_ROWS = 20_000
+PARALLEL_ROWS = 100_000
 """Rows of a dataset from which on processes are started: each takes some ten seconds to import its libraries."""
 MOST_WORKERS = 4
 CHUNK_ROWS = 256
