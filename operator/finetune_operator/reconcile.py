@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from finetune_api.base import Stage
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import JobStatus
 from finetune_operator.cluster.act import Actor
 from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.needs import Needs, look
-from finetune_operator.cluster.observe import Seen, observe, read_spec
+from finetune_operator.cluster.observe import UNREADABLE, Seen, observe, read_spec
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store, slim
 from finetune_operator.metrics import Metrics
 from finetune_operator.planning import attempts, progress
@@ -54,6 +55,8 @@ class Memory:
 
     written: datetime | None = None
     refused: Missing | None = None
+    spec: tuple[str, FineTuneJobSpec, str] = ("", UNREADABLE, "")
+    """Uid and generation that it was read from, the spec, and why it could not be read."""
 
 
 @dataclass
@@ -126,14 +129,16 @@ class Reconciler:
         return self._again(seen, decision, memory)
 
     async def _observe(self, key: Key, job: Object, memory: Memory) -> Observation:
-        spec, invalid = read_spec(job)
+        spec, invalid = self._spec(job, memory)
         name = job["metadata"]["name"]
-        needs = Needs() if invalid else await self._needs(key, job)
+        needs = Needs() if invalid else await self._needs(key, job, spec)
         refused = (memory.refused,) if memory.refused is not None else ()
         carriers = [*self.store.of("Job", key), *self.store.of(self.backend.kind, key)]
         pods = self.store.of("Pod", key)
         seen = Seen(
             job=job,
+            spec=spec,
+            invalid=invalid,
             carriers=tuple(carriers),
             pods=pods,
             report=self.store.named("ConfigMap", key, shared_name(name, "report")),
@@ -144,9 +149,16 @@ class Reconciler:
         )
         return observe(seen, self.backend, self.clock())
 
-    async def _needs(self, key: Key, job: Object) -> Needs:
+    def _spec(self, job: Object, memory: Memory) -> tuple[FineTuneJobSpec, str]:
+        meta = job["metadata"]
+        version = f"{meta['uid']}/{meta.get('generation')}"
+        if memory.spec[0] != version:
+            memory.spec = (version, *read_spec(job))
+        return memory.spec[1], memory.spec[2]
+
+    async def _needs(self, key: Key, job: Object, spec: FineTuneJobSpec) -> Needs:
         """Ask for Secrets and claims, where the answer may matter: before a child is made, and while publishing."""
-        status, (spec, _) = JobStatus.parse(job.get("status")), read_spec(job)
+        status = JobStatus.parse(job.get("status"))
         stage = next_stage(status, spec)
         if stage is None or terminal(status) or spec.suspend or "deletionTimestamp" in job["metadata"]:
             return Needs()

@@ -8,6 +8,7 @@ import socket
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 
 from finetune_api.spec import FineTuneJobSpec
@@ -43,13 +44,18 @@ class Settings:
         price = self.prices.get(spec.topology.gpu_type or "", self.prices.get("default"))
         return Environment(
             image=self.image,
-            operator_version=version("finetune-operator"),
+            operator_version=_own_version(),
             price_per_gpu_hour=price,
             backoff_base_seconds=self.backoff_base_seconds,
             backoff_cap_seconds=self.backoff_cap_seconds,
             grace_seconds=self.grace_seconds,
             gang_scheduling=self.gang_scheduling,
         )
+
+
+@cache
+def _own_version() -> str:
+    return version("finetune-operator")
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:

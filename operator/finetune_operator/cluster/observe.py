@@ -45,6 +45,9 @@ class Seen:
     """The objects of one job, as the store holds them."""
 
     job: Object
+    spec: FineTuneJobSpec
+    invalid: str = ""
+    """Why the spec cannot be read; empty when it can."""
     carriers: tuple[Object, ...] = ()
     """Jobs and PyTorchJobs that carry its label."""
     pods: tuple[Object, ...] = ()
@@ -60,19 +63,18 @@ class Seen:
 def observe(seen: Seen, backend: Backend, now: datetime) -> Observation:
     """The observation that a decision is made from."""
     meta = seen.job["metadata"]
-    spec, invalid = read_spec(seen.job)
     uid = meta["uid"]
     return Observation(
         namespace=meta["namespace"],
         name=meta["name"],
         uid=uid,
         generation=meta.get("generation", 1),
-        spec=spec,
+        spec=seen.spec,
         status=JobStatus.parse(seen.job.get("status")),
         now=now,
         annotations=dict(meta.get("annotations") or {}),
         deleting="deletionTimestamp" in meta,
-        invalid=invalid,
+        invalid=seen.invalid,
         children=children(uid, seen.carriers, seen.pods, seen.out_of_service, backend),
         reports=reports(seen.report, uid),
         missing=seen.missing,

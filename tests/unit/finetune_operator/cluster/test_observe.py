@@ -181,7 +181,9 @@ def test_a_job_is_observed_as_it_is_persisted() -> None:
         "annotations": {"finetune.dev/retry": "2"},
     }
     job = {"metadata": meta, "spec": SPEC, "status": {"phase": "Training", "fieldOfANewerVersion": 1}}
-    seen = observe(Seen(job=job, report=report_map()), BACKEND, datetime(2026, 1, 1, tzinfo=UTC))
+    seen = observe(
+        Seen(job=job, spec=read_spec(job)[0], report=report_map()), BACKEND, datetime(2026, 1, 1, tzinfo=UTC)
+    )
     assert (seen.uid, seen.generation, seen.status.phase, seen.deleting) == ("u1", 4, "Training", False)
     assert seen.annotations == {"finetune.dev/retry": "2"}
     assert len(seen.reports) == 1

@@ -1,0 +1,114 @@
+"""The reconciler against an API server in memory: killed or refused at every single request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from tests.unit.finetune_operator.fake_cluster import KEY, FakeCluster, Fault, Killed
+from tests.unit.finetune_operator.planning.world import SPEC
+
+from finetune_api.base import STAGES, Stage
+from finetune_api.runconfig import Attempt
+from finetune_operator.cluster.api import ApiError
+
+Script = Callable[[Attempt, int], str | None]
+
+
+def all_well(attempt: Attempt, rank: int) -> str | None:
+    return None
+
+
+def train_crashes_once(attempt: Attempt, rank: int) -> str | None:
+    if attempt.stage is Stage.TRAIN and attempt.number == 1:
+        return "cuda-oom" if rank == 2 else "peer"
+    return None
+
+
+async def run(fault: Fault, script: Script = all_well) -> FakeCluster:
+    cluster = FakeCluster()
+    cluster.fault, cluster.script = fault, script
+    await cluster.carry_on()
+    return cluster
+
+
+def endings(cluster: FakeCluster) -> list[tuple[str, int, str, str | None, int | None]]:
+    return [(r.stage, r.number, r.outcome, r.reason, r.rank) for r in cluster.status.attempts]
+
+
+def nothing(number: int, verb: str, when: str) -> None:
+    return None
+
+
+@pytest.mark.parametrize("script", [all_well, train_crashes_once])
+async def test_killed_after_any_request_a_fresh_operator_brings_the_same_end(script: Script) -> None:
+    undisturbed = await run(nothing, script)
+    assert undisturbed.is_true("Complete")
+    total = len(undisturbed.requests)
+    assert 30 < total < 80
+    for k in range(total):
+        killed = await run(lambda n, _, when, k=k: Killed() if (n, when) == (k, "after") else None, script)  # type: ignore[misc]
+        assert endings(killed) == endings(undisturbed), k
+        assert killed.is_true("Complete")
+        assert len(killed.uploads) == 1
+
+
+REFUSALS = [
+    ApiError(409, "Conflict", ""),
+    ApiError(429, "TooManyRequests", "", retry_after=1),
+    ApiError(500, "InternalError", "etcd"),
+    ApiError(503, "ServiceUnavailable", ""),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_refused_at_any_request_or_timed_out_after_the_server_acted_the_end_is_the_same(when: str) -> None:
+    undisturbed = await run(nothing, train_crashes_once)
+    for k in range(len(undisturbed.requests)):
+        error = REFUSALS[k % len(REFUSALS)] if when == "before" else ApiError(0, "Unreachable", "")
+        stumbled = await run(lambda n, _, w, k=k, e=error: e if (n, w) == (k, when) else None, train_crashes_once)  # type: ignore[misc]
+        assert endings(stumbled) == endings(undisturbed), k
+        assert len(stumbled.uploads) == 1
+
+
+async def test_a_job_costs_few_writes() -> None:
+    cluster = await run(nothing)
+    writes = [request for request in cluster.requests if request[0] in ("create", "update", "delete")]
+    assert len(writes) <= 30, writes
+
+
+async def test_a_fresh_operator_writes_nothing_for_a_job_that_has_not_changed() -> None:
+    cluster = await run(nothing)
+    for _ in range(3):
+        cluster.requests.clear()
+        await cluster.operator().reconcile(KEY)
+        assert cluster.requests == []
+
+
+async def test_a_refused_start_is_said_and_tried_again() -> None:
+    cluster = FakeCluster()
+    error = ApiError(500, "InternalError", "failed calling webhook: connection refused")
+    asleep = [True]
+    cluster.fault = lambda n, verb, when: (
+        error if asleep[0] and cluster.requests[n] == ("create", "PyTorchJob") and when == "before" else None
+    )
+    with pytest.raises(AssertionError, match="stuck: Waiting: A webhook"):
+        await cluster.carry_on(seconds=40)
+    asleep[0] = False
+    await cluster.carry_on()
+    assert [r.number for r in cluster.status.attempts] == [1, 1, 1, 1]
+
+
+async def test_a_job_whose_snapshot_has_another_image_keeps_it() -> None:
+    cluster = FakeCluster({**SPEC, "image": "trainer:1"})
+    cluster.script = lambda attempt, rank: None
+    operator = cluster.operator()
+    for _ in range(4):
+        cluster.show(operator.store)
+        await operator.reconcile(KEY)
+    cluster.objects["FineTuneJob", "support"]["spec"] = {**SPEC, "image": "trainer:2"}
+    cluster.objects["FineTuneJob", "support"]["metadata"]["generation"] = 2
+    await cluster.carry_on()
+    images = {str(pod["spec"]["containers"][0]["image"]) for pod in cluster.of("Pod")}
+    assert images == {"trainer:1"}
+    assert [record.stage for record in cluster.status.attempts] == list(STAGES)
