@@ -162,7 +162,7 @@ def test_the_gate_is_judged_anew_from_the_measured_values(hub: HubServer, publis
     write_json(run.path / "evaluation/results.json", results)
     error = refusal(stage.run, run.context(Stage.PUBLISH, tokens=tokens(WRITER)))
     assert error.failure_class is FailureClass.GATE_REFUSED
-    assert error.sentence.startswith("Worse than the base model: classification/accuracy by -0.100")
+    assert error.sentence.startswith("Worse than the base model: classification/accuracy changed by -0.100")
     assert not hub.requests
 
 

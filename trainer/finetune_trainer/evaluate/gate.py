@@ -53,7 +53,7 @@ def _must_improve(metrics: Sequence[MetricResult], minimum_met: str) -> GateOutc
     worse = [m for m in primary if m.difference is not None and m.difference.high < 0]
     if worse:
         return GateOutcome(passed=False, reason="worse", sentence=f"Worse than the base model: {_differences(worse)}.")
-    overall = next((m for m in metrics if m.dataset == MACRO), primary[0])
+    overall = primary[0] if len(primary) == 1 else next(m for m in metrics if m.dataset == MACRO)
     if overall.difference is None or overall.difference.low <= 0:
         return GateOutcome(
             passed=False,
@@ -63,7 +63,8 @@ def _must_improve(metrics: Sequence[MetricResult], minimum_met: str) -> GateOutc
     return GateOutcome(
         passed=True,
         reason="improved",
-        sentence=f"{minimum_met}Better than the base model: {_differences([overall])}, and no dataset is worse.",
+        sentence=f"{minimum_met}Better than the base model: {_differences([overall])}"
+        f"{', and no dataset is worse' if len(primary) > 1 else ''}.",
     )
 
 
@@ -83,7 +84,7 @@ def _differences(metrics: Sequence[MetricResult]) -> str:
 
 
 def _named(metric: MetricResult) -> str:
-    return "the mean over datasets changed by" if metric.dataset == MACRO else f"{metric.dataset}/{metric.metric} by"
+    return f"{'the mean over datasets' if metric.dataset == MACRO else f'{metric.dataset}/{metric.metric}'} changed by"
 
 
 def spoken(interval: Interval) -> str:
