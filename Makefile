@@ -40,9 +40,11 @@ lint: $(READY) ## ruff, mypy, import-linter
 
 generate: $(READY) ## write the CRD, the reference page and what else is made from the models
 	$(BIN)/python -m finetune_api.generate
+	$(BIN)/python charts/generate.py
 
 verify: lint ## lint, and check that generated files are up to date
 	$(BIN)/python -m finetune_api.generate --check
+	$(BIN)/python charts/generate.py --check
 
 bench: $(READY) ## benchmarks side by side; results under benchmarks/results
 	$(BIN)/python -m benchmarks

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from finetune_operator.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from finetune_operator.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, say_error
 
 HERE = "On this machine"
 CLUSTER = "On a cluster"
@@ -153,10 +153,3 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}.", EXIT_FAILED
     return f"{type(error).__name__}: {error} (finetune --debug shows where).", EXIT_FAILED
-
-
-def say_error(sentence: str) -> None:
-    """One line on stderr, red where it is a terminal that wants colours."""
-    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    mark = "\x1b[1;31merror:\x1b[0m" if red else "error:"
-    print(f"{mark} {sentence}", file=sys.stderr)

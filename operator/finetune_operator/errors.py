@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
@@ -26,3 +27,10 @@ class UserError(Exception):
 def debugging() -> bool:
     """Whether `--debug` was given: tracebacks and the trainer's own log are shown."""
     return os.environ.get("FINETUNE_DEBUG") == "1"
+
+
+def say_error(sentence: str) -> None:
+    """One line on stderr, red where it is a terminal that wants colours."""
+    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    mark = "\x1b[1;31merror:\x1b[0m" if red else "error:"
+    print(f"{mark} {sentence}", file=sys.stderr)

@@ -216,7 +216,7 @@ def _output(output_format: OutputFormat, record: Record) -> Output:
 def _last_words(record: Record, code: int, *, finished: bool, live: bool) -> None:
     """What the user should know at the end, on stderr."""
     from finetune_api.status import ConditionType
-    from finetune_operator.cli import say_error
+    from finetune_operator.errors import say_error
 
     status, name = record.status, record.job.metadata.name
     failed = status.condition(ConditionType.FAILED)

@@ -69,7 +69,7 @@ def watch(
         raise typer.Exit(EXIT_INTERRUPTED) from None
     code = exit_code(shown.status)
     if code != EXIT_COMPLETE and not live:
-        from finetune_operator.cli import say_error
+        from finetune_operator.errors import say_error
 
         say_error(last_sentence(shown.status))
     raise typer.Exit(code)
