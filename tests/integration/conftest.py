@@ -72,14 +72,21 @@ def kubelet(control_plane: ControlPlane) -> FakeKubelet:
     return kubelet
 
 
+@pytest.fixture(scope="session")
+def fine_tune_jobs(control_plane: ControlPlane) -> None:
+    """FineTuneJobs are served."""
+    control_plane.install_crds(definition())
+
+
 @pytest.fixture
-def operator(control_plane: ControlPlane, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
+def operator(
+    control_plane: ControlPlane, namespace: str, tmp_path: Path, fine_tune_jobs: None
+) -> Iterator[OperatorProcess]:
     """Our operator, serving the test's namespace under the chart's rights."""
     try:
         binaries.ensure("helm")
     except binaries.BinaryUnavailableError as problem:
         pytest.skip(str(problem))
-    control_plane.install_crds(definition())
     ops = control_plane.create_namespace("ops")
     running = OperatorProcess(control_plane, Helm(tmp_path, control_plane.kubeconfig), namespace, ops).start()
     yield running

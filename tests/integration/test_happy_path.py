@@ -33,7 +33,7 @@ def test_a_job_is_carried_to_complete(
     writes = [e for e in control_plane.audit_events(user) if e["verb"] in ("create", "update", "patch", "delete")]
     counted = [e for e in writes if e["objectRef"]["resource"] != "leases"]
     assert len(counted) <= 30, sorted((e["verb"], e["objectRef"]["resource"]) for e in counted)
-    assert {e["responseStatus"]["code"] for e in counted} <= {200, 201, 409}
+    assert {e["responseStatus"]["code"] for e in control_plane.audit_events(user)} <= {200, 201, 404, 409}
 
 
 def test_children_are_gone_with_their_job_and_the_kept_claim_stays(
@@ -51,3 +51,25 @@ def test_children_are_gone_with_their_job_and_the_kept_claim_stays(
         wait_until(lambda: not api.objects("Job", namespace), "the Job to be gone", 60)
     kept = [claim["metadata"]["name"] for claim in api.objects("PersistentVolumeClaim", namespace)]
     assert "support-run" in kept
+
+
+def test_a_second_replica_waits_and_takes_over_when_the_first_dies(
+    control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess
+) -> None:
+    api = control_plane.api
+    furnish(api, namespace)
+    api.create(fine_tune_job(NAME), namespace)
+    wait_for_job(api, NAME, namespace, lambda status: status.get("phase") == "Preparing", "Preparing")
+    second = operator.twin().start()
+    try:
+        wait_until(lambda: second.get("/readyz", second.health_port)[0] == 200, "the second replica to be ready")
+        assert "finetune_leader 0.0" in second.get("/metrics", second.metrics_port)[1]
+        operator.kill()
+        with kubelet.playing(namespace, Trainer(api, namespace).succeeds):
+            done = wait_for_job(api, NAME, namespace, is_true("Complete"), "Complete", seconds=120)
+        assert [a["number"] for a in done["status"]["attempts"]] == [1, 1, 1, 1]
+        metrics = second.get("/metrics", second.metrics_port)[1]
+        assert "finetune_leader 1.0" in metrics
+        assert f'finetune_jobs{{namespace="{namespace}",phase="Complete"}} 1.0' in metrics
+    finally:
+        second.kill()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,8 +49,29 @@ class OperatorProcess:
             "FINETUNE_BACKOFF_BASE_SECONDS": "1",
             "FINETUNE_PRICE_PER_GPU_HOUR": "2",
             "FINETUNE_GRACE_SECONDS": "5",
+            "FINETUNE_LEASE_SECONDS": "3",
         }
         self._process: subprocess.Popen[bytes] | None = None
+
+    def twin(self) -> OperatorProcess:
+        """A second replica, not started."""
+        made = copy.copy(self)
+        health, metrics = free_ports(2)
+        ports = {"FINETUNE_HEALTH_PORT": str(health), "FINETUNE_METRICS_PORT": str(metrics)}
+        made.health_port, made.metrics_port, made._process = health, metrics, None
+        made._environment = self._environment | ports
+        made.log = self.log.with_suffix(f".{health}.log")
+        return made
+
+    def get(self, path: str, port: int) -> tuple[int, str]:
+        """Ask one of its HTTP ports; code 0 if nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, ""
+        except OSError:
+            return 0, ""
 
     def start(self) -> OperatorProcess:
         """Start it; whatever it says goes to its log."""
