@@ -165,7 +165,8 @@ def build_model(context: RunContext, manifest: PreparedManifest, device: torch.d
     compiled, why_compiled = choose_compile(spec.training.compile, device)
     asked = context.attempt.activation_checkpointing
     checkpointed = bool(spec.training.activation_checkpointing if asked is None else asked)
-    why_checkpointed = "memory ran out without" if asked else "as the spec says, or off where the plan fits without"
+    spoken = spec.training.activation_checkpointing is not None and not asked
+    why_checkpointed = "as the spec says" if spoken else "by the plan, or after memory ran out" if asked else "it fits"
     ranks_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mesh = processes.build_mesh(device, context.world_size, ranks_a_node, spec.topology.sharding == "hybrid")
     model = load_model(
@@ -206,7 +207,7 @@ def build_batchers(
     method, training = spec.tuning.method, spec.training
     unpacked = method in (Method.PROMPT, Method.PREFIX)
     packing = not unpacked if training.packing is None else training.packing
-    choose("packing", "on" if packing else "off", "as the spec says" if training.packing is not None else "by method")
+    choose("packing", "on" if packing else "off", _why_packed(unpacked, training.packing))
     virtual = {Method.PROMPT: spec.tuning.prompt.virtual_tokens, Method.PREFIX: spec.tuning.prefix.virtual_tokens}
     virtual_tokens = virtual.get(method, 0)
 
@@ -234,6 +235,12 @@ def build_batchers(
     if not len(stores[1]):
         context.reporter.warn("There are no validation examples: the last step is exported, not the best one.")
     return train, batcher(stores[1]) if len(stores[1]) else None
+
+
+def _why_packed(unpacked: bool, asked: bool | None) -> str:
+    if unpacked:
+        return "packed documents would see each other's virtual tokens"
+    return "no padding is computed" if asked is None else "as the spec says"
 
 
 def resume(
