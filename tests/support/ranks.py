@@ -1,4 +1,4 @@
-"""Worker processes that play the ranks: started once, because importing torch and transformers takes seconds."""
+"""Worker processes that play the ranks: started once, from a process that has imported torch and transformers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ["torch.distributed.fsdp", "finetune_trainer.export", "transformers.models.llama.modeling_llama"]
+
 _workers: list[tuple[Any, Connection]] = []
 _groups = 0
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 280) -> list[Any]:
     """`function(*arguments)` on every rank of a gloo group; the results by rank.
 
     `function` must be importable (a test module's own function is). One rank's exception is raised here.
@@ -55,9 +57,10 @@ def stop() -> None:
 
 
 def _start() -> tuple[Any, Connection]:
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(there,), daemon=True)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    here, there = server.Pipe()
+    process = server.Process(target=_serve, args=(there,), daemon=True)
     process.start()
     there.close()
     return process, here
