@@ -21,7 +21,7 @@ def actions(draft: Draft) -> tuple[Action, ...]:
     record = attempts.live(status)
     if record is None or attempts.child_of(seen, record) is not None:
         return doomed
-    if any(not child.ours for child in seen.children):
+    if attempts.of_older_job(seen):
         return doomed
     return (*doomed, EnsureShared(), StartAttempt(attempts.to_start(seen, record)))
 

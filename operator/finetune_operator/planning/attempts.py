@@ -91,9 +91,10 @@ def blocking(seen: Observation, status: JobStatus) -> str:
 
     A child whose attempt has succeeded has only pods that have ended and stays for its logs.
     """
+    older = of_older_job(seen)
+    if older:
+        return older
     for child in seen.children:
-        if not child.ours:
-            return f"Waits until the {child.stage} of an earlier job of this name is gone."
         if succeeded(status, child):
             continue
         held = next((pod for pod in child.pods if not pod.out_of_service), None)
@@ -103,6 +104,12 @@ def blocking(seen: Observation, status: JobStatus) -> str:
         if child.exists:
             return f"Waits until {child.stage} attempt {child.number} is deleted."
     return ""
+
+
+def of_older_job(seen: Observation) -> str:
+    """What is left of an older job of this name, in a sentence: it is never adopted, and nothing starts beside it."""
+    older = next((child for child in seen.children if not child.ours), None)
+    return f"Waits until the {older.stage} of an earlier job of this name is gone." if older is not None else ""
 
 
 def succeeded(status: JobStatus, child: Child) -> bool:

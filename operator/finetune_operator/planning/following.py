@@ -159,6 +159,9 @@ def _running(draft: Draft, record: AttemptRecord, reason: str, phase: Phase) -> 
 
 
 def _not_made_yet(draft: Draft, record: AttemptRecord) -> Verdict:
+    older = attempts.of_older_job(draft.seen)
+    if older:
+        return Verdict(State.PROGRESSING, WAITING_FOR["Leftover"], older, Phase.WAITING)
     lacking = next(iter(draft.seen.missing), None)
     if lacking is None:
         return starting(record.stage)

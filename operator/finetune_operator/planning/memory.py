@@ -2,8 +2,8 @@
 
 Nothing is measured here: every number follows from the tensors' shapes and from what autograd keeps, as the trainer
 builds the model (trainer/finetune_trainer/model). tests/trainer/plan compares with real tensors and with torch's
-memory tracker. Three moments can be the peak: the loss, the first layers of the backward pass (all activations are
-still there), and its end (gradients of embedding and head are exchanged).
+memory tracker. Some moments can be the peak: the loss, the first layers of the backward pass (all activations are
+still there), its last layer (the embedding is gathered again), its end (gradients of embedding and head are exchanged).
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ def _adapters(shape: Shape, tuning: Tuning) -> Iterator[Tensor]:
     facts, lora = shape.facts, tuning.lora
     for layer, matrices in adapted(shape, tuning).items():
         for matrix in matrices:
-            yield from _low_rank(matrix.out, matrix.into, lora, layer)
+            yield from _low_rank(matrix.out, matrix.into, lora.rank, layer, lora.dora)
+        if shape.family.experts and lora.target_modules == "all-linear":
+            yield from _for_experts(shape, lora.rank, layer)
     if tuning.method in (Method.LORA, Method.QLORA):
         yield from _beside_the_layers(shape, lora)
     elif tuning.method is Method.PROMPT:
@@ -189,11 +191,19 @@ def _adapters(shape: Shape, tuning: Tuning) -> Iterator[Tensor]:
         yield Tensor((tuning.prefix.virtual_tokens, width), 4, ROOT, True)
 
 
-def _low_rank(out: int, into: int, lora: Lora, group: Group) -> Iterator[Tensor]:
-    yield Tensor((lora.rank, into), 4, group, True)
-    yield Tensor((out, lora.rank), 4, group, True)
-    if lora.dora:
+def _low_rank(out: int, into: int, rank: int, group: Group, dora: bool = False) -> Iterator[Tensor]:
+    yield Tensor((rank, into), 4, group, True)
+    yield Tensor((out, rank), 4, group, True)
+    if dora:
         yield Tensor((out,), 4, group, True)
+
+
+def _for_experts(shape: Shape, rank: int, layer: int) -> Iterator[Tensor]:
+    """PEFT's adapters of a mixture: the router, and stacked experts with a rank for each (two for gate and up)."""
+    experts, hidden, width = shape.facts.num_experts, shape.facts.hidden_size, shape.expert_width
+    yield from _low_rank(experts, hidden, rank, layer)
+    yield from _low_rank(2 * width, hidden, 2 * rank * experts, layer)
+    yield from _low_rank(hidden, width, rank * experts, layer)
 
 
 def _beside_the_layers(shape: Shape, lora: Lora) -> Iterator[Tensor]:
@@ -204,7 +214,8 @@ def _beside_the_layers(shape: Shape, lora: Lora) -> Iterator[Tensor]:
     groups = {"embed_tokens": ROOT if facts.tie_word_embeddings else EMBEDDING, "lm_head": ROOT}
     for name, group in groups.items():
         if name in names:
-            yield from _low_rank(*size, lora, group)
+            out, into = size if name == "lm_head" else (facts.hidden_size, facts.vocab_size)
+            yield from _low_rank(out, into, lora.rank, group, lora.dora)
         if name in lora.modules_to_save:
             yield Tensor(size, 4, group, True)
     for matrix in shape.matrices:
@@ -424,15 +435,20 @@ class Memory:
         return range(count)
 
     def activations(self, tokens: int) -> int:
-        """What autograd keeps at the end of the forward pass, and one layer computed again if it is checkpointed."""
+        """What autograd keeps at the end of the forward pass."""
         facts, run = self.shape.facts, self.run
-        layers = self.layers_with_backward
-        kept = sum(self._layer_bytes(layer, run.checkpointing) for layer in layers)
-        if run.checkpointing:
-            kept += max((self._layer_bytes(layer, False) for layer in layers), default=0)
         final_norm = (4 + (run.compute_bytes if run.trains_base else 0)) * facts.hidden_size
         labelled = ceil(tokens * run.labelled_share) * run.compute_bytes * facts.hidden_size
-        return tokens * (kept + final_norm) + labelled
+        return self._in_layers(tokens) + tokens * final_norm + labelled
+
+    def _in_layers(self, tokens: int) -> int:
+        """What the layers keep: with recomputation the input of each."""
+        return tokens * sum(self._layer_bytes(layer, self.run.checkpointing) for layer in self.layers_with_backward)
+
+    @cached_property
+    def _one_layer(self) -> int:
+        """Bytes a token that the layer with the most keeps."""
+        return max((self._layer_bytes(layer, False) for layer in self.layers_with_backward), default=0)
 
     def _logits(self, tokens: int) -> tuple[int, int]:
         """Bytes of the logits of one chunk, and the number of chunks."""
@@ -453,17 +469,21 @@ class Memory:
         head_gradient = head if self._trains_head() else 0
         # The chunks' contributions to the head's gradient are added out of place.
         at_the_loss = max(logits + 2 * head_gradient, 3 * head_gradient) if chunks > 1 else logits + head_gradient
+        layer, embedded = (self._largest_layer, self._gathered(EMBEDDING)) if run.sharded else (0, 0)
+        in_a_layer = [
+            ("gradients on their way", self._in_backward(tokens) + (head_gradient if run.sharded else 0)),
+            ("dequantised matrices", self._dequantised),
+        ]
+        computed_again = tokens * self._one_layer if run.checkpointing else 0
+        in_layers = self._in_layers(tokens) + computed_again
         moments = [
             [("activations", activations), ("logits of one chunk", at_the_loss), ("gathered layers", root)],
-            [
-                ("activations", activations),
-                ("gradients on their way", self._in_backward(tokens) + (head_gradient if run.sharded else 0)),
-                ("gathered layers", root + 2 * self._largest_layer if run.sharded else 0),
-                ("dequantised matrices", self._dequantised),
-            ],
+            [("activations", in_layers), ("gathered layers", root + 2 * layer), *in_a_layer],
         ]
-        if run.sharded and not facts.tie_word_embeddings:
-            moments.append([("gathered layers", root + 2 * self._gathered(EMBEDDING))])
+        if embedded:
+            first = tokens * (self._one_layer + run.compute_bytes * facts.hidden_size)
+            moments.append([("activations", first), ("gathered layers", root + layer + embedded), *in_a_layer])
+            moments.append([("gathered layers", root + 2 * embedded)])
         if run.sharded and run.trains_base:
             embedding = 0 if facts.tie_word_embeddings else head
             exchanged = 4 * facts.vocab_size * facts.hidden_size
@@ -476,7 +496,10 @@ class Memory:
         """Gradients of activations of one MLP, and of one layer's parameters until they are exchanged."""
         facts, run = self.shape.facts, self.run
         width = facts.intermediate_size if not self.shape.family.experts else self.shape.expert_width * 2
-        flowing = run.compute_bytes * tokens * (3 * width + facts.hidden_size)
+        down = self.shape.matrices[-1]
+        kept_its_input = run.trains_base or any(down in matrices for matrices in self._adapted.values())
+        # Three of the MLP's width; the last layer's own input is let go before they are there.
+        flowing = run.compute_bytes * tokens * ((2 if kept_its_input else 3) * width + facts.hidden_size)
         if run.trains_base and run.sharded:
             flowing += (run.compute_bytes + 4) * self.shape.layer_parameters
         return flowing

@@ -254,6 +254,15 @@ def test_a_child_left_by_an_older_job_of_the_name_is_never_adopted() -> None:
     assert world.settled().current == (Stage.PREPARE, 1)
 
 
+def test_an_attempt_whose_child_vanished_is_not_made_again_beside_an_older_job_of_the_name() -> None:
+    world = job().preparing()
+    world.children.clear()
+    world.strangers = (Child(Stage.PREPARE, 1, ours=False),)
+    started = len(world.started)
+    assert world.settled().reason == "WaitingForOlderJob"
+    assert len(world.started) == started
+
+
 def test_a_child_without_a_record_is_deleted_and_waited_for() -> None:
     world = job().training()
     world.children[Stage.TRAIN, 7] = Child(Stage.TRAIN, 7, pods=(Pod("stray"),))
