@@ -50,8 +50,8 @@ async def serve(settings: Settings, planner: Planner | None = None, stop: asynci
         )
         leading = asyncio.create_task(_lead(lease, reconciler, metrics), name="lease")
         runners = [
-            await _listen(_health_app(watching, ready), settings.health_port),
             await _listen(_metrics_app(metrics), settings.metrics_port),
+            await _listen(_health_app(watching, ready), settings.health_port),
         ]
         try:
             done, _ = await asyncio.wait({watching, leading}, return_when=asyncio.FIRST_COMPLETED)
