@@ -71,12 +71,17 @@ def find_gpu(text: str) -> Gpu | None:
 
 
 def _words(text: str) -> frozenset[str]:
-    return frozenset(word for word in re.split(r"[^A-Z0-9]+", text.upper()) if word and word not in _NOISE)
+    words = [word for word in re.split(r"[^A-Z0-9]+", text.upper()) if word and word not in _NOISE]
+    return frozenset(re.sub(r"^(\d+)G(I?B)?$", r"\1GB", word) for word in words)
 
 
 def _model(gpu: Gpu) -> frozenset[str]:
-    return frozenset(word for word in _words(gpu.name) if not re.fullmatch(r"\d+GB", word))
+    return frozenset(word for word in _words(gpu.name) if not _is_size(word))
 
 
 def _size(words: frozenset[str]) -> str | None:
-    return next((word for word in words if re.fullmatch(r"\d+GB", word)), None)
+    return next((word for word in words if _is_size(word)), None)
+
+
+def _is_size(word: str) -> bool:
+    return re.fullmatch(r"\d+GB", word) is not None
