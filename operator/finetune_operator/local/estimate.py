@@ -168,7 +168,7 @@ def gguf_facts(path: Path) -> ModelFacts:
     try:
         with path.open("rb") as file:
             metadata, shapes = _gguf_head(file)
-    except (OSError, struct.error, ValueError, KeyError) as error:
+    except (OSError, struct.error, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{path} is not a GGUF file that can be read: {error}.") from error
     kind = str(metadata.get("general.architecture", ""))
     sizes = {key.removeprefix(f"{kind}."): value for key, value in metadata.items()}
