@@ -23,6 +23,7 @@ from finetune_trainer.prepare.hub import Hub, ResolvedRepo
 from finetune_trainer.prepare.sources import file_digest
 
 TOKENIZER_FILES = (
+    "README.md",  # names the licence, which the card repeats
     "tokenizer*.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*",
     "config.json", "generation_config.json", "preprocessor_config.json", "sentencepiece*.model", "spiece.model",
