@@ -106,6 +106,8 @@ class AttemptRecord(ApiModel):
     """Rank of the root cause."""
     counted: bool = False
     """Whether it uses up one of `retry.limit`."""
+    forgiven: bool = False
+    """Whether `finetune.dev/retry` was given after it failed: neither budget nor backoff counts it any more."""
     resumed_from_step: int | None = None
     """Step of the checkpoint it went on from."""
     micro_batch_tokens: int | None = None

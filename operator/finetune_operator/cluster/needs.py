@@ -29,7 +29,7 @@ async def look(api: Api, namespace: str, spec: FineTuneJobSpec, stage: Stage) ->
         lacking = _lacking(field, secret, body)
         if lacking is not None:
             missing.append(lacking)
-    for field, claim in claims_of(spec).items():
+    for field, claim in claims_of(spec, stage).items():
         if await api.find("PersistentVolumeClaim", namespace, claim) is None:
             sentence = f"PersistentVolumeClaim {claim} ({field}) does not exist in {namespace}: create it."
             missing.append(Missing("PersistentVolumeClaim", claim, sentence))
@@ -54,12 +54,16 @@ def secrets_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, SecretKey]:
     return {field: secret for field, secret in wanted.items() if secret is not None}
 
 
-def claims_of(spec: FineTuneJobSpec) -> dict[str, str]:
+def claims_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
     """Claims that must be there already, by the field that names them."""
-    given = spec.storage.run.claim_name
-    return {"storage.cache.claimName": spec.storage.cache.claim_name} | (
-        {"storage.run.claimName": given} if given else {}
-    )
+    resume_from = spec.training.resume_from
+    wanted = {
+        "storage.cache.claimName": spec.storage.cache.claim_name,
+        "storage.run.claimName": spec.storage.run.claim_name,
+    }
+    if resume_from is not None and stage is Stage.TRAIN:
+        wanted["training.resumeFrom.claim"] = resume_from.claim
+    return {field: claim for field, claim in wanted.items() if claim}
 
 
 def _lacking(field: str, secret: SecretKey, body: Object | None) -> Missing | None:

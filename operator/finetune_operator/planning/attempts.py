@@ -66,10 +66,10 @@ def close(record: AttemptRecord, ending: Ending, counted: bool, now: datetime) -
 
 
 def failures_in_a_row(status: JobStatus, record: AttemptRecord) -> int:
-    """How many attempts of the record's stage, up to it, failed one after another with its reason."""
+    """How many attempts of the record's stage, up to it, failed one after another with its reason since a retry."""
     count = 0
     for earlier in reversed([r for r in status.attempts if r.stage is record.stage and r.number <= record.number]):
-        if earlier.outcome != "failed" or earlier.reason != record.reason:
+        if earlier.outcome != "failed" or earlier.reason != record.reason or earlier.forgiven:
             break
         count += 1
     return count

@@ -102,6 +102,8 @@ def _observe_retry(draft: Draft) -> None:
         status.completion_time = None
     stage = conditions.next_stage(status, seen.spec)
     status.failures_counted = {name: n for name, n in status.failures_counted.items() if name != stage}
+    for record in status.attempts:
+        record.forgiven = record.forgiven or (record.stage is stage and record.outcome == "failed")
     status.retry_at, status.waiting_since, status.credentials_seen = None, None, ""
 
 

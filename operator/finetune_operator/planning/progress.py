@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime, timedelta
+
+from pydantic import ValidationError
 
 from finetune_api.base import Stage
 from finetune_api.report import MetricResult, Progress, Report, Results
@@ -55,20 +58,21 @@ def conclude(status: JobStatus, report: Report) -> None:
     if report.results is not None:
         status.results = report.results
         status.metric_text = metric_text(report.results)
-    origin = {name: value for name, value in report.origin.items() if name in Origin.model_fields or name in _ALIASES}
-    if origin:
-        status.origin = Origin.model_validate(status.origin.model_dump(by_alias=True) | _known(origin))
+    status.origin = _with_origin(status.origin, report.origin)
     if report.stage is not Stage.TRAIN:
         status.activity = ""
 
 
-_ALIASES = {field.alias: name for name, field in Origin.model_fields.items() if field.alias}
+_ON_THE_WIRE = {key: field.alias or name for name, field in Origin.model_fields.items() for key in (name, field.alias)}
 
 
-def _known(origin: dict[str, object]) -> dict[str, object]:
-    """The fields of Origin among those of a report, by their name on the wire."""
-    wire = {name: alias for alias, name in _ALIASES.items()}
-    return {wire.get(name, name): value for name, value in origin.items()}
+def _with_origin(origin: Origin, said: dict[str, object]) -> Origin:
+    """What a report says of the origin, added field by field: what cannot be read is left out and stops nothing."""
+    for name, value in said.items():
+        if name in _ON_THE_WIRE:
+            with contextlib.suppress(ValidationError):
+                origin = Origin.model_validate(origin.model_dump(by_alias=True) | {_ON_THE_WIRE[name]: value})
+    return origin
 
 
 def merged_warnings(before: list[str], new: list[str]) -> list[str]:

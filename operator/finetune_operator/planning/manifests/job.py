@@ -15,6 +15,7 @@ from finetune_operator.planning.names import child_name, label_value, shared_nam
 Manifest = dict[str, Any]
 
 UID_LABEL = "finetune.dev/uid"
+INSTANCE_LABEL = "app.kubernetes.io/instance"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGER = "finetune-operator"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -82,7 +83,7 @@ def labels(job: Job, stage: Stage | None = None, number: int | None = None) -> d
     """Labels of an object of the job, by which it is watched, selected and found."""
     common = {
         "app.kubernetes.io/name": "finetune-trainer",
-        "app.kubernetes.io/instance": label_value(job.name),
+        INSTANCE_LABEL: label_value(job.name),
         MANAGED_BY_LABEL: MANAGER,
         JOB: label_value(job.name),
         UID_LABEL: job.uid,

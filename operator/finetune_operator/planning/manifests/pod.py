@@ -17,6 +17,8 @@ CONFIG_DIRECTORY = "/etc/finetune"
 TOKENS_DIRECTORY = "/var/run/secrets/finetune"
 REPORT_TOKEN_DIRECTORY = "/var/run/secrets/finetune-report"
 REPORT_TOKEN_SECONDS = 3600
+RESUME_DIRECTORY = "/resume"
+"""Where the claim of `training.resumeFrom` is mounted."""
 USER = 1000
 """User and group of the trainer image."""
 NODE_LOSS_SECONDS = 30
@@ -113,7 +115,7 @@ def _container(job: Job, attempt: Attempt, program: Program, extra: list[Manifes
 
 def _environment(job: Job, attempt: Attempt) -> list[Manifest]:
     """Variables of every container; the user's own come first, so that ours win."""
-    prepares = attempt.stage is Stage.PREPARE
+    prepares, resume_from = attempt.stage is Stage.PREPARE, job.spec.training.resume_from
     values = {
         "HOME": "/tmp",
         "USER": "trainer",
@@ -123,6 +125,7 @@ def _environment(job: Job, attempt: Attempt) -> list[Manifest]:
         # Outside Prepare the cache is read-only, and nothing is fetched that Prepare has not fetched.
         "HF_HOME": f"{CACHE_VOLUME}/huggingface" if prepares else "/tmp/huggingface",
         **({"HF_HUB_OFFLINE": "1"} if attempt.stage in (Stage.TRAIN, Stage.EVALUATE) else {}),
+        **({"FINETUNE_RESUME_FROM": _resume_mount(job)} if resume_from and attempt.stage is Stage.TRAIN else {}),
         "FINETUNE_RUN_CONFIG": f"{CONFIG_DIRECTORY}/{RUN_CONFIG_FILE}",
         "FINETUNE_TOKENS": TOKENS_DIRECTORY,
         "FINETUNE_REPORT_CONFIGMAP": f"{job.namespace}/{job.report_name}",
@@ -130,6 +133,16 @@ def _environment(job: Job, attempt: Attempt) -> list[Manifest]:
     }
     given = [{"name": v.name, "value": v.value} for v in job.spec.pod_template.env if v.name not in values]
     return [*given, *({"name": name, "value": value} for name, value in values.items())]
+
+
+def _resume_claim(job: Job, stage: Stage) -> str | None:
+    """The claim with another job's checkpoint that Train starts from, if it is not on the run's own."""
+    resume_from = job.spec.training.resume_from
+    return resume_from.claim if resume_from is not None and stage is Stage.TRAIN else None
+
+
+def _resume_mount(job: Job) -> str:
+    return RESUME_DIRECTORY if _resume_claim(job, Stage.TRAIN) is not None else RUN_VOLUME
 
 
 def _mounts(job: Job, stage: Stage, program: Program) -> list[Manifest]:
@@ -142,6 +155,8 @@ def _mounts(job: Job, stage: Stage, program: Program) -> list[Manifest]:
     ]
     if stage in (Stage.TRAIN, Stage.EVALUATE):
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+    if _resume_claim(job, stage) is not None:
+        mounts.append({"name": "resume", "mountPath": RESUME_DIRECTORY, "readOnly": True})
     if token_secret(job, program.token) is not None:
         mounts.append({"name": f"token-{program.token}", "mountPath": TOKENS_DIRECTORY, "readOnly": True})
     return mounts
@@ -158,6 +173,10 @@ def _volumes(job: Job, attempt: Attempt, programs: list[Program]) -> list[Manife
     if attempt.stage in (Stage.TRAIN, Stage.EVALUATE):
         # The default 64 MiB of /dev/shm are too little for NCCL.
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
+    resume_claim = _resume_claim(job, attempt.stage)
+    if resume_claim is not None:
+        # Read-only by the mount: a claim that is read-only as a whole could not be the run's own as well.
+        volumes.append({"name": "resume", "persistentVolumeClaim": {"claimName": resume_claim}})
     for kind in dict.fromkeys(program.token for program in programs):
         secret = token_secret(job, kind)
         if secret is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from finetune_api.runconfig import RUN_CONFIG_FILE, resolve
-from finetune_operator.planning.manifests.job import UID_LABEL, Job, Manifest, labels, metadata
+from finetune_operator.planning.manifests.job import INSTANCE_LABEL, UID_LABEL, Job, Manifest, labels, metadata
 
 
 def shared_manifests(job: Job) -> list[Manifest]:
@@ -70,6 +70,8 @@ def run_claim(job: Job) -> Manifest:
     made = metadata(job, job.run_claim)
     if run.keep:
         del made["ownerReferences"]
+        # By this label Argo CD takes the claim for its own, and would prune it with the job.
+        del made["labels"][INSTANCE_LABEL]
     storage = {} if run.storage_class_name is None else {"storageClassName": run.storage_class_name}
     return {
         "apiVersion": "v1",

@@ -88,8 +88,12 @@ async def test_the_version_changes_with_a_secret() -> None:
 
 
 def test_given_claims_have_to_be_there_and_made_ones_not() -> None:
-    assert list(claims_of(spec()).values()) == ["finetune-cache"]
-    assert list(claims_of(spec(storage={"run": {"claimName": "mine"}})).values()) == ["finetune-cache", "mine"]
+    given = spec(storage={"run": {"claimName": "mine"}})
+    resumed = spec(training={"resumeFrom": {"claim": "older-run", "path": "a/checkpoints/step-00000100"}})
+    assert list(claims_of(spec(), Stage.TRAIN).values()) == ["finetune-cache"]
+    assert list(claims_of(given, Stage.TRAIN).values()) == ["finetune-cache", "mine"]
+    assert list(claims_of(resumed, Stage.TRAIN).values()) == ["finetune-cache", "older-run"]
+    assert list(claims_of(resumed, Stage.PUBLISH).values()) == ["finetune-cache"]
 
 
 def lease(cluster: Cluster, identity: str, seconds: int = 15) -> Lease:

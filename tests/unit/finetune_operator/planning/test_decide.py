@@ -498,6 +498,15 @@ def test_the_retry_annotation_goes_on_where_it_failed_with_a_fresh_budget() -> N
     assert world.status.completion_time is None
 
 
+def test_after_the_retry_annotation_the_backoff_begins_anew() -> None:
+    world = job(retry={"limit": 3}).training()
+    for _ in range(3):
+        world.failed_for_good("crash").gone().later(500).settled().running().settled()
+    world.failed_for_good("crash").retried("a").settled().gone().settled().running().settled()
+    assert world.current == (Stage.TRAIN, 5)
+    assert (world.failed_for_good("crash").gone().settled().wakes() or 0) <= 16
+
+
 def test_the_same_annotation_is_acted_on_once() -> None:
     world = job(retry={"limit": 0}).training().failed_for_good("crash").retried("a").settled().gone().settled()
     world.running().settled().failed_for_good("crash")

@@ -51,6 +51,12 @@ def test_warnings_are_said_once_and_bounded() -> None:
     assert world.status.warnings.count("the same") == 1
 
 
+def test_an_origin_that_cannot_be_read_stops_nothing_and_hides_nothing() -> None:
+    world = job().preparing().says(origin={"model": ["no", "text"], "image": "i@1", "seed": {}}).finishes().settled()
+    assert world.attempt(Stage.PREPARE, 1).outcome == "succeeded"
+    assert (world.status.origin.model, world.status.origin.image, world.status.origin.seed) == ("", "i@1", None)
+
+
 def test_the_origin_of_every_number_is_gathered_over_the_stages() -> None:
     world = job().preparing().says(origin={"model": "m@abc", "datasets": {"claims": "d@1"}}).finishes().settled()
     world.running().says(origin={"versions": {"torch": "2"}, "seed": 42, "somethingElse": 1}).finishes().settled()

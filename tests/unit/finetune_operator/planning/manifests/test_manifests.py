@@ -8,6 +8,7 @@ from tests.unit.finetune_operator.planning.manifests.restricted import violation
 from finetune_api.base import STAGES, Stage
 from finetune_api.runconfig import Attempt, RunConfig
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.planning.manifests.backend import Backend
 from finetune_operator.planning.manifests.children import all_manifests, child_manifest, first_attempt
 from finetune_operator.planning.manifests.job import Job, Manifest
 from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
@@ -84,6 +85,30 @@ def test_everything_is_owned_by_the_job_but_a_claim_that_is_kept() -> None:
         assert ("ownerReferences" not in manifest["metadata"]) is kept
     unkept = run_claim(job(storage={"run": {"keep": False}}))
     assert unkept["metadata"]["ownerReferences"][0]["uid"] == "uid-1"
+
+
+def test_a_claim_that_is_kept_does_not_look_like_a_part_of_a_release() -> None:
+    assert "app.kubernetes.io/instance" not in run_claim(job())["metadata"]["labels"]
+    assert "app.kubernetes.io/instance" in run_claim(job(storage={"run": {"keep": False}}))["metadata"]["labels"]
+
+
+@pytest.mark.parametrize("backend", [PyTorchJobBackend(), TrainJobBackend()], ids=lambda backend: backend.kind)
+def test_the_claim_of_a_checkpoint_to_start_from_is_mounted_read_only_in_train(backend: Backend) -> None:
+    path = "ml/older/uid/checkpoints/step-00000100"
+    other = job(training={"resumeFrom": {"claim": "older-run", "path": path}})
+    train = json.dumps(child_manifest(other, first_attempt(other, Stage.TRAIN), backend))
+    assert '{"name": "resume", "persistentVolumeClaim": {"claimName": "older-run"}}' in train
+    assert '{"name": "resume", "mountPath": "/resume", "readOnly": true}' in train
+    assert '{"name": "FINETUNE_RESUME_FROM", "value": "/resume"}' in train
+    for stage in set(STAGES) - {Stage.TRAIN}:
+        assert "older-run" not in json.dumps(pod(child(stage, other)))
+
+
+def test_a_checkpoint_without_a_claim_is_looked_for_on_the_volume_of_the_run() -> None:
+    own = child(Stage.TRAIN, job(training={"resumeFrom": {"path": "ml/older/uid/checkpoints/step-00000100"}}))
+    assert environment(own)["FINETUNE_RESUME_FROM"] == "/data"
+    assert "resume" not in volumes(own)
+    assert "FINETUNE_RESUME_FROM" not in environment(child(Stage.TRAIN))
 
 
 @pytest.mark.parametrize(("nodes", "mode"), [(1, "ReadWriteOnce"), (3, "ReadWriteMany")])
