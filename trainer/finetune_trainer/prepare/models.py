@@ -186,6 +186,7 @@ def describe(config: Any, directory: Path) -> ModelFacts:
         max_position_embeddings=int(getattr(text, "max_position_embeddings", None) or 0),
         parameters=count_parameters(directory, tied=tied),
         num_experts=int(experts),
+        experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 0),
     )
 
 
