@@ -20,7 +20,7 @@ def enter(draft: Draft, stage: Stage) -> Verdict:
             return refused
     footprint = _footprint(draft, stage)
     attempts.open_next(status, stage, footprint, draft.now)
-    status.progress, status.progress_text, status.activity = None, "", ""
+    status.progress, status.progress_text, status.eta_text, status.activity = None, "", "", ""
     return starting(stage)
 
 

@@ -18,6 +18,7 @@ PROGRESS_FIELDS = frozenset(
     {
         "progress",
         "progressText",
+        "etaText",
         "activity",
         "lastCheckpoint",
         "metricText",
@@ -37,6 +38,7 @@ def absorb(status: JobStatus, record: AttemptRecord, report: Report) -> None:
     """Take over in place what a running (or just ended) attempt has to say."""
     status.progress = report.progress
     status.progress_text = progress_text(report.progress)
+    status.eta_text = eta_text(None if report.done else report.progress.eta_seconds)
     status.activity = cut(report.activity, 200)
     status.last_checkpoint = report.last_checkpoint or status.last_checkpoint
     status.choices = status.choices | report.choices
@@ -85,6 +87,16 @@ def progress_text(progress: Progress) -> str:
     if progress.total <= 0:
         return str(progress.step) if progress.step else ""
     return f"{progress.step}/{progress.total} ({100 * progress.step // progress.total}%)"
+
+
+def eta_text(seconds: int | None) -> str:
+    """`1h20m`, `12m`, `40s` for a column; empty while unknown."""
+    if seconds is None:
+        return ""
+    minutes, hours = seconds // 60, seconds // 3600
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24}h"
+    return f"{hours}h{minutes % 60}m" if hours else f"{minutes}m" if minutes else f"{max(0, seconds)}s"
 
 
 def metric_text(results: Results) -> str:

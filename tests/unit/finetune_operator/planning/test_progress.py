@@ -3,7 +3,7 @@ from datetime import timedelta
 from tests.unit.finetune_operator.planning.world import job, steps
 
 from finetune_api.base import Stage
-from finetune_operator.planning.progress import material, progress_text, worth_writing
+from finetune_operator.planning.progress import eta_text, material, progress_text, worth_writing
 
 
 def test_an_equal_status_is_not_written() -> None:
@@ -68,3 +68,8 @@ def test_the_origin_of_every_number_is_gathered_over_the_stages() -> None:
         42,
     )
     assert world.attempt(Stage.TRAIN, 1).outcome == "succeeded"
+
+
+def test_the_time_left_fits_a_column() -> None:
+    seconds = [None, 0, 40, 60, 725, 3600, 4800, 90_000]
+    assert [eta_text(left) for left in seconds] == ["", "0s", "40s", "1m", "12m", "1h0m", "1h20m", "1d1h"]
