@@ -58,7 +58,7 @@ def trained(directory: Path, how: Tuning, **changes: Any) -> tuple[CausalModel, 
     batch = (padded if how.method in UNMERGED else packed)(examples(LENGTHS))
     optimizer = torch.optim.AdamW([parameter for _, parameter in model.trainable], lr=2e-2, eps=1e-3)
     for _ in range(3):
-        model(batch).sum().backward()
+        (model(batch).sum() / (dist.get_world_size() if dist.is_initialized() else 1)).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
