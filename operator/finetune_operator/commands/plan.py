@@ -50,7 +50,7 @@ def plan(
     from finetune_api.runconfig import resolve
     from finetune_operator.commands.run import cache_directory
     from finetune_operator.local import job_file
-    from finetune_operator.local.estimate import data_estimate, model_estimate
+    from finetune_operator.local.estimate import cpu_has_bf16, data_estimate, model_estimate
     from finetune_operator.planning.plan import plan_run
 
     changes = [*(overrides or []), *([f"topology.gpuType={gpu}"] if gpu else [])]
@@ -60,7 +60,9 @@ def plan(
     model = model_estimate(spec, places, model_config)
     data = data_estimate(spec, places)
     place = place_job(spec)
-    made = plan_run(place.spec, model.facts, data.lengths, gpu=place.gpu, price_per_gpu_hour=price)
+    made = plan_run(
+        place.spec, model.facts, data.lengths, gpu=place.gpu, price_per_gpu_hour=price, cpu_bf16=cpu_has_bf16()
+    )
     origins = [f"model: {model.origin}", *data.notes, *place.notes]
     if output == "json":
         print(json.dumps(made.to_wire() | {"origins": origins}, indent=2, ensure_ascii=False))

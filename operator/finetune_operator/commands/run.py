@@ -161,7 +161,7 @@ def _run(loaded: JobFile, directory: Path, output_format: OutputFormat, *, retry
 def _carry_out(record: Record, loaded: JobFile, placement: Placement, show: Show) -> int:
     from finetune_operator.local.children import Children
     from finetune_operator.local.devices import memory
-    from finetune_operator.local.estimate import gpu_here
+    from finetune_operator.local.estimate import cpu_has_bf16, gpu_here
     from finetune_operator.local.runner import Runner, Setting
     from finetune_operator.local.tokens import tokens_of
     from finetune_operator.planning.model import Environment
@@ -178,7 +178,7 @@ def _carry_out(record: Record, loaded: JobFile, placement: Placement, show: Show
         cache=cache_directory(),
         tokens=tokens,
         version=version_of("finetune-operator"),
-        planner=planner_for(gpu_here(placement.gpus[0]) if placement.gpus else None),
+        planner=planner_for(gpu_here(placement.gpus[0]) if placement.gpus else None, cpu_bf16=cpu_has_bf16()),
         # Somebody is looking on: they see a failure that stays, and need not wait as long as a cluster does.
         decisions=Environment(local=True, backoff_base_seconds=3.0, backoff_cap_seconds=60.0),
     )

@@ -52,6 +52,15 @@ def gpu_here(gpu: devices.Gpu) -> Gpu | None:
     return Gpu(known.name, min(known.memory_bytes, gpu.memory_bytes), known.flops, known.bf16)
 
 
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU has instructions for bf16 products (the trainer computes in it then)."""
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
 # --- the model -------------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,8 @@ class Planner:
     lengths: LengthFacts
     gpu: Gpu | None
     price_per_gpu_hour: float | None
+    cpu_bf16: bool = False
+    """Whether the CPU has instructions for bf16."""
 
     # --- where it runs ---
 
@@ -72,7 +74,8 @@ class Planner:
     def _compute_bytes(self) -> Literal[2, 4]:
         asked = self.spec.training.precision
         if asked == "auto":
-            return 2 if self.cuda and (self.gpu is None or self.gpu.bf16) else 4
+            fast = self.gpu is None or self.gpu.bf16 if self.cuda else self.cpu_bf16
+            return 2 if fast else 4
         return 2 if asked == "bf16" else 4
 
     # --- how much there is to do ---
@@ -258,29 +261,31 @@ def plan_run(
     *,
     gpu: Gpu | None = None,
     price_per_gpu_hour: float | None = None,
+    cpu_bf16: bool = False,
 ) -> Plan:
     """The plan of a run, with its warnings.
 
     The world is `spec.topology` (gpusPerNode left out: one GPU a node; 0: the CPU). `gpu` is the kind of GPU, by
     default the one that `topology.gpuType` names; None if that is unknown: then nothing is said about fitting.
+    `cpu_bf16`: whether the CPU has instructions for bf16, where it computes.
     """
     topology = spec.topology
     if topology.gpus_per_node == 0:
         gpu = None
     elif gpu is None and topology.gpu_type is not None:
         gpu = find_gpu(topology.gpu_type)
-    planner = Planner(spec, shape_of(model), lengths, gpu, price_per_gpu_hour)
+    planner = Planner(spec, shape_of(model), lengths, gpu, price_per_gpu_hour, cpu_bf16)
     plan = planner.plan()
     return plan.model_copy(update={"warnings": list(_warnings(planner, plan))})
 
 
 def planner_for(
-    gpu: Gpu | None = None, price_per_gpu_hour: float | None = None
+    gpu: Gpu | None = None, price_per_gpu_hour: float | None = None, cpu_bf16: bool = False
 ) -> Callable[[FineTuneJobSpec, ModelFacts, LengthFacts], Plan]:
     """`plan_run` as `decide` wants it: with the GPU of the place, if it has one kind only, and its price."""
 
     def planner(spec: FineTuneJobSpec, model: ModelFacts, lengths: LengthFacts) -> Plan:
-        return plan_run(spec, model, lengths, gpu=gpu, price_per_gpu_hour=price_per_gpu_hour)
+        return plan_run(spec, model, lengths, gpu=gpu, price_per_gpu_hour=price_per_gpu_hour, cpu_bf16=cpu_bf16)
 
     return planner
 

@@ -17,7 +17,14 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.cli import run_command_line
 from finetune_operator.errors import UserError
 from finetune_operator.local.devices import Gpu as Device
-from finetune_operator.local.estimate import TEMPLATE_TOKENS, data_estimate, gguf_facts, gpu_here, model_estimate
+from finetune_operator.local.estimate import (
+    TEMPLATE_TOKENS,
+    cpu_has_bf16,
+    data_estimate,
+    gguf_facts,
+    gpu_here,
+    model_estimate,
+)
 from finetune_operator.planning.hardware import GIB
 
 CONFIG = {
@@ -226,6 +233,13 @@ def test_a_gpu_of_this_machine_has_the_memory_that_its_driver_says() -> None:
     assert found is not None
     assert (found.name, found.memory_bytes) == ("A100-80GB", 40 * GIB)
     assert gpu_here(Device("0", "Something else")) is None
+
+
+@pytest.mark.parametrize(("flags", "has"), [("avx2 avx512_bf16 amx_tile", True), ("sse avx2", False)])
+def test_a_cpus_instructions_are_read_from_its_flags(tmp_path: Path, flags: str, has: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+    assert cpu_has_bf16(tmp_path / "cpuinfo") is has
+    assert not cpu_has_bf16(tmp_path / "missing")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

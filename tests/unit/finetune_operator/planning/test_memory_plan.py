@@ -248,6 +248,12 @@ def test_a_cpu_gets_rows_that_it_computes_well_and_no_promise_about_time() -> No
     assert plan.host_bytes >= plan.memory_bytes
 
 
+def test_a_cpu_with_instructions_for_bf16_holds_half_the_weights() -> None:
+    spec = _spec("lora", topology={"nodes": 2, "gpusPerNode": 0})
+    without, having = (_plan(spec, SMOL, SHORT, cpu_bf16=there).memory[0].bytes for there in (False, True))
+    assert without == 2 * having
+
+
 def test_gpus_without_bf16_compute_in_float32() -> None:
     t4 = _plan(_spec("lora", **_on("T4", 8)), SMOL, SHORT)
     l4 = _plan(_spec("lora", **_on("L4", 8)), SMOL, SHORT)
