@@ -7,7 +7,7 @@ to make a run fit is a plan of its own that fits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, floor
 from typing import Literal
@@ -426,7 +426,7 @@ def _shorter_documents(planner: Planner) -> Iterator[tuple[str, Planner]]:
             return
         mean = min(planner.lengths.tokens, planner.lengths.documents * longest)
         lengths = planner.lengths.model_copy(update={"longest": longest, "tokens": mean})
-        way = Planner(planner.spec, planner.shape, lengths, planner.gpu, planner.price_per_gpu_hour)
+        way = replace(planner, lengths=lengths)
         if way.plan().fits:
             yield f"training.maxSequenceLength: {longest}", way
             return
@@ -437,15 +437,14 @@ def _larger_gpu(planner: Planner) -> Iterator[tuple[str, Planner]]:
     usual = [gpu for gpu in GPUS if gpu.name.startswith(("A100", "H100-80", "H200", "B200", "L40S"))]
     for gpu in sorted(usual, key=lambda gpu: gpu.memory_bytes):
         if gpu.memory_bytes > planner.gpu.memory_bytes:
-            way = Planner(planner.spec, planner.shape, planner.lengths, gpu, planner.price_per_gpu_hour)
+            way = replace(planner, gpu=gpu)
             if way.plan().fits:
                 yield f"topology.gpuType: {gpu.name}", way
                 return
 
 
 def _changed(planner: Planner, **update: object) -> Planner:
-    spec = planner.spec.model_copy(update=update)
-    return Planner(spec, planner.shape, planner.lengths, planner.gpu, planner.price_per_gpu_hour)
+    return replace(planner, spec=planner.spec.model_copy(update=update))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
