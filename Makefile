@@ -6,12 +6,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help setup run test lint generate verify bench clean
+.PHONY: help setup run test lint generate verify bench bench-operator clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY) ## create .venv with everything (the other targets do it when needed)
 
@@ -48,6 +49,9 @@ verify: lint ## lint, and check that generated files are up to date
 
 bench: $(READY) ## benchmarks side by side; results under benchmarks/results
 	$(BIN)/python -m benchmarks
+
+bench-operator: $(READY) ## the operator with 1,000 jobs on a real API server, and with 10,000 finished ones
+	$(BIN)/python -m benchmarks.operator_scale $(BENCH_ARGS)
 
 clean: ## remove the environment and local runs
 	rm -rf $(VENV) runs build dist
