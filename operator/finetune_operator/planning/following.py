@@ -23,6 +23,8 @@ from finetune_operator.planning.root_cause import Cause
 
 TRANSIENT_POLL_SECONDS = 15.0
 """How often a start is tried again that quota or a webhook refused."""
+POD_CREATION_SECONDS = 30.0
+"""How long a child's controller may take to make its pods before that is worth a sentence."""
 
 
 def follow(draft: Draft, record: AttemptRecord) -> Verdict | None:
@@ -137,6 +139,9 @@ def _underway(draft: Draft, record: AttemptRecord, child: Child | None) -> Verdi
         queue = seen.spec.pod_template.queue_name
         return Verdict(State.PROGRESSING, "Queued", f"Waits for its turn in queue {queue or '(Kueue)'}.", Phase.QUEUED)
     draft.wake_at(deadlines.startup_deadline(child, seen.spec))
+    not_made = _not_made(draft, child)
+    if not_made:
+        return Verdict(State.PROGRESSING, "WaitingForPods", not_made, Phase.WAITING)
     waiting = min((pod.waiting for pod in child.pods if pod.waiting), default="")
     if waiting and not deadlines.all_run(child):
         return Verdict(State.PROGRESSING, "WaitingForPods", waiting, Phase.WAITING)
@@ -145,6 +150,19 @@ def _underway(draft: Draft, record: AttemptRecord, child: Child | None) -> Verdi
     if not deadlines.all_run(child):
         return starting(record.stage)
     return _running(draft, record, reason, phase)
+
+
+def _not_made(draft: Draft, child: Child) -> str:
+    """That pods are still not made, in a sentence: a quota's refusal is told to their controller, not to us."""
+    made, wanted = len(child.pods), child.pods_expected
+    if made >= wanted or child.created is None or child.failed or child.succeeded:
+        return ""
+    due = deadlines.later(child.created, POD_CREATION_SECONDS)
+    if draft.now < due:
+        draft.wake_at(due)
+        return ""
+    why = "A quota or an admission rule may refuse the rest: `kubectl get events` has its words."
+    return f"{made} of {wanted} pods are made. {why}"
 
 
 def _running(draft: Draft, record: AttemptRecord, reason: str, phase: Phase) -> Verdict:

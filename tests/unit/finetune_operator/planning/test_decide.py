@@ -362,6 +362,16 @@ def test_pods_that_cannot_start_say_why() -> None:
     assert world.running().settled().reason == "Preparing"
 
 
+def test_pods_that_a_quota_keeps_from_being_made_are_missed_after_half_a_minute() -> None:
+    world = job().until(Stage.PREPARE).finishes().settled()
+    pods = world.child.pods
+    world.change(pods=pods[:1]).settled()
+    assert (world.reason, world.wakes()) == ("Starting", 30)
+    world.later(30).settled()
+    assert (world.reason, world.message.startswith("1 of 4 pods are made.")) == ("WaitingForPods", True)
+    assert world.change(pods=pods).running().settled().reason == "Training"
+
+
 def test_a_child_that_kueue_holds_back_is_queued() -> None:
     world = job(podTemplate={"queueName": "research"}).settled().change(queued=True).settled()
     assert (world.reason, world.status.phase) == ("Queued", Phase.QUEUED)
