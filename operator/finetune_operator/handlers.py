@@ -48,23 +48,58 @@ def settings(backend: Backend, *, clusterwide: bool) -> kopf.OperatorSettings:
     made.peering.standalone = True
     made.watching.server_timeout = RESYNC_SECONDS
     made.watching.connect_timeout = 10.0
+    made.persistence.diffbase_storage = _NoDiffs()
+    made.persistence.progress_storage = _NoProgress()
     for selector, kind in watched(backend).items():
         if kind != FINE_TUNE_JOB:
             made.watching.label_selectors[selector if selector[0] else selector[1]] = f"{MANAGED_BY_LABEL}={MANAGER}"
     return made
 
 
+class _NoDiffs(kopf.DiffBaseStorage):  # type: ignore[misc]
+    """No handler asks what changed; to find it out takes kopf most of its time, even when nobody asks."""
+
+    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        pass
+
+
+class _NoProgress(kopf.ProgressStorage):  # type: ignore[misc]
+    """No handler has progress to be kept."""
+
+    def fetch(self, *, key: str, body: kopf.Body) -> None:
+        return None
+
+    def store(self, *, key: str, record: Any, body: kopf.Body, patch: kopf.Patch) -> None:
+        pass
+
+    def purge(self, *, key: str, body: kopf.Body, patch: kopf.Patch) -> None:
+        pass
+
+    def touch(self, *, body: kopf.Body, patch: kopf.Patch, value: str | None) -> None:
+        pass
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        return essence
+
+
 def _watch(
     made: kopf.OperatorRegistry, selector: tuple[str, str], kind: str, store: Store, queue: WorkQueue[Key]
 ) -> None:
+    # Coroutines, although they await nothing: kopf runs plain functions in threads, and store and queue are the loop's.
     where = {"group": selector[0], "plural": selector[1]}
 
     @kopf.index(registry=made, id=f"index-{kind}", **where)  # type: ignore[untyped-decorator]
-    def index(body: kopf.Body, **_: Any) -> None:
+    async def index(body: kopf.Body, **_: Any) -> None:
         store.put(kind, slim(dict(body)))
 
     @kopf.on.event(registry=made, id=f"event-{kind}", **where)  # type: ignore[untyped-decorator]
-    def event(type: str | None, body: kopf.Body, **_: Any) -> None:
+    async def event(type: str | None, body: kopf.Body, **_: Any) -> None:
         key = store.drop(kind, slim(dict(body))) if type == "DELETED" else store.put(kind, slim(dict(body)))
         if key is not None:
             queue.add(key)
