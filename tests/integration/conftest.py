@@ -15,6 +15,7 @@ from .harness.control_plane import ControlPlane, is_given
 from .harness.fake_kubelet import FAKE_NODE_LABEL, FakeKubelet
 from .harness.helm import Helm
 from .harness.operator import OperatorProcess
+from .harness.story import Story
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -92,3 +93,9 @@ def operator(
     yield running
     running.kill()
     control_plane.delete_namespace(ops)
+
+
+@pytest.fixture
+def story(control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess) -> Story:
+    """A furnished namespace that our operator serves."""
+    return Story(control_plane, namespace, kubelet)

@@ -2,93 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 
-import pytest
-
 from finetune_api.base import Stage
-from finetune_api.report import CheckpointRef, Failure, FailureClass
+from finetune_api.report import CheckpointRef
 
-from .harness.api import Api, Resource
-from .harness.control_plane import ControlPlane
-from .harness.fake_kubelet import Exit, FakeKubelet
-from .harness.operator import OperatorProcess, Trainer, attempt_of, fine_tune_job, furnish, is_true, wait_for_job
+from .harness.api import Resource
+from .harness.fake_kubelet import Exit
+from .harness.operator import attempt_of, is_true
 from .harness.processes import wait_until
-
-NAME = "support"
-
-
-class Story:
-    """One job in a namespace, and shorthand for what is asked of it."""
-
-    def __init__(self, control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet) -> None:
-        self.api: Api = control_plane.api
-        self.namespace, self.kubelet = namespace, kubelet
-        self.trainer = Trainer(self.api, namespace)
-        furnish(self.api, namespace)
-
-    def apply(self, **spec: object) -> Resource:
-        return self.api.create(fine_tune_job(NAME, **spec), self.namespace)
-
-    def wait(self, condition: Callable[[Resource], object], what: str, seconds: float = 60) -> Resource:
-        return wait_for_job(self.api, NAME, self.namespace, condition, what, seconds)["status"]  # type: ignore[no-any-return]
-
-    def reason(self, reason: str, seconds: float = 60) -> Resource:
-        """Wait until Ready gives that reason."""
-        return self.wait(
-            lambda status: any(c["type"] == "Ready" and c["reason"] == reason for c in status.get("conditions", [])),
-            reason,
-            seconds,
-        )
-
-    def pods(self, count: int, stage: Stage, number: int = 1) -> list[Resource]:
-        labels = {"finetune.dev/stage": str(stage), "finetune.dev/attempt": str(number)}
-        return self.kubelet.wait_for_pods(self.namespace, count, labels)
-
-    def pods_terminating(self) -> list[Resource]:
-        """Wait until every pod is being deleted, and return them."""
-
-        def all_of_them() -> list[Resource] | None:
-            pods = self.api.objects("Pod", self.namespace, {"finetune.dev/stage": "train"})
-            return pods if pods and all("deletionTimestamp" in pod["metadata"] for pod in pods) else None
-
-        return wait_until(all_of_them, "the pods of Train to be deleted")
-
-    def patch(self, body: Resource) -> None:
-        self.api.patch({"kind": "FineTuneJob", "metadata": {"name": NAME, "namespace": self.namespace}}, body)
-
-    def until_train(self) -> list[Resource]:
-        """Prepare goes well; the pods of Train run."""
-        (pod,) = self.pods(1, Stage.PREPARE)
-        self.end_well(self.kubelet.run(pod))
-        return [self.kubelet.run(pod) for pod in self.pods(3, Stage.TRAIN)]
-
-    def end_well(self, *pods: Resource) -> None:
-        for pod in pods:
-            self.kubelet.end(pod, self.trainer.succeeds(pod))
-
-    def carry_on(self) -> Resource:
-        """From here on everything goes well."""
-        with self.kubelet.playing(self.namespace, self.trainer.succeeds):
-            return self.wait(is_true("Complete"), "Complete", 120)
-
-
-@pytest.fixture
-def story(control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess) -> Story:
-    """A furnished namespace that our operator serves."""
-    return Story(control_plane, namespace, kubelet)
-
-
-def failing(kind: str, rank: int, sentence: str = "") -> Exit:
-    """How a rank ends that says why."""
-    failure = Failure(
-        failure_class=FailureClass(kind),
-        rank=rank,
-        sentence=sentence or f"Rank {rank}: {kind}.",
-        time=datetime.now(UTC),
-    )
-    return Exit(code=1, message=failure.model_dump_json(by_alias=True, exclude_none=True))
+from .harness.story import NAME, Story, failing
 
 
 def test_the_root_cause_on_another_rank_is_recorded_before_the_child_goes(story: Story) -> None:

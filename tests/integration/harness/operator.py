@@ -53,13 +53,14 @@ class OperatorProcess:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
-    def twin(self) -> OperatorProcess:
-        """A second replica, not started."""
+    def twin(self, kubeconfig: Path | None = None) -> OperatorProcess:
+        """A second replica, not started; it may have a way to the API server of its own."""
         made = copy.copy(self)
         health, metrics = free_ports(2)
         ports = {"FINETUNE_HEALTH_PORT": str(health), "FINETUNE_METRICS_PORT": str(metrics)}
         made.health_port, made.metrics_port, made._process = health, metrics, None
-        made._environment = self._environment | ports
+        made.kubeconfig = kubeconfig or self.kubeconfig
+        made._environment = self._environment | ports | {"KUBECONFIG": str(made.kubeconfig)}
         made.log = self.log.with_suffix(f".{health}.log")
         return made
 
@@ -85,6 +86,11 @@ class OperatorProcess:
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(timeout=30)
+
+    def ends(self, seconds: float = 30) -> int:
+        """Wait until it ends by itself; returns its exit code."""
+        assert self._process is not None
+        return self._process.wait(timeout=seconds)
 
     def kill(self) -> None:
         """End it without a word."""
