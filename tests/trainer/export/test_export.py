@@ -29,7 +29,7 @@ from finetune_trainer.export import Base, Exported, export_digest, export_model
 from finetune_trainer.failures import TrainerError, classify
 from finetune_trainer.model import writer
 from finetune_trainer.model.build import CausalModel
-from finetune_trainer.model.nf4 import linear_4bit, write_nf4_copy
+from finetune_trainer.model.nf4 import keep_unpacked, linear_4bit, write_nf4_copy
 
 LENGTHS = (5, 17, 9, 3)
 
@@ -84,8 +84,9 @@ def as_a_user(directory: Path, out: Path, exported: Exported, four_bits: bool = 
     """The losses of the documents, each alone, with the export loaded by its users' libraries."""
     if exported.format == "adapter":
         base = AutoModelForCausalLM.from_pretrained(directory / "nf4" if four_bits else directory, dtype=torch.float32)
+        keep_unpacked(base)
         for layer in linear_4bit(base).values():
-            layer.compute_dtype, layer.support_avx512bf16_for_cpu = torch.float32, False
+            layer.compute_dtype = torch.float32
         model = PeftModel.from_pretrained(base, out)
     else:
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)

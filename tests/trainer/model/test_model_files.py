@@ -130,6 +130,8 @@ def test_a_model_that_is_already_quantised_is_refused(tmp_path: Path, directory:
     with pytest.raises(TrainerError, match=r"already quantised \(bitsandbytes\)") as refusal:
         write_nf4_copy(tmp_path / "copy", tmp_path / "again", Quantization())
     assert refusal.value.field == "model"
+    with pytest.raises(TrainerError, match="already quantised"):
+        load(tmp_path / "copy")
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from finetune_api.spec import Quantization, Tuning
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.model import nf4
-from finetune_trainer.model.build import CausalModel
+from finetune_trainer.model.build import CausalModel, check_bits
 from finetune_trainer.model.nf4 import write_nf4_copy
 from finetune_trainer.model.sharding import assert_sharded
-from finetune_trainer.model.weights import whole
+from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config, whole
 
 Outcome = tuple[list[float], dict[str, NDArray[Any]]]
 
@@ -170,6 +170,23 @@ def test_four_bit_weights_are_the_same_to_the_bit_on_any_number_of_ranks(directo
         for found in run_ranks(world_size, matrices, directory):
             assert found.keys() == expected.keys()
             assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def notices_a_flipped_bit(directory: Path) -> bool:
+    model = load(directory, METHODS["qlora"], nf4_directory=directory / "nf4")
+    base, layer = model.causal_lm, model.causal_lm.model.layers[0]
+    with SafetensorsDirectory(directory / "nf4") as files:
+        weights = ModelWeights(files, empty_model(read_config(directory), torch.float32))
+        check_bits(base, layer, weights)
+        if dist.get_rank() == 1:
+            layer.self_attn.q_proj.base_layer.weight.to_local()[0] ^= 1
+        with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn\.q_proj\.weight was altered"):
+            check_bits(base, layer, weights)
+    return True
+
+
+def test_a_bit_that_is_altered_in_gathering_four_bit_weights_is_noticed(directory: Path) -> None:
+    assert run_ranks(2, notices_a_flipped_bit, directory) == [True, True]
 
 
 def local_elements(directory: Path, method: str) -> tuple[int, int]:

@@ -317,7 +317,10 @@ def file_key(name: str) -> str:
 
 
 def initialise_virtual_tokens(peft_model: PeftModel, rows: Tensor | None, seed: int) -> None:
-    """First values of a soft prompt (`rows` [tokens, hidden]: embeddings of real tokens) or of a prefix (small)."""
+    """First values of a soft prompt (`rows` [tokens, hidden]: embeddings of real tokens) or of a prefix.
+
+    A prefix starts small: with PEFT's unit deviation SmolLM2 begins at a loss of 14.2 instead of 9.7 (9.1 without).
+    """
     for name, parameter in peft_model.prompt_encoder.named_parameters():
         values = rows if rows is not None else 0.02 * torch.randn(parameter.shape, generator=generator(seed, name))
         fill(parameter, values)

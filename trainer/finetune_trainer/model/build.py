@@ -239,6 +239,7 @@ def load_model(
     adapter_directory = Path(adapter_directory) if adapter_directory else None
     nf4_directory = Path(nf4_directory) if nf4_directory else None
     _refuse_combinations(method, tuning, activation_checkpointing)
+    nf4.refuse_quantized(directory, trust_remote_code)
     config = read_config(directory, trust_remote_code)
     packed = packing and method not in UNPACKED
     base = empty_model(config, torch.float32 if method is Method.FULL else precision, "eager", trust_remote_code)
@@ -273,6 +274,8 @@ def load_model(
         if method is Method.QLORA:
             nf4.read_states(base, files, device)
         _fill(base, weights)
+        if method is Method.QLORA and mesh is not None:
+            check_bits(base, layers[0], weights)
     _initialise(root, directory, tuning, seed, adapter_directory)
     root.trainable = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
     if packed:
@@ -390,6 +393,22 @@ def _fill(base: PreTrainedModel, weights: ModelWeights) -> None:
         if weights.shape(key) != tuple(parameter.shape):
             raise shape_mismatch(weights.directory.directory, key, weights.shape(key), parameter.shape)
         fill(parameter, weights, key)
+
+
+def check_bits(base: PreTrainedModel, layer: nn.Module, weights: ModelWeights) -> None:
+    """Raise RuntimeError if a layer's 4-bit weights, gathered as for a forward pass, are not the file's to the bit.
+
+    Gathering in a float type has altered NaN bit patterns on GPUs (bitsandbytes#1945). Collective.
+    """
+    assert isinstance(layer, FSDPModule)
+    layer.unshard()
+    inside = set(layer.modules())
+    for name, module in nf4.linear_4bit(base).items():
+        if module in inside:
+            key = base_name(f"{name}.weight")
+            if not torch.equal(module.weight.detach().cpu().flatten(), weights.read(key).flatten()):
+                raise RuntimeError(f"{key} was altered when it was gathered from the ranks")
+    layer.reshard()
 
 
 def base_name(name: str) -> str:

@@ -30,9 +30,9 @@ def quantization_key(commit_or_digest: str, quantization: Quantization) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def refuse_quantized(directory: Path) -> None:
+def refuse_quantized(directory: Path, trust_remote_code: bool = False) -> None:
     """Raise TrainerError (bad-spec) for a model that is already quantised."""
-    config = read_config(directory)
+    config = read_config(directory, trust_remote_code)
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
@@ -141,9 +141,18 @@ def make_linear_4bit(model: nn.Module, quantization: Quantization, compute_dtype
         weight.quant_type = quantization.type  # type: ignore[attr-defined]
         replacement.weight = weight
         replacement.bias = linear.bias
-        # bitsandbytes would repack the weight in place in evaluation: fatal for a view of a gathered buffer
-        replacement.support_avx512bf16_for_cpu = False
         model.set_submodule(name, replacement)
+    keep_unpacked(model)
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Let 4-bit layers compute in evaluation what they compute in training.
+
+    On CPUs with AVX512-BF16 bitsandbytes would repack the weight in place for a bfloat16 kernel: fatal for a view
+    of a gathered buffer, less exact than float32, and an error for sizes that are no multiple of its block.
+    """
+    for module in linear_4bit(model).values():
+        module.support_avx512bf16_for_cpu = False
 
 
 def pack_empty(model: nn.Module) -> None:
