@@ -61,12 +61,12 @@ def test_what_is_nobodys_business_is_not_in_the_card(evaluated: EvaluationRun) -
     secret = {
         "credentials": {"hub": {"name": "very-secret-name"}},
         "podTemplate": {"env": [{"name": "INTERNAL", "value": "internal-host"}]},
-        "model": {"path": "/home/somebody/private/tiny-base"},
-        "datasets": [{"name": "classification", "path": "/home/somebody/rows.csv", "task": "classification"}],
+        "model": {"path": "/data/somebody/private/tiny-base"},
+        "datasets": [{"name": "classification", "path": "/data/somebody/rows.csv", "task": "classification"}],
     }
     manifest = evaluated.manifest.model_copy(deep=True)
-    manifest.model.source, manifest.model.commit = "/home/somebody/private/tiny-base", ""
-    manifest.datasets[0].source = "/home/somebody/rows.csv sha256:0123"
+    manifest.model.source, manifest.model.commit = "/data/somebody/private/tiny-base", ""
+    manifest.datasets[0].source = "/data/somebody/rows.csv sha256:0123"
     facts = facts_of(evaluated, **secret)
     card = model_card(CardFacts(facts.config, manifest, facts.results, facts.origin, facts.export))
     for word in ("very-secret-name", "internal-host", "somebody", str(evaluated.path.parent)):

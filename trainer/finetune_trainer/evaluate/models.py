@@ -115,13 +115,18 @@ def _load(source: Source, directory: Path) -> Any:
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict):
         quantization["bnb_4bit_compute_dtype"] = str(source.compute_dtype).removeprefix("torch.")
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
         dtype=source.dtype,
         device_map=source.device_map or {"": str(source.device)},
         trust_remote_code=source.trust_remote_code,
     )
+    if quantization is not None:
+        from finetune_trainer.model.nf4 import keep_unpacked
+
+        keep_unpacked(model)
+    return model
 
 
 def _prepared(model: Any, source: Source) -> Any:
