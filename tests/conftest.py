@@ -21,7 +21,8 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-FIRST = ("unit", "trainer", "local", "integration", "e2e")
+FIRST = ("unit", "integration", "e2e", "trainer", "local")
+"""Fast ones first; then what shares the control plane, so that one worker has it while the others train."""
 CLUSTER = ("integration", "e2e")
 
 
