@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A machine's load is no property of the code; in CI the examples are the same each time.
+settings.register_profile("everywhere", deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("everywhere")
 
 os.environ.update(
     {

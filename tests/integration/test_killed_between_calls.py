@@ -169,11 +169,11 @@ class Place:
         life = self.life(plan, fresh=fresh, **options)
         begin = len(life.proxy.history)
         job = self.api.create(small_job(name), self.namespace)
-        wait_until(lambda: life.proxy.killed.is_set() or self._ended(name), f"{name} to end", 40)
+        wait_until(lambda: life.proxy.killed.is_set() or self._ended(name), f"{name} to end", 120)
         history, killed = life.proxy.history[begin:], life.proxy.killed.is_set()
         if killed:
             life = self.life(fresh=True)
-            wait_until(lambda: self._ended(name), f"{name} to end after a kill", 40)
+            wait_until(lambda: self._ended(name), f"{name} to end after a kill", 120)
             history += life.proxy.history
         status = self.api.get("FineTuneJob", name, self.namespace)["status"]
         broken, self._script.broken = self._script.broken, []

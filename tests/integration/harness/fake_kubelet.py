@@ -164,9 +164,12 @@ class FakeKubelet:
     def finish_termination(self, pod: Resource, exit: Exit | None = None) -> None:
         """Let the kubelet end a pod that is being deleted; without an exit, as if it heeded SIGTERM.
 
-        Does nothing about finalizers: those are their controllers' to remove.
+        One that is gone already needs nothing. Does nothing about finalizers: those are their controllers' to remove.
         """
-        pod = self._present(pod)
+        present = self.api.refresh(pod)
+        if present is None:
+            return
+        pod = present
         if "deletionTimestamp" not in pod["metadata"]:
             raise AssertionError(f"Pod {pod['metadata']['name']} is not being deleted.")
         if pod["status"].get("phase") not in ("Succeeded", "Failed"):
