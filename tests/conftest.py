@@ -30,6 +30,12 @@ FIRST = ("unit", "integration", "e2e", "trainer", "local")
 """Fast ones first; then what shares the control plane, so that one worker has it while the others train."""
 CLUSTER = ("integration", "e2e")
 
+NEVER_RUN_WITHOUT = (
+    "no test covers CUDA: NCCL, fused AdamW, varlen and flash attention, memory and speed on a GPU",
+    "no test covers the public Hub, W&B's cloud or a registry: loopback servers speak their protocols",
+    "no test runs real pods: a played kubelet writes their status",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; one worker a file, and one worker for everything that shares the control plane."""
@@ -49,8 +55,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name what this machine could not run, with the reason: a skip must never look green."""
     skipped = terminalreporter.stats.get("skipped", [])
     terminalreporter.section("not run on this machine")
+    for what in NEVER_RUN_WITHOUT:
+        terminalreporter.write_line(what)
     if not skipped:
-        terminalreporter.write_line("everything was run")
+        terminalreporter.write_line("every test was run")
     for report in skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         terminalreporter.write_line(f"{report.nodeid}: {str(reason).removeprefix('Skipped: ')}")

@@ -69,6 +69,7 @@ def test_one_run_has_the_curves_of_all_attempts(tmp_path: Path, model: Path) -> 
     rows = [line for line in lines if line.startswith("('row'")]
     assert sum("train/loss" in row for row in rows) == 4
     assert sum("validation/loss" in row and row.endswith("2)") for row in rows) == 1
+    assert rows[-1] == "('row', ['train/step', 'validation/table'], 4)"
     assert lines[-1] == "('finish',)"
     assert job.report().wandb_url == "https://wandb.example/run"
     assert job.report().warnings == []

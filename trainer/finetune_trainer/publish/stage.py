@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,4 +128,4 @@ def _target_directory(context: RunContext, publish: Publish) -> Path:
     if given.is_absolute():
         return given
     local = not context.config.image and context.config.paths.source
-    return (Path(context.config.paths.source) if local else context.run) / given
+    return Path(os.path.normpath((Path(context.config.paths.source) if local else context.run) / given))

@@ -14,6 +14,9 @@ FINISH_SECONDS = 60.0
 MOST_PENDING = 100_000
 """Rows that wait for a tracker that does not answer; newer ones are dropped."""
 
+VALIDATION_COLUMNS = ("train/step", "validation/loss", "validation/accuracy")
+"""The table that stands beside the curves: every validation of this attempt."""
+
 
 class Tracker(Protocol):
     """Where curves go."""
@@ -110,8 +113,14 @@ class WandbTracker:
             run.define_metric("train/step")
             run.define_metric("*", step_metric="train/step")
             self.url = run.url or ""
+            validations = []
             while (row := self._rows.get()) is not None:
                 run.log(row)
+                if VALIDATION_COLUMNS[1] in row:
+                    validations.append([row.get(name) for name in VALIDATION_COLUMNS])
+            if validations:
+                table = wandb.Table(columns=list(VALIDATION_COLUMNS), data=validations)
+                run.log({"validation/table": table, VALIDATION_COLUMNS[0]: validations[-1][0]})
             run.finish()
         except BaseException as error:  # whatever it is, training goes on
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
