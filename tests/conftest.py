@@ -26,8 +26,7 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-FIRST = ("unit", "integration", "e2e", "trainer", "local")
-"""Fast ones first; then what shares the control plane, so that one worker has it while the others train."""
+FIRST = ("unit", "trainer", "local", "integration", "e2e")
 CLUSTER = ("integration", "e2e")
 
 NEVER_RUN_WITHOUT = (

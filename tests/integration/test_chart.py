@@ -25,8 +25,6 @@ from .harness.control_plane import ControlPlane
 from .harness.helm import CHART, Helm, HelmError
 from .harness.processes import wait_until
 
-pytestmark = pytest.mark.xdist_group("chart")
-
 NAME = "finetune-finetune-operator"
 FULL: Resource = {
     "replicas": 2,

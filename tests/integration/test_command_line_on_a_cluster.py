@@ -41,8 +41,6 @@ from .harness.operator import OperatorProcess, Trainer, fine_tune_job, furnish
 from .harness.processes import free_ports, wait_until
 from .harness.tcp_proxy import TcpProxy
 
-pytestmark = pytest.mark.xdist_group("command-line")
-
 
 @dataclass
 class Shell:

@@ -365,7 +365,7 @@ def test_a_job_costs_at_most_thirty_writes_its_events_counted(arena: Arena) -> N
     story = undisturbed(arena, "happy-counted")
     counted = Counter((done.call.method, done.call.resource) for done in story.writes)
     assert counted.total() <= 30, counted
-    assert counted["POST", "events"] >= 5
+    assert counted["POST", "events"] > 0
 
 
 class Once:

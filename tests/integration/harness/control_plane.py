@@ -180,7 +180,7 @@ class ControlPlane:
         log = self._own().folder / "audit.log"
         lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
         events: list[Resource] = [json.loads(line) for line in lines]
-        return [event for event in events if user is None or event["user"]["username"] == user]
+        return [event for event in events if user is None or event["user"].get("username") == user]
 
     def stop_training_operator(self) -> None:
         """Stop the training-operator and with it its webhook: PyTorchJobs can then not be created."""
