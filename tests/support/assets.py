@@ -23,39 +23,40 @@ def _fetcher() -> ModuleType:
     return module
 
 
-def _fetch(name: str) -> Path:
+def fetch(name: str) -> Path:
+    """Path of one asset of `examples/fetch_assets.py`."""
     path: Path = _fetcher().fetch(name)
     return path
 
 
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file."""
-    return _fetch("smollm2")
+    return fetch("smollm2")
 
 
 def tweets_csv() -> Path:
     """38,158 tweets with three sentiments (columns text, sentiment)."""
-    return _fetch("tweets")
+    return fetch("tweets")
 
 
 def commonsense_jsonl() -> Path:
     """1,221 five-way questions (question, choices, answer)."""
-    return _fetch("commonsense")
+    return fetch("commonsense")
 
 
 def piqa_jsonl() -> Path:
     """1,500 two-way questions (question, choices, answer)."""
-    return _fetch("piqa")
+    return fetch("piqa")
 
 
 def chitchat_jsonl() -> Path:
     """Chats between two people, as messages with roles."""
-    return _fetch("chitchat")
+    return fetch("chitchat")
 
 
 def minilm_directory() -> Path:
     """A six-layer sentence encoder."""
-    return _fetch("minilm")
+    return fetch("minilm")
 
 
 def smollm2_directory() -> Path:
