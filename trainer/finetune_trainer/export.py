@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +25,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from finetune_api.report import FailureClass
 from finetune_api.spec import Method
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import flush, sha256_of
 from finetune_trainer.model import adapters
 from finetune_trainer.model.build import CausalModel, base_name
 from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config, whole
 from finetune_trainer.model.writer import ShardWriter, save_tensors
 
 DIGEST_FILE = "digest.json"
-BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -305,8 +304,8 @@ def _seal(directory: Path) -> str:
     content = {"digest": _total(digests), "files": digests}
     (directory / DIGEST_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     for path in _files(directory):
-        _flush(path)
-    _flush(directory)
+        flush(path)
+    flush(directory)
     with SafetensorsDirectory(directory) as files:
         for name in files:
             files.shape(name)
@@ -319,7 +318,7 @@ def _publish(aside: Path, directory: Path) -> None:
     if directory.exists():
         directory.rename(old)
     aside.rename(directory)
-    _flush(directory.parent)
+    flush(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -329,7 +328,7 @@ def _files(directory: Path) -> list[Path]:
 
 def _digests(directory: Path) -> dict[str, dict[str, Any]]:
     return {
-        path.relative_to(directory).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size}
+        path.relative_to(directory).as_posix(): {"sha256": sha256_of(path), "size": path.stat().st_size}
         for path in _files(directory)
         if path.name != DIGEST_FILE
     }
@@ -338,19 +337,3 @@ def _digests(directory: Path) -> dict[str, dict[str, Any]]:
 def _total(digests: dict[str, dict[str, Any]]) -> str:
     lines = "".join(f"{name}\0{digests[name]['sha256']}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -64,7 +64,7 @@ def exit_code(status: JobStatus) -> int:
     return EXIT_GATE_REFUSED if failed.reason == "GateRefused" else EXIT_FAILED
 
 
-def last_sentence(status: JobStatus) -> str:
+def ending(status: JobStatus) -> str:
     """What the end of a job says: the message of Complete or Failed."""
     from finetune_api.status import ConditionType
 

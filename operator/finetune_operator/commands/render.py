@@ -9,8 +9,8 @@ import typer
 import yaml
 
 from finetune_api.validate import check
-from finetune_operator.commands.validate import read_source
 from finetune_operator.errors import UserError
+from finetune_operator.inputs import read_text
 from finetune_operator.planning.manifests.backend import Backend
 from finetune_operator.planning.manifests.children import all_manifests
 from finetune_operator.planning.manifests.job import Job
@@ -35,7 +35,7 @@ def render(
     """
     if backend not in BACKENDS:
         raise UserError(f"--backend {backend} is not known: {' or '.join(BACKENDS)}.")
-    checked = check(read_source(file))
+    checked = check(read_text(file))
     if checked.problems:
         first = checked.problems[0]
         raise UserError(f"{file}: {first.path}: {first.sentence}".replace(": : ", ": "))

@@ -6,13 +6,13 @@ import importlib.util
 import os
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune_operator.commands._output import OutputFormat, output_of
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from finetune_operator.planning.model import Event
     from finetune_operator.view.outputs import Output
     from finetune_operator.view.scene import Scene
-
-
-class OutputFormat(StrEnum):
-    """How to follow the run."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 def run(
@@ -142,19 +135,18 @@ def _run(loaded: JobFile, directory: Path, output_format: OutputFormat, *, retry
 
     early: list[str] = []
     record = begin(loaded.job, directory, fresh=fresh, retry=retry, tell=early.append)
-    live = output_format is OutputFormat.TEXT and sys.stdout.isatty()
     finished = complete(record.status) or (failed(record.status) and not retry)
     if not finished:
         need_the_trainer()
     placement = None if finished else place(record.job.spec.topology, this_machine())
     record.save()
-    with _output(output_format, record) as output:
+    with output_of(output_format, record.wire) as output:
         show = Show(record, output)
         for sentence in early:
             show.note(sentence)
         code = exit_code(record.status) if placement is None else _carry_out(record, loaded, placement, show)
         output.end(show.scene())
-    _last_words(record, code, finished=finished, live=live)
+    _last_words(record, code, finished=finished, live=output_format.live)
     return code
 
 
@@ -199,18 +191,6 @@ def need_the_trainer() -> None:
             raise UserError(
                 f"finetune run needs {name}, which is not installed: pip install 'finetune-operator[trainer]'."
             )
-
-
-def _output(output_format: OutputFormat, record: Record) -> Output:
-    from finetune_operator.view.outputs import JsonOutput, LiveOutput, PlainOutput
-
-    if output_format is OutputFormat.JSON:
-        return JsonOutput(sys.stdout, record.wire)
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        return LiveOutput(Console())
-    return PlainOutput(sys.stdout)
 
 
 def _last_words(record: Record, code: int, *, finished: bool, live: bool) -> None:

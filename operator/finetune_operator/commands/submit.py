@@ -12,8 +12,8 @@ from finetune_api.base import KIND
 from finetune_api.documents import read_documents
 from finetune_api.validate import check
 from finetune_operator.commands._cluster import Context, Namespace, jobs_in, status_of
-from finetune_operator.commands.validate import read_source
 from finetune_operator.errors import EXIT_BAD_SPEC, EXIT_FAILED, UserError
+from finetune_operator.inputs import read_text, source_name
 
 if TYPE_CHECKING:
     from finetune_operator.cluster.as_user.connection import Connection
@@ -69,8 +69,8 @@ def submit(
 
 
 def _read(name: str) -> list[Submitted]:
-    text = read_source(name)
-    source = "stdin" if name == "-" else name
+    text = read_text(name)
+    source = source_name(name)
     checked = check(text)
     for problem in checked.problems:
         print(problem.text(source), file=sys.stderr)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -12,9 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune_api.validate import Checked, Problem, check
-from finetune_operator.errors import EXIT_BAD_SPEC, UserError
-
-STDIN = "-"
+from finetune_operator.errors import EXIT_BAD_SPEC
+from finetune_operator.inputs import read_text, source_name
 
 
 def validate(
@@ -22,7 +19,7 @@ def validate(
     output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="How to print.")] = "text",
 ) -> None:
     """Check files as the API server would, and say what to write instead."""
-    results = {name: check(read_source(name)) for name in files}
+    results = {name: check(read_text(name)) for name in files}
     if output == "json":
         print(json.dumps({name: _as_json(checked) for name, checked in results.items()}, indent=2, ensure_ascii=False))
     else:
@@ -30,20 +27,6 @@ def validate(
             _print(name, checked)
     if any(checked.problems for checked in results.values()):
         raise SystemExit(EXIT_BAD_SPEC)
-
-
-def read_source(name: str) -> str:
-    """The text of a file, or of standard input for `-`. Raises UserError with a sentence if there is none."""
-    if name == STDIN:
-        return sys.stdin.read()
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{name}: there is no such file.") from None
-    except IsADirectoryError:
-        raise UserError(f"{name} is a directory: name the files in it.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not text in UTF-8 (byte {error.start}).") from None
 
 
 def _as_json(checked: Checked) -> dict[str, object]:
@@ -56,7 +39,7 @@ def _as_json(checked: Checked) -> dict[str, object]:
 
 def _print(name: str, checked: Checked) -> None:
     out, err = Console(soft_wrap=True, highlight=False), Console(soft_wrap=True, highlight=False, stderr=True)
-    source = "stdin" if name == STDIN else name
+    source = source_name(name)
     for problem in checked.problems:
         err.print(_line(source, problem))
     for note in checked.notes:

@@ -13,9 +13,9 @@ from finetune_operator.commands._cluster import (
     Context,
     Name,
     Namespace,
+    ending,
     exit_code,
     jobs_in,
-    last_sentence,
     nobody_looks,
     status_of,
 )
@@ -52,7 +52,7 @@ def wait(
             phase = str(status.phase)
             code = exit_code(status)
             if code != EXIT_INTERRUPTED:
-                _end(name, code, last_sentence(status))
+                _end(name, code, ending(status))
         if seconds is not None and time.monotonic() - began > seconds:
             raise UserError(f"{name} has not ended after {timeout}; it is {phase}.", EXIT_FAILED)
 

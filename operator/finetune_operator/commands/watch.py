@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,11 +12,12 @@ from finetune_operator.commands._cluster import (
     Context,
     Name,
     Namespace,
+    ending,
     exit_code,
     jobs_in,
-    last_sentence,
     nobody_looks,
 )
+from finetune_operator.commands._output import OutputFormat, output_of
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 1.0
 """Between two drawings when nothing changes: ages go on."""
-
-
-class OutputFormat(StrEnum):
-    """How to follow the job."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 def watch(
@@ -53,9 +46,8 @@ def watch(
     changes = ticking(follow(jobs, name), TICK_SECONDS)
     job = next(change for change in changes if change is not None)
     shown = Shown(job)
-    live = output is OutputFormat.TEXT and sys.stdout.isatty()
     try:
-        with _output(output, shown) as out:
+        with output_of(output, lambda: shown.job) as out:
             out.scene(shown.scene())
             while exit_code(shown.status) == EXIT_INTERRUPTED:
                 change = next(changes)
@@ -68,10 +60,10 @@ def watch(
         print(f"{name} goes on; the same command shows it again.", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     code = exit_code(shown.status)
-    if code != EXIT_COMPLETE and not live:
+    if code != EXIT_COMPLETE and not output.live:
         from finetune_operator.errors import say_error
 
-        say_error(last_sentence(shown.status))
+        say_error(ending(shown.status))
     raise typer.Exit(code)
 
 
@@ -121,15 +113,3 @@ class Shown:
             history=self._history,
             notes=self._notes,
         )
-
-
-def _output(output_format: OutputFormat, shown: Shown) -> Output:
-    from finetune_operator.view.outputs import JsonOutput, LiveOutput, PlainOutput
-
-    if output_format is OutputFormat.JSON:
-        return JsonOutput(sys.stdout, lambda: shown.job)
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        return LiveOutput(Console())
-    return PlainOutput(sys.stdout)

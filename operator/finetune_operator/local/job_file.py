@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from finetune_api.documents import DocumentError, read_documents
 from finetune_api.spec import FineTuneJob
 from finetune_api.validate import check
 from finetune_operator.errors import UserError
+from finetune_operator.inputs import STDIN, read_text, source_name
 from finetune_operator.local.overrides import apply_overrides
 
 
@@ -26,7 +26,9 @@ class JobFile:
 
 def load(file: str, overrides: list[str]) -> JobFile:
     """The one FineTuneJob in `file` (`-` is stdin). Raises UserError with every problem that it has."""
-    text, source = _read(file)
+    text = read_text(file)
+    source = Path.cwd() if file == STDIN else Path(file).expanduser().resolve().parent
+    file = source_name(file)
     checked = check(_changed(text, file, overrides) if overrides else text)
     if checked.problems:
         # With --set the text is no longer the file's, and its lines mean nothing.
@@ -36,22 +38,6 @@ def load(file: str, overrides: list[str]) -> JobFile:
         found = f"{len(checked.jobs)} {KIND}s ({names})" if names else f"no {KIND}"
         raise UserError(f"{file} holds {found}: give one file a job.")
     return JobFile(checked.jobs[0], source)
-
-
-def _read(file: str) -> tuple[str, Path]:
-    if file == "-":
-        return sys.stdin.read(), Path.cwd()
-    path = Path(file).expanduser()
-    try:
-        return path.read_text(encoding="utf-8"), path.resolve().parent
-    except IsADirectoryError:
-        raise UserError(f"{file} is a directory: give the job's file.") from None
-    except FileNotFoundError:
-        raise UserError(f"There is no file {file}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not text (UTF-8).") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
 
 
 def _changed(text: str, file: str, overrides: list[str]) -> str:

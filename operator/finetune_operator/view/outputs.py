@@ -109,13 +109,11 @@ class _QuietTerminal:
                 termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
 
 
-class PlainOutput:
-    """A line for each transition, and one for progress now and then."""
+class _Lines:
+    """Lines on a stream: nothing to begin with, and all of them written at the end."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self._stream, self._clock = stream, clock
-        self._shown_at: dict[str, datetime] = {}
-        self._shown: dict[str, object] = {}
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def __enter__(self) -> Self:
         return self
@@ -124,6 +122,16 @@ class PlainOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.flush()
+
+
+class PlainOutput(_Lines):
+    """A line for each transition, and one for progress now and then."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        super().__init__(stream)
+        self._clock = clock
+        self._shown_at: dict[str, datetime] = {}
+        self._shown: dict[str, object] = {}
 
     def scene(self, scene: Scene) -> None:
         """A line if the stage or its attempt changed, or if the last line of progress is some time ago."""
@@ -194,20 +202,13 @@ def progress_line(scene: Scene) -> str:
     return ", ".join(parts)
 
 
-class JsonOutput:
+class JsonOutput(_Lines):
     """One JSON object a line: `event`, `note`, `progress`, and at the end `status` with the whole resource."""
 
     def __init__(self, stream: TextIO, resource: Callable[[], dict[str, Any]]) -> None:
-        self._stream, self._resource = stream, resource
+        super().__init__(stream)
+        self._resource = resource
         self._last: object = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.flush()
 
     def scene(self, scene: Scene) -> None:
         """A line if the progress changed."""

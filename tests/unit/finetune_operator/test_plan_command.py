@@ -345,7 +345,7 @@ def test_validate_reads_standard_input_and_answers_programs(
 ) -> None:
     import io
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO(yaml.safe_dump(manifest({"spec.nope": 1}))))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(yaml.safe_dump(manifest({"spec.nope": 1})).encode())))
     assert run_command_line(["validate", "-", "-o", "json"]) == 2
     [problem] = json.loads(capsys.readouterr().out)["-"]["problems"]
     assert problem["path"] == "spec.nope"
@@ -353,7 +353,7 @@ def test_validate_reads_standard_input_and_answers_programs(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"), [("missing.yaml", None, "there is no such file"), ("bytes", b"\xff\xfe", "UTF-8")]
+    ("name", "content", "says"), [("missing.yaml", None, "There is no file"), ("bytes", b"\xff\xfe", "UTF-8")]
 )
 def test_validate_says_what_it_cannot_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, says: str

@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
-
-from filelock import FileLock
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.prepare.sources import file_digest
+from finetune_trainer.files import made_once, sha256_of
 
 log = logging.getLogger(__name__)
 
 DTYPE = "bfloat16"
 WHY_BFLOAT16 = "such models are published in it, and its rounding is finer than that of the quantised blocks"
-DONE = ".complete"
 
 
 def converted_directory(path: Path, models: Path) -> Path:
     """Where the conversion of that file lies or will lie: keyed by its content and the data type."""
-    return models / f"gguf-{file_digest(path)[:32]}-{DTYPE}"
+    return models / f"gguf-{sha256_of(path)[:32]}-{DTYPE}"
 
 
 def convert(path: Path, models: Path) -> Path:
     """Directory with config, safetensors (bfloat16) and tokenizer made from a GGUF file.
 
-    Made once and renamed into place under a lock, so other jobs wait or find it whole. Raises TrainerError
-    (bad-spec) where the file is none or its architecture is not known to transformers.
+    Raises TrainerError (bad-spec) where the file is none or its architecture is not known to transformers.
     """
-    directory = converted_directory(path, models)
-    models.mkdir(parents=True, exist_ok=True)
-    with FileLock(models / f".{directory.name}.lock"):
-        if (directory / DONE).exists():
-            return directory
-        aside = models / f".{directory.name}.{os.getpid()}"
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            _write(path, aside)
-            (aside / DONE).touch()
-            shutil.rmtree(directory, ignore_errors=True)
-            aside.rename(directory)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return directory
+    return made_once(converted_directory(path, models), lambda aside: _write(path, aside))
 
 
 def load_tokenizer(path: Path) -> object:

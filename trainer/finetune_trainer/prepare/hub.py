@@ -30,6 +30,7 @@ from huggingface_hub.utils._http import get_session
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.hub_answers import first_line, root_of, status_of
 
 Kind = Literal["model", "dataset"]
 
@@ -125,9 +126,9 @@ class Hub:
 
 def explain(error: BaseException, repo: str, revision: str, kind: Kind, field: str, *, signed_in: bool) -> TrainerError:
     """The failure that an error of the Hub's client amounts to, with what to do about it."""
-    root = _root_of(error)
+    root = root_of(error)
     page = f"{constants.ENDPOINT}/datasets/{repo}" if kind == "dataset" else f"{constants.ENDPOINT}/{repo}"
-    status = _status(root)
+    status = status_of(root)
     sentence = _no_access(root, repo, page, kind, status, signed_in)
     if sentence:
         return TrainerError(FailureClass.NO_ACCESS, sentence, f"{field}.repo")
@@ -140,10 +141,12 @@ def explain(error: BaseException, repo: str, revision: str, kind: Kind, field: s
     if isinstance(root, HFValidationError):
         return TrainerError(FailureClass.BAD_SPEC, f"{repo!r} is no repository name: {root}", f"{field}.repo")
     if isinstance(root, EntryNotFoundError) and not isinstance(root, LocalEntryNotFoundError):
-        return TrainerError(FailureClass.BAD_DATA, f"The {kind} {repo} has lost a file: {_line(root)}", f"{field}.repo")
+        return TrainerError(
+            FailureClass.BAD_DATA, f"The {kind} {repo} has lost a file: {first_line(root)}", f"{field}.repo"
+        )
     if status is not None and status not in TRANSIENT_STATUS and status < 500:
         return TrainerError(
-            FailureClass.NO_ACCESS, f"The Hub refused {repo} (status {status}): {_line(root)}", f"{field}.repo"
+            FailureClass.NO_ACCESS, f"The Hub refused {repo} (status {status}): {first_line(root)}", f"{field}.repo"
         )
     answer = f"status {status}" if status is not None else type(root).__name__
     if isinstance(root, OfflineModeIsEnabled):
@@ -180,27 +183,6 @@ def _no_access(
         what = "The token that was given may not read" if signed_in else "A token is needed to read"
         return f"{what} {repo}: name a read token in credentials.hub (locally: HF_TOKEN) and see {page}."
     return None
-
-
-def _root_of(error: BaseException) -> BaseException:
-    """The Hub's own answer inside what the client made of it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, HfHubHTTPError) or (
-            isinstance(seen, httpx2.HTTPError | OfflineModeIsEnabled) and seen is not error
-        ):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return error
-
-
-def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _literal(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,15 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from finetune_api.report import FailureClass, ModelFacts
 from finetune_api.spec import Model, Quantization, Source
+from finetune_trainer import files
 from finetune_trainer.data.manifest import PreparedModel
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import made_once, sha256_of
 from finetune_trainer.prepare import gguf
 from finetune_trainer.prepare.hub import Hub, ResolvedRepo
-from finetune_trainer.prepare.sources import file_digest
 
 TOKENIZER_FILES = (
     "README.md",  # names the licence, which the card repeats
@@ -31,7 +29,6 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DONE = ".complete"
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def fetch_model(model: Model, hub: Hub, resolve: Any, cache: Path, *, weights: b
 
 def _tokenizer_of_gguf(path: Path, given: str, cache: Path) -> LocalModel:
     converted = gguf.converted_directory(path, cache / "models")
-    return LocalModel(converted if (converted / gguf.DONE).exists() else path, given, converted=True)
+    return LocalModel(converted if (converted / files.DONE).exists() else path, given, converted=True)
 
 
 def model_files(names: Sequence[str], model: Model, *, weights: bool = True) -> list[str]:
@@ -228,7 +225,7 @@ def model_digest(directory: Path, cache: Path) -> str:
 
 def digest_of(directory: Path, names: Sequence[str]) -> str:
     """sha256 over the files' names and digests."""
-    lines = [f"{name}\0{file_digest(directory / name)}\n" for name in sorted(names)]
+    lines = [f"{name}\0{sha256_of(directory / name)}\n" for name in sorted(names)]
     return sha256("".join(lines).encode()).hexdigest()
 
 
@@ -236,19 +233,5 @@ def nf4_copy(model: PreparedModel, quantization: Quantization, cache: Path) -> P
     """Directory of the 4-bit copy, written once to the cache: keyed by the weights and the quantisation."""
     from finetune_trainer.model.nf4 import quantization_key, write_nf4_copy
 
-    models = cache / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    directory = models / f"{quantization.type}-{quantization_key(model.digest, quantization)}"
-    with FileLock(models / f".{directory.name}.lock"):
-        if (directory / DONE).exists():
-            return directory
-        aside = models / f".{directory.name}.{os.getpid()}"
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            write_nf4_copy(Path(model.directory), aside, quantization)
-            (aside / DONE).touch()
-            shutil.rmtree(directory, ignore_errors=True)
-            aside.rename(directory)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return directory
+    directory = cache / "models" / f"{quantization.type}-{quantization_key(model.digest, quantization)}"
+    return made_once(directory, lambda aside: write_nf4_copy(Path(model.directory), aside, quantization))

@@ -19,6 +19,7 @@ import yaml
 from finetune_api.report import FailureClass
 from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import sha256_of
 from finetune_trainer.prepare import readers
 from finetune_trainer.prepare.readers import Row, UnreadableFileError, format_of
 
@@ -243,17 +244,8 @@ def digest_of_files(root: Path, files: dict[str, list[str]]) -> str:
     total = sha256()
     for split, members in sorted(files.items()):
         for member in members:
-            total.update(f"{split}/{member}\0{file_digest(root / member)}\n".encode())
+            total.update(f"{split}/{member}\0{sha256_of(root / member)}\n".encode())
     return total.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _source_row(number: int, place: str, row: Row | str) -> SourceRow:

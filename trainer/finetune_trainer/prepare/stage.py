@@ -20,6 +20,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.documents import DocumentStore, DocumentWriter
 from finetune_trainer.data.manifest import MANIFEST_FILE, PreparedManifest, PreparedModel
+from finetune_trainer.files import sha256_of
 from finetune_trainer.prepare.facts import (
     FACTS,
     FACTS_FILE,
@@ -44,7 +45,6 @@ from finetune_trainer.prepare.models import (
     nf4_copy,
 )
 from finetune_trainer.prepare.scan import Reading, Scan, scan
-from finetune_trainer.prepare.sources import file_digest
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat, virtual_tokens
 from finetune_trainer.prepare.write import DatasetWriter, Written, rendering_of
 
@@ -241,5 +241,5 @@ def directory_digest(directory: Path) -> str:
     total = sha256()
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name not in (MANIFEST_FILE, FACTS_FILE):
-            total.update(f"{path.relative_to(directory)}\0{file_digest(path)}\n".encode())
+            total.update(f"{path.relative_to(directory)}\0{sha256_of(path)}\n".encode())
     return total.hexdigest()

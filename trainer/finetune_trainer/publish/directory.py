@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import flush
 from finetune_trainer.publish.hub import digest
 
 Files = Mapping[str, Path | bytes]
@@ -53,16 +53,8 @@ def copy(directory: Path, files: Files) -> None:
             target.write_bytes(content)
         else:
             shutil.copyfile(content, target)
-        _flush(target)
+        flush(target)
     if directory.exists():
         directory.rmdir()  # empty, else it was refused
     aside.rename(directory)
-    _flush(directory.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(directory.parent)

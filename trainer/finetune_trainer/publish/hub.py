@@ -31,6 +31,7 @@ from huggingface_hub.utils._http import get_session
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.hub_answers import first_line, root_of, status_of
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class Target:
             try:
                 return call()
             except Exception as error:
-                root = _root_of(error)
+                root = root_of(error)
                 if number == TRIES or not _may_pass(root):
                     raise
                 pause = _pause(root, number)
@@ -195,11 +196,11 @@ class Target:
         except TrainerError:
             raise
         except CLIENT_ERRORS as error:
-            raise self._explain(_root_of(error)) from error
+            raise self._explain(root_of(error)) from error
 
     def _explain(self, error: BaseException) -> TrainerError:
         page = f"{constants.ENDPOINT}/{self.repo}"
-        status = _status(error)
+        status = status_of(error)
         if isinstance(error, DisabledRepoError):
             return self._no_access(f"The repository {self.repo} was disabled on the Hub: see {page}.")
         if isinstance(error, GatedRepoError):
@@ -226,8 +227,7 @@ class Target:
                 "publish.repo",
             )
         if status is not None:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            return self._no_access(f"The Hub refused the upload to {self.repo} (status {status}): {first}")
+            return self._no_access(f"The Hub refused the upload to {self.repo} (status {status}): {first_line(error)}")
         raise error
 
     def _no_access(self, sentence: str) -> TrainerError:
@@ -253,25 +253,10 @@ def digest(content: Path | bytes, kind: str) -> str:
     return whole.hexdigest()
 
 
-def _root_of(error: BaseException) -> BaseException:
-    """The Hub's or the network's own answer inside what the client made of it (uploads chain a RuntimeError)."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, HfHubHTTPError | httpx2.HTTPError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return error
-
-
-def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
-
-
 def _may_pass(error: BaseException) -> bool:
     if isinstance(error, TrainerError | RepositoryNotFoundError):
         return False
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return status in AGAIN_STATUS
     return isinstance(error, httpx2.HTTPError | ConnectionError | TimeoutError) or _of_xet(error)
@@ -283,7 +268,7 @@ def _of_xet(error: BaseException) -> bool:
 
 
 def _answer(error: BaseException) -> str:
-    status = _status(error)
+    status = status_of(error)
     return f"status {status}" if status is not None else type(error).__name__
 
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from finetune_api.report import CheckpointRef, FailureClass
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import flush, sha256_of
 from finetune_trainer.train.identity import Identity
 from finetune_trainer.train.state import TrainState
 
@@ -192,13 +193,13 @@ class Checkpoints:
             file.write(manifest.model_dump_json(indent=1))
             file.flush()
             os.fsync(file.fileno())
-        _fsync_directory(aside)
+        flush(aside)
         final = step_directory(self._directory, state.step)
         self._check_fence()
         if final.exists():
             _remove(final)  # damaged: it was passed over, else this step would not have been done again
         aside.rename(final)
-        _fsync_directory(self._directory)
+        flush(self._directory)
         self._thin_out(state)
         path = f"{self._directory.name}/{final.name}"
         self.published = CheckpointRef(step=state.step, path=path, time=manifest.time)
@@ -297,7 +298,7 @@ def own_files(aside: Path, rank: int) -> list[Path]:
 
 def file_records(paths: Iterable[Path]) -> dict[str, FileRecord]:
     """Sizes and sha256 by name."""
-    return {path.name: FileRecord(bytes=path.stat().st_size, sha256=_sha256(path)) for path in paths}
+    return {path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
 
 
 def first_problem(path: Path, files: dict[str, FileRecord]) -> str:
@@ -308,7 +309,7 @@ def first_problem(path: Path, files: dict[str, FileRecord]) -> str:
             return f"{name} is gone"
         if file.stat().st_size != record.bytes:
             return f"{name} has {file.stat().st_size} bytes, not {record.bytes}"
-        if _sha256(file) != record.sha256:
+        if sha256_of(file) != record.sha256:
             return f"{name} has other content than was written"
     return ""
 
@@ -333,19 +334,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
     path.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cause(error: CheckpointException) -> Exception:
