@@ -9,9 +9,10 @@ PYTEST_ARGS ?=
 # Real servers on a busy machine: a wait that timed out is tried once more, a wrong answer never is.
 RETRY_WAITS := --reruns 1 --only-rerun TimedOutError
 BENCH_ARGS ?=
+IMAGE_ARGS ?=
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help setup run test lint generate verify bench bench-operator clean
+.PHONY: help setup run test images lint generate verify bench bench-operator clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -35,6 +36,9 @@ run: $(READY) ## fine-tune a small model end to end on this machine, and show th
 test: $(READY) ## all tests; ends with the list of what this machine could not run
 	$(BIN)/python -m pytest tests/unit tests/trainer tests/local -n 2 --dist loadgroup $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(RETRY_WAITS) $(PYTEST_ARGS)
+
+images: ## both container images, with podman, buildah or docker; IMAGE_ARGS="--base REF --prefix registry.example.com/ml/"
+	$(PYTHON) images/build.py $(IMAGE_ARGS)
 
 lint: $(READY) ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

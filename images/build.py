@@ -1,0 +1,101 @@
+"""`python images/build.py [operator] [trainer]`: build the images with podman, buildah or docker, whichever is there.
+
+Layers carry no time, so that a tag builds the same again; the commit and the version are labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ("operator", "trainer")
+EPOCH = "315532800"
+"""The time of all files, 1980-01-01: the first that every archive format can say."""
+ASKED = {"podman": ("info",), "buildah": ("version",), "docker": ("info",)}
+"""Tools in the order of preference, and what each answers only where it can build."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A program that builds images, with what is said before its subcommand."""
+
+    name: str
+    options: tuple[str, ...] = ()
+
+    def build(self, arguments: Sequence[str]) -> list[str]:
+        """The command line that builds."""
+        flags = {
+            "podman": ["build", "--layers", "--timestamp", EPOCH],
+            "buildah": ["build", "--layers", "--timestamp", EPOCH],
+            "docker": ["build", "--build-arg", f"SOURCE_DATE_EPOCH={EPOCH}"],
+        }[self.name]
+        return [self.name, *self.options, *flags, *arguments]
+
+
+def find_tool(names: Sequence[str] = tuple(ASKED)) -> Tool:
+    """The first tool that is installed and answers. Raises SystemExit with a sentence if there is none."""
+    for name in names:
+        if (
+            shutil.which(name)
+            and subprocess.run([name, *ASKED[name]], capture_output=True, check=False).returncode == 0
+        ):
+            return Tool(name)
+    raise SystemExit(f"No image can be built here: none of {', '.join(names)} is installed and running.")
+
+
+def project_version() -> str:
+    """The version that images are tagged with, which is the chart's appVersion."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return str(project["version"])
+
+
+def revision() -> str:
+    """The commit that is built, with `-dirty` where files differ from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def command(tool: Tool, image: str, tag: str, base: str | None, more: Sequence[str] = ()) -> list[str]:
+    """The command line that builds one image from the repository's root."""
+    arguments = ["--file", f"images/{image}/Containerfile", "--tag", tag]
+    arguments += ["--build-arg", f"VERSION={project_version()}", "--build-arg", f"REVISION={revision()}"]
+    arguments += ["--build-arg", f"BASE={base}"] if base else []
+    return tool.build([*arguments, *more, "."])
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Build what was asked for, and say what was made."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("images", nargs="*", help="operator, trainer; default: both")
+    parser.add_argument("--tool", choices=tuple(ASKED), help="default: the first of these that is there")
+    parser.add_argument("--base", help="base image: a Debian or Ubuntu with Python 3.11 or newer")
+    parser.add_argument("--prefix", default="", help="put before the name, such as registry.example.com/ml/")
+    given = parser.parse_args(words)
+    if unknown := set(given.images) - set(IMAGES):
+        parser.error(f"there is no image {', '.join(sorted(unknown))}: {' and '.join(IMAGES)} are")
+    tool = find_tool([given.tool] if given.tool else tuple(ASKED))
+    for image in given.images or IMAGES:
+        tag = f"{given.prefix}finetune-{image}:{project_version()}"
+        begun = time.monotonic()
+        done = subprocess.run(command(tool, image, tag, given.base), cwd=ROOT, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"{tool.name} could not build {tag}.")
+        print(f"{tag} built with {tool.name} in {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
