@@ -1,0 +1,86 @@
+"""The two images: what they are built from, who they run as, and with which tool."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from finetune_operator.planning.manifests.pod import USER
+
+ROOT = Path(__file__).parents[3]
+CONTAINERFILES = sorted((ROOT / "images").glob("*/Containerfile"))
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("images_build", ROOT / "images" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["images_build"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    text = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", path.read_text(), flags=re.MULTILINE))
+    return [(line.split()[0], line.partition(" ")[2].strip()) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda path: path.parent.name)
+def test_an_image_runs_as_the_user_that_pods_run_as(path: Path) -> None:
+    assert [words for name, words in instructions(path) if name == "USER"] == [f"{USER}:{USER}"]
+
+
+@pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda path: path.parent.name)
+def test_a_change_of_code_leaves_the_layer_of_the_dependencies_as_it_was(path: Path) -> None:
+    steps = instructions(path)
+    last_stage = steps[max(i for i, (name, _) in enumerate(steps) if name == "FROM") :]
+    copied = [words.split()[:-1] for name, words in last_stage if name == "COPY"]
+    assert copied[0] == ["pyproject.toml", "constraints.txt", "images/build-tools.txt"]
+    assert copied[1:] == [["--from=project", "/opt/project"]]
+    (installs,) = [i for i, (_, words) in enumerate(last_stage) if "uv pip install" in words]
+    assert last_stage[installs + 1][1].startswith("--from=project")
+
+
+@pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda path: path.parent.name)
+def test_everything_that_is_copied_is_let_into_the_build(path: Path) -> None:
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for name, words in instructions(path):
+        if name == "COPY" and "--from" not in words:
+            for source in words.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert any(fnmatch(source, pattern) for pattern in allowed), source
+
+
+def test_what_builds_the_images_is_pinned_and_agrees_with_the_projects_own_pins() -> None:
+    def pins(name: str) -> dict[str, str]:
+        lines = (ROOT / name).read_text().splitlines()
+        return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+    tools, project = pins("images/build-tools.txt"), pins("constraints.txt")
+    assert {"uv", "hatchling", "cyclonedx-bom"} <= tools.keys()
+    assert {name: project.get(name, version) for name, version in tools.items()} == tools
+
+
+@pytest.mark.parametrize("name", ["podman", "buildah", "docker"])
+def test_each_tool_builds_the_same_file_from_the_root_of_the_repository(build: ModuleType, name: str) -> None:
+    words = build.command(build.Tool(name, ("--root", "r")), "trainer", "finetune-trainer:1", "base:1")
+    assert words[:4] == [name, "--root", "r", "build"]
+    assert words[-1] == "."
+    assert words[words.index("--file") + 1] == "images/trainer/Containerfile"
+    assert "BASE=base:1" in words
+    assert f"VERSION={build.project_version()}" in words
+    assert any(build.EPOCH in word for word in words), "files carry the time of the build"
+
+
+def test_without_a_tool_one_sentence_says_so(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match=r"No image can be built here: none of podman, buildah, docker is installed"):
+        build.main([])
