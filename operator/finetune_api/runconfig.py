@@ -110,7 +110,8 @@ def resolve(spec: FineTuneJobSpec) -> FineTuneJobSpec:
     datasets = [_resolve_dataset(dataset) for dataset in spec.datasets]
     several_tasks = len({dataset.task for dataset in datasets}) > 1
     reduction = ("example" if several_tasks else "token") if training.loss_reduction == "auto" else None
-    access_mode = run.access_mode or ("ReadWriteMany" if spec.topology.nodes > 1 else "ReadWriteOnce")
+    made = "ReadWriteMany" if spec.topology.nodes > 1 else "ReadWriteOnce"
+    access_mode = run.access_mode or (made if run.claim_name is None else None)
     return spec.model_copy(
         update={
             "datasets": datasets,

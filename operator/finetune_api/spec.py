@@ -89,10 +89,12 @@ def _literal(value: object) -> str:
     return repr(str(value)) if isinstance(value, str) else repr(value)
 
 
-def _as_by_default(prefix: str, model: type[ApiModel]) -> str:
-    """CEL that holds while every field of the object at `prefix` has its default: nothing was asked of it."""
+def _as_by_default(prefix: str, model: type[ApiModel], *, but: str = "") -> str:
+    """CEL that holds while every field of the object at `prefix`, except `but`, has its default: nothing was asked."""
     terms = []
     for name, field in model.model_fields.items():
+        if name == but:
+            continue
         path = f"{prefix}.{field.alias or name}"
         default = getattr(model(), name)
         if default is None:
@@ -507,9 +509,9 @@ class RunVolume(ApiModel):
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.claimName) || (self.size == '100Gi' && !has(self.storageClassName))",
-            "size and storageClassName are for a claim that is made and have no effect on the existing one: "
-            "take them out, or take claimName out",
+            "!has(self.claimName) || (self.size == '100Gi' && !has(self.storageClassName) && !has(self.accessMode))",
+            "size, storageClassName and accessMode are for a claim that is made and have no effect on the existing "
+            "one: take them out, or take claimName out",
             ".claimName",
         ),
         Rule(
@@ -564,6 +566,12 @@ class Evaluation(ApiModel):
             "mustImprove compares with the untuned model, which baseline: false does not measure: "
             "take baseline out, or set mustImprove: false",
             ".gate.mustImprove",
+        ),
+        Rule(
+            "self.baseline || self.fewShot == 0",
+            "fewShot shows examples to the untuned model, which baseline: false does not measure: "
+            "take baseline out, or fewShot",
+            ".fewShot",
         ),
     )
 
@@ -874,6 +882,12 @@ class FineTuneJobSpec(ApiModel):
             "!has(self.model.adapter) || self.tuning.method in ['lora', 'qlora']",
             "adapter is a LoRA to go on training: choose the method lora or qlora, or take adapter out",
             ".model.adapter",
+        ),
+        Rule(
+            f"!has(self.model.adapter) || ({_as_by_default('self.tuning.lora', Lora, but='b_plus_ratio')})",
+            "an adapter that is trained on keeps its own shape, so of tuning.lora only bPlusRatio has an effect: "
+            "take the others out",
+            ".tuning.lora",
         ),
         Rule(
             "!has(self.model.adapter) || !has(self.training.resumeFrom)",

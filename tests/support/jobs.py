@@ -171,6 +171,12 @@ BROKEN: tuple[Broken, ...] = (
         valid={"spec.evaluation.gate.minimum": {"tweets/accuracy": 0.5, "macro/accuracy": 0.5}},
     ),
     Broken("spec.evaluation.gate.mustImprove", "mustImprove compares", {"spec.evaluation.baseline": False}),
+    Broken(
+        "spec.evaluation.fewShot",
+        "fewShot shows examples to the untuned model",
+        GATE_OFF | {"spec.evaluation.baseline": False, "spec.evaluation.fewShot": 2},
+        valid=GATE_OFF | {"spec.evaluation.baseline": False},
+    ),
     Broken("spec.tuning.lora", "lora is used by", PROMPT | {"spec.tuning.lora.rank": 8}, valid=PROMPT),
     Broken("spec.tuning.prompt", "prompt is used by", {"spec.tuning.prompt.virtualTokens": 8}),
     Broken("spec.tuning.prefix", "prefix is used by", {"spec.tuning.prefix.virtualTokens": 8}),
@@ -186,6 +192,12 @@ BROKEN: tuple[Broken, ...] = (
         "adapter is a LoRA to go on training",
         {"spec.model.adapter.path": "a", "spec.tuning.method": "full"},
         valid={"spec.model.adapter.path": "a", "spec.tuning.method": "qlora"},
+    ),
+    Broken(
+        "spec.tuning.lora",
+        "an adapter that is trained on keeps its own shape",
+        {"spec.model.adapter.path": "a", "spec.tuning.lora.rank": 8},
+        valid={"spec.model.adapter.path": "a", "spec.tuning.lora.bPlusRatio": 4},
     ),
     Broken(
         "spec.training.resumeFrom",
@@ -235,9 +247,14 @@ BROKEN: tuple[Broken, ...] = (
     ),
     Broken(
         "spec.storage.run.claimName",
-        "size and storageClassName are for a claim that is made",
+        "size, storageClassName and accessMode are for a claim that is made",
         {"spec.storage.run": {"claimName": "mine", "size": "1Gi"}},
         valid={"spec.storage.run": {"claimName": "mine"}},
+    ),
+    Broken(
+        "spec.storage.run.claimName",
+        "size, storageClassName and accessMode are for a claim that is made",
+        {"spec.storage.run": {"claimName": "mine", "accessMode": "ReadWriteMany"}},
     ),
     Broken(
         "spec.storage.run.keep",

@@ -88,6 +88,13 @@ def test_few_shot_prompts_are_answered_by_the_base_model(evaluated: EvaluationRu
     assert all(line["few-shot"]["scores"] != line["base"]["scores"] for line in lines)
 
 
+def test_prompts_of_the_spec_are_answered_on_the_page_by_both_models(evaluated: EvaluationRun) -> None:
+    [prompt] = evaluated.config.spec.evaluation.prompts
+    page = (evaluated.path / "evaluation/report.html").read_text()
+    answers = page.partition("<h2>Prompts side by side</h2>")[2].partition(prompt)[2].partition("</section>")[0]
+    assert answers.count("Base</span>") == answers.count("Tuned</span>") == 1
+
+
 def test_the_base_scores_are_those_of_the_untouched_base(evaluated: EvaluationRun) -> None:
     import torch
     from transformers import AutoModelForCausalLM

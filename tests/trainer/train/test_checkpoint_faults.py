@@ -17,7 +17,7 @@ from tests.trainer.train.jobs import DatasetOf, Job, make_job, train
 from finetune_api.report import EXIT_CODES, Failure, FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.train.checkpoint import Checkpoints, retained
-from finetune_trainer.train.identity import refuse_other, training_identity
+from finetune_trainer.train.identity import refuse_other, refuse_other_weights, training_identity
 from finetune_trainer.train.processes import meet
 
 LENGTHS = [20, 31, 17, 44, 25, 60, 13, 38]
@@ -198,6 +198,30 @@ def test_another_base_or_other_data_is_refused() -> None:
         assert refusal.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "field"),
+    [
+        ({"init": "pissa"}, {}, "tuning.lora.init"),
+        ({}, {"init": "pissa"}, "tuning.lora.init"),
+        ({"init": "pissa"}, {"init": "pissa"}, "training.seed"),
+        ({"init": "gaussian"}, {"dropout": 0.1}, None),
+    ],
+)
+def test_weights_of_pissa_are_taken_over_only_beside_the_same_rest_of_the_base(
+    was: dict[str, object], now: dict[str, object], field: str | None
+) -> None:
+    first, second = (
+        training_identity(a_job({"spec.tuning.lora": lora, "spec.training.seed": seed}).spec, "base", "data")
+        for seed, lora in enumerate((was, now))
+    )
+    if field is None:
+        refuse_other_weights(first, second, "Checkpoint")
+        return
+    with pytest.raises(TrainerError) as refusal:
+        refuse_other_weights(first, second, "Checkpoint")
+    assert refusal.value.field == field
+
+
 def test_a_changed_config_ends_the_attempt_at_once(interrupted: Job, tmp_path: Path) -> None:
     job = interrupted.copy(tmp_path)
     job.configure(training={**TRAINING, "learningRate": 2e-3})
@@ -240,3 +264,11 @@ def test_the_newest_the_best_and_the_way_back_are_kept(job: Job) -> None:
     last = job.report().last_checkpoint
     assert last is not None
     assert last.path == "checkpoints/step-00000006"
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(0, [0, 1, 2, 3]), (1000, [0, 3])])
+def test_minutes_between_checkpoints_are_those_of_the_spec(job: Job, minutes: int, saved: list[int]) -> None:
+    training = {**TRAINING, "maxSteps": 3, "keepBest": False}
+    job.configure(training=training, checkpoint={"everyMinutes": minutes, "keep": 9})
+    assert train(job) == [0]
+    assert job.saved() == saved

@@ -58,12 +58,16 @@ def refuse_other(stored: Identity, current: Identity, where: str) -> None:
 
 def refuse_other_weights(stored: Identity, current: Identity, where: str) -> None:
     """The same for a start from another job's weights: only what the weights mean must be the same."""
-    refuse_other(_of_weights(stored), _of_weights(current), where)
+    # PiSSA takes the adapter out of the base by its seed: its weights mean nothing beside another rest of the base.
+    pissa = [identity.get("tuning.lora.init") == "pissa" for identity in (stored, current)]
+    also = {"tuning.lora.init"} if any(pissa) else set()
+    also |= {"training.seed"} if all(pissa) else set()
+    refuse_other(_of_weights(stored, also), _of_weights(current, also), where)
 
 
-def _of_weights(identity: Identity) -> Identity:
-    fields = (k for k in identity if k == "model" or k.startswith("tuning."))
-    return {k: identity[k] for k in fields if k not in STARTING_FIELDS}
+def _of_weights(identity: Identity, also: set[str]) -> Identity:
+    fields = {k for k in identity if k == "model" or k.startswith("tuning.")} - STARTING_FIELDS
+    return {k: v for k, v in identity.items() if k in fields | also}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
