@@ -127,11 +127,11 @@ def run_command_line(arguments: list[str]) -> int:
     try:
         code = get_command(app).main(arguments, prog_name="finetune", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:
-        # The reader (`| head`) went away: nothing is wrong, and nothing more may be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+            # The reader (`| head`) went away: nothing is wrong, and nothing more may be printed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if debug:
             raise
         sentence, code = explain(error)

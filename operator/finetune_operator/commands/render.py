@@ -10,7 +10,7 @@ import yaml
 
 from finetune_api.validate import check
 from finetune_operator.errors import UserError
-from finetune_operator.inputs import read_text
+from finetune_operator.inputs import read_text, source_name
 from finetune_operator.planning.manifests.backend import Backend
 from finetune_operator.planning.manifests.children import all_manifests
 from finetune_operator.planning.manifests.job import Job
@@ -37,8 +37,7 @@ def render(
         raise UserError(f"--backend {backend} is not known: {' or '.join(BACKENDS)}.")
     checked = check(read_text(file))
     if checked.problems:
-        first = checked.problems[0]
-        raise UserError(f"{file}: {first.path}: {first.sentence}".replace(": : ", ": "))
+        raise UserError("\n".join(problem.text(source_name(file)) for problem in checked.problems))
     environment = Environment(operator_version=version("finetune-operator"))
     for parsed in checked.jobs:
         meta = parsed.metadata

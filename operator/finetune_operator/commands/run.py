@@ -69,6 +69,8 @@ def _way_out(error: OSError) -> str:
         return " Free some space, or give another place with --workdir; the same command then goes on."
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return " Give a place that you may write to with --workdir."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return " Give a directory with --workdir."
     return ""
 
 

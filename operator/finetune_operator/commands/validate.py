@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune_api.validate import Checked, Problem, check
-from finetune_operator.errors import EXIT_BAD_SPEC
+from finetune_operator.errors import EXIT_BAD_SPEC, UserError
 from finetune_operator.inputs import read_text, source_name
 
 
@@ -19,7 +19,7 @@ def validate(
     output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="How to print.")] = "text",
 ) -> None:
     """Check files as the API server would, and say what to write instead."""
-    results = {name: check(read_text(name)) for name in files}
+    results = {name: _checked(name) for name in files}
     if output == "json":
         print(json.dumps({name: _as_json(checked) for name, checked in results.items()}, indent=2, ensure_ascii=False))
     else:
@@ -27,6 +27,14 @@ def validate(
             _print(name, checked)
     if any(checked.problems for checked in results.values()):
         raise SystemExit(EXIT_BAD_SPEC)
+
+
+def _checked(file: str) -> Checked:
+    """What is wrong with a file; one that cannot be read keeps none of the others from being checked."""
+    try:
+        return check(read_text(file))
+    except UserError as error:
+        return Checked(problems=[Problem(0, "", None, error.sentence)])
 
 
 def _as_json(checked: Checked) -> dict[str, object]:

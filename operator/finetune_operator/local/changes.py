@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.base import Stage
-from finetune_api.spec import FineTuneJob, FineTuneJobSpec
+from finetune_api.spec import MUTABILITY, FineTuneJob, FineTuneJobSpec, Mutability
 from finetune_api.status import ConditionType, JobStatus
 
-MUTABLE = ("suspend", "retry.limit", "timeouts", "cleanup", "credentials")
+MUTABLE = tuple(name for name, when in MUTABILITY.items() if when is Mutability.ALWAYS)
 """May change at any time."""
-MUTABLE_WHILE_STOPPED = ("topology", "podTemplate")
+MUTABLE_WHILE_STOPPED = tuple(name for name, when in MUTABILITY.items() if when is Mutability.SUSPENDED)
 """May change while nothing runs; on a cluster that is `suspend: true`, here whenever the job is not finished."""
 
 ABSENT = "nothing"

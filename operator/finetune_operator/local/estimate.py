@@ -124,8 +124,10 @@ def _facts(config: dict[str, Any], parameters: int | None = None) -> ModelFacts:
 def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: name a model's config.json.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} is not the config.json of a model.")
     return data

@@ -35,6 +35,8 @@ def test_every_command_that_exists_has_help(capsys: pytest.CaptureFixture[str]) 
         (["run", "x.yaml", "--outptu", "json"], "No such option: --outptu"),
         (["run", "/nowhere/x.yaml"], "There is no file /nowhere/x.yaml."),
         (["run", "/"], "/ is a directory"),
+        (["plan", "x.yaml", "--set", "epochs"], "There is no file x.yaml."),
+        (["render", "/"], "/ is a directory"),
     ],
 )
 def test_a_wrong_line_is_one_sentence_and_code_2(
@@ -45,6 +47,12 @@ def test_a_wrong_line_is_one_sentence_and_code_2(
     assert said.startswith("error: ")
     assert sentence in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    program = f"{sys.executable} -c 'from finetune_operator.cli import main; main()' crd | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {program}"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,26 @@ def test_validate_says_what_it_cannot_read(
     assert says in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_read_keeps_none_of_the_others_from_being_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(manifest()))
+    assert run_command_line(["validate", str(tmp_path / "gone.yaml"), str(tmp_path / "job.yaml")]) == 2
+    said = capsys.readouterr()
+    assert "There is no file" in said.err
+    assert "tiny is valid" in said.out
+
+
+def test_render_says_all_that_is_wrong_with_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(manifest({"spec.nope": 1, "spec.training": {"epochs": "two"}})))
+    assert run_command_line(["render", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "spec.nope: there is no field nope" in said
+    assert 'spec.training.epochs: "two" is not a number' in said
+    assert said.count(f"{file}:") == 2
+
+
 def test_crd_prints_what_kubectl_can_apply(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line(["crd"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["kind"] == "CustomResourceDefinition"
