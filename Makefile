@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 IMAGE_ARGS ?=
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help setup run test images lint generate verify bench bench-operator clean
+.PHONY: help setup run test images lint generate verify bench bench-full bench-operator clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,8 +54,11 @@ verify: lint ## lint, and check that generated files are up to date
 	$(BIN)/python -m finetune_api.generate --check
 	$(BIN)/python charts/generate.py --check
 
-bench: $(READY) ## benchmarks side by side; results under benchmarks/results
-	$(BIN)/python -m benchmarks
+bench: $(READY) ## the trainer side by side with TRL, against the machine's limit, and by part (under 30 minutes)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-full: $(READY) ## the same with more samples, time to a fixed validation loss, and 5 million rows (hours)
+	$(BIN)/python -m benchmarks --full $(BENCH_ARGS)
 
 bench-operator: $(READY) ## the operator with 1,000 jobs on a real API server, and with 10,000 finished ones
 	$(BIN)/python -m benchmarks.operator_scale $(BENCH_ARGS)

@@ -1,0 +1,63 @@
+"""`python -m benchmarks [NAME...] [--quick | --full]`: run benchmarks, print their tables, keep the results.
+
+Without names all of them are run. `--quick` is to see that they run, `--full` takes longer and adds what takes hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+
+from benchmarks.harness import FULL, NORMAL, QUICK, Result, Size
+
+BENCHMARKS = {
+    "peers": "side by side with TRL",
+    "limit": "against the measured matrix product",
+    "startup": "process start to first step",
+    "checkpoint": "how long a save holds the loop",
+    "prepare": "rows a second and memory",
+    "evaluate": "77 labels, and generation",
+    "scaling": "1 to 3 ranks, and a model for 12 and 96 GPUs",
+}
+ONLY_FULL: dict[str, str] = {}
+
+
+def run(name: str, size: Size) -> Result:
+    """One benchmark."""
+    found: Result = importlib.import_module(f"benchmarks.{name}").run(size)
+    return found
+
+
+def main() -> int:
+    """Run what was asked for; 1 if one of them failed."""
+    known = {**BENCHMARKS, **ONLY_FULL}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(f"{n} ({w})" for n, w in known.items()))
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", dest="size", action="store_const", const=QUICK, default=NORMAL)
+    sizes.add_argument("--full", dest="size", action="store_const", const=FULL)
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(known):
+        parser.error(f"there is no {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    failed = 0
+    for name in given.names or [*BENCHMARKS, *(ONLY_FULL if given.size is FULL else ())]:
+        begun = time.monotonic()
+        print(f"\n## {name}: {known[name]}\n", flush=True)
+        try:
+            result = run(name, given.size)
+        except Exception as error:  # the others are still worth having
+            print(f"{name} failed: {error}", file=sys.stderr)
+            failed = 1
+            continue
+        path = result.write(given.size)
+        print(f"{result.text()}\n\n{time.monotonic() - begun:.0f} s, {path}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

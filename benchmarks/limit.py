@@ -1,0 +1,129 @@
+"""How near the trainer comes to what the machine can multiply: model FLOPs utilisation, and where the rest goes.
+
+Model FLOPs of a step (what the mathematics needs, not what is computed again), with N the elements of the decoder's
+matrices, A those of the adapters, t a document's tokens, L layers, Q the queries' width, V·H the head's elements:
+4N a token for LoRA (2N forward, 2N for the gradient of the input), 6N for full tuning, 6A a token, attention
+2·t²·Q·L forward (causal: half of two products) and twice that backward, head 4·V·H (full: 6) a labelled position.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import jobs
+from benchmarks.harness import Figures, Result, Size, Table, spread
+from benchmarks.workers import Worker, rounds, start_all
+
+AIM = 0.80
+PROFILED_STEP = 3
+
+
+@dataclass(frozen=True)
+class Flops:
+    """The counts of the formula."""
+
+    matrices: int
+    adapters: int
+    attention: int
+    """Q·L."""
+    head: int
+    full: bool = False
+
+    def of_step(self, tokens: int, squares: int, labelled: int) -> float:
+        """Operations for so many tokens, documents whose squared lengths sum to `squares`, and labelled positions."""
+        frozen = 6 if self.full else 4
+        a_token = frozen * self.matrices + 6 * self.adapters
+        return a_token * tokens + 6 * self.attention * squares + frozen * self.head * labelled
+
+
+def flops_of(directory: Path, rank: int, full: bool = False) -> Flops:
+    """The counts for a model with adapters on all linear layers."""
+    from finetune_operator.planning.shapes import model_facts, shape_of
+
+    shape = shape_of(model_facts(json.loads((directory / "config.json").read_text())))
+    facts = shape.facts
+    adapters = facts.num_hidden_layers * sum(rank * (matrix.out + matrix.into) for matrix in shape.matrices)
+    return Flops(
+        matrices=shape.active_parameters,
+        adapters=0 if full else adapters,
+        attention=facts.num_hidden_layers * facts.num_attention_heads * facts.head_dim,
+        head=facts.vocab_size * facts.hidden_size,
+        full=full,
+    )
+
+
+def document_sums(job: jobs.PreparedJob) -> tuple[float, float, float]:
+    """Mean tokens, squared tokens and labels of the documents."""
+    from finetune_trainer.data.documents import DocumentStore
+
+    store = DocumentStore(job.prepared / "train")
+    lengths = store.lengths.astype(float)
+    return float(lengths.mean()), float((lengths**2).mean()), float(store.target_counts.mean())
+
+
+def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, steps: int, rank: int = 16) -> Figures:
+    """Steps of the trainer, each followed by a plain matrix product in the same process."""
+    from finetune_trainer.data.manifest import PreparedManifest
+
+    job = jobs.prepare(folder, model, workload)
+    flops = flops_of(Path(PreparedManifest.read(job.prepared).model.directory), rank)
+    tokens, squares, labelled = document_sums(job)
+    with ExitStack() as stack:
+        arguments = ["--matmul", "--profile", str(PROFILED_STEP)]
+        worker = Worker("benchmarks.ours", arguments, environment=job.environment_of())
+        start_all(stack, {"": worker})
+        profiled = rounds({"": worker}, 1, warm_up=PROFILED_STEP - 2)[""][0]
+        samples = rounds({"": worker}, steps, warm_up=0)[""]
+    for sample in samples:
+        share = sample["tokens"] / tokens  # a step's documents, counted as mean documents
+        needed = flops.of_step(sample["tokens"], round(share * squares), round(share * labelled))
+        sample["flopsPerSecond"] = needed / sample["seconds"]
+        sample["utilisation"] = sample["flopsPerSecond"] / sample["matmulFlops"]
+    profile = profiled["profile"]
+    return {
+        "workload": workload.name,
+        "meanTokens": tokens,
+        "precision": samples[0]["precision"],
+        "flopsAToken": flops.of_step(1000, round(squares / tokens * 1000), round(labelled / tokens * 1000)) / 1000,
+        "samples": samples,
+        "profileShares": {kind: seconds / sum(profile.values()) for kind, seconds in profile.items()},
+    }
+
+
+def run(size: Size) -> Result:
+    """Utilisation on tweets and on chats of mixed length, with a profile of one step of each."""
+    model = jobs.smollm2()
+    figures: Figures = {}
+    table = Table(
+        "Against the measured matrix product (2048 x 2048, same type, same process)",
+        ("", "tokens/s", "GFLOP/s needed", "GFLOP/s of the product", "utilisation"),
+    )
+    found = [jobs.tweets(600), jobs.chats(400)][: size.pick(1, 2)]
+    for workload in found:
+        with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
+            figures[workload.name] = one = measure(workload, model, Path(folder), size.pick(2, 6, 12))
+        samples = one["samples"]
+        name = f"{workload.name}, {one['precision']}"
+        speed = spread([s["tokens"] / s["seconds"] for s in samples], 0)
+        needed, limit = (statistics.median(s[key] for s in samples) for key in ("flopsPerSecond", "matmulFlops"))
+        used = statistics.median(s["utilisation"] for s in samples)
+        figures[workload.name]["utilisation"] = used
+        table.rows.append([name, speed, f"{needed / 1e9:,.0f}", f"{limit / 1e9:,.0f}", f"{used:.0%}"])
+    return Result("limit", figures, [table, profile_table(figures)], [__doc__.split("\n\n", 1)[1].replace("\n", " ")])
+
+
+def profile_table(figures: Figures) -> Table:
+    """Where the processor time of one step went."""
+    table = Table("Processor time of one step by kind of operation (torch.profiler)", ("", *figures))
+    kinds = sorted(
+        {kind for one in figures.values() for kind in one["profileShares"]},
+        key=lambda kind: -max(one["profileShares"].get(kind, 0) for one in figures.values()),
+    )
+    for kind in kinds:
+        table.rows.append([kind, *(f"{one['profileShares'].get(kind, 0):.0%}" for one in figures.values())])
+    return table
