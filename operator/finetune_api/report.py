@@ -119,7 +119,9 @@ class Progress(ApiModel):
     epoch: float | None = None
     """Passes over the mixture so far."""
     tokens_per_second: float | None = None
-    """Non-padding tokens a second over all ranks."""
+    """Non-padding tokens a second over all ranks, as if every example was computed whole."""
+    computed_tokens_per_second: float | None = None
+    """Tokens a second that were computed, where examples share prefixes that are computed once."""
     eta_seconds: int | None = None
     """Seconds to the end of the stage, estimated."""
     loss: float | None = None

@@ -429,6 +429,9 @@ class Training(ApiModel):
     """Data type of the products. `auto`: bf16 where the device has instructions for it."""
     packing: bool | None = None
     """Several documents in one row without attention between them. Left out: on, but for prompt and prefix."""
+    shared_prefixes: bool | None = None
+    """Compute once what several examples of a step begin with, such as an instruction with all labels: the losses and
+    gradients are the same. Left out: on where that is exact, so not with dropout, noise or padded rows."""
     compile: bool | None = None
     """torch.compile, layer by layer. Left out: on for CUDA, off for CPU, where it does not pay."""
     activation_checkpointing: bool | None = None
@@ -899,6 +902,15 @@ class FineTuneJobSpec(ApiModel):
             "prompt and prefix put their tokens once before a row, so packed documents would see each other's: "
             "take packing out",
             ".training.packing",
+        ),
+        Rule(
+            "!has(self.training.sharedPrefixes) || !self.training.sharedPrefixes "
+            "|| self.tuning.lora.dropout == 0.0 && self.training.neftuneAlpha == 0.0 "
+            "&& !(self.tuning.method in ['prompt', 'prefix']) "
+            "&& (!has(self.training.packing) || self.training.packing)",
+            "a prefix can be computed once only if nothing is drawn for its tokens and documents share rows: "
+            "take sharedPrefixes out, or lora.dropout, neftuneAlpha and packing: false",
+            ".training.sharedPrefixes",
         ),
         Rule(
             "self.tuning.method != 'prefix' || !has(self.training.activationCheckpointing) "

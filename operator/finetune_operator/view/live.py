@@ -154,6 +154,8 @@ def _training_rows(scene: Scene) -> Iterator[tuple[str, RenderableType]]:
         yield "loss", line.append(sparkline(losses, 40), style="cyan")
     if progress is not None and (progress.tokens_per_second or progress.learning_rate is not None):
         speed = f"{count(progress.tokens_per_second)} tokens/s" if progress.tokens_per_second else ""
+        if progress.computed_tokens_per_second:
+            speed += f" ({count(progress.computed_tokens_per_second)} computed)"
         learning = f"learning rate {rate(progress.learning_rate)}" if progress.learning_rate is not None else ""
         epoch = f"epoch {progress.epoch:.2f}" if progress.epoch is not None else ""
         yield "speed", Text(" · ".join(part for part in (speed, learning, epoch) if part), no_wrap=True)

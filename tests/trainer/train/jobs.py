@@ -43,6 +43,8 @@ class DatasetOf:
     loss_weight: float = 1.0
     contrary: bool = False
     """Validation has other answers: what is learnt makes it worse."""
+    prefix: int = 0
+    """Tokens that all its documents begin with, as far as they are not labelled."""
 
 
 @dataclass
@@ -130,10 +132,13 @@ def make_job(
     for split in ("train", "validation"):
         with DocumentWriter(prepared / split) as writer:
             for index, dataset in enumerate(datasets):
+                beginning = np.random.default_rng([index, dataset.prefix]).integers(4, VOCABULARY, dataset.prefix)
                 lengths = dataset.lengths if split == "train" else list(dataset.lengths)[:validation]
                 for row, length in enumerate(lengths):
                     labelled = min(dataset.labelled or length // 2, length - 1)
                     ids = random.integers(4, VOCABULARY, length)
+                    shared = min(dataset.prefix, length - labelled)
+                    ids[:shared] = beginning[:shared]
                     contrary = dataset.contrary and split == "validation"
                     ids[-labelled:] = 10 + 7 * index + contrary  # something that can be learnt
                     positions = np.arange(length - labelled - 1, length - 1)

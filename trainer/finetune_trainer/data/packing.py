@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finetune_trainer.data.prefixes import Shared, among, computed_tokens
+
 FILLER_TOKENS = 8
 """Tokens of a micro-batch without a label, which a rank runs only to keep step with the others."""
 
@@ -44,12 +46,13 @@ class Batch:
     ids: Tensor
     """int64[B, T]; B is 1 when packed."""
     positions: Tensor
-    """int64[B, T]; begins at 0 again with every document (padding at the end counts as one more)."""
+    """int64[B, T]; begins at 0 again with every document (padding at the end counts as one more), and goes on after
+    a shared prefix."""
     documents: Tensor
-    """int64[B*T]: index of the document within the batch, -1 for padding."""
+    """int64[B*T]: index of the document within the batch, -1 for padding and for shared prefixes."""
     cu_seqlens: Tensor
-    """int32[n+1]: where documents begin in the flattened row; trailing padding is a segment of its own.
-    For padded batches the rows' bounds, multiples of T."""
+    """int32[n+1]: where segments begin in the flattened row: documents, shared prefixes and what their documents have
+    of their own; trailing padding is one more. For padded batches the rows' bounds, multiples of T."""
     max_length: int
     """Longest segment of `cu_seqlens`, in tokens."""
     target_position: Tensor
@@ -63,7 +66,9 @@ class Batch:
     attention_mask: Tensor | None = None
     """int64[B, T], 1 for tokens and 0 for padding; None when packed."""
     tokens: int = 0
-    """Tokens that are not padding."""
+    """Tokens that are not padding, as they are computed: a shared prefix counts once."""
+    shared: tuple[tuple[int, int, int], ...] = ()
+    """(a, b, c) for every shared prefix: its tokens are [a, b) of the row, the own parts of its documents [b, c)."""
 
     @property
     def packed(self) -> bool:
@@ -83,17 +88,56 @@ class Batch:
 # --- which documents share a row -------------------------------------------------------------------------------------
 
 
-def pack(lengths: Sequence[int], capacity: int, multiple: int = 1) -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int, multiple: int = 1, groups: Sequence[Shared] = ()) -> list[list[int]]:
     """Rows of documents with at most `capacity` tokens each, their number a multiple of `multiple`.
 
     As few rows as best-fit decreasing needs, rounded up; over these the documents are spread evenly, so that no rank
     waits for another. A document longer than the capacity has a row of its own. Rows may be empty (fewer documents
     than rows). Rows are ordered from the fullest to the emptiest, documents within a row by index.
+
+    What a group of documents shares counts once in every row that holds some of them. Groups are divided where that
+    makes the ranks' longest rows shorter.
     """
+    if groups:
+        return _pack_sharing(lengths, capacity, multiple, groups)
     fewest = best_fit_decreasing(lengths, capacity)
     count = -(-len(fewest) // multiple) * multiple
     rows = _spread_evenly(lengths, capacity, count) or fewest + [[] for _ in range(count - len(fewest))]
     return _ordered(rows, lengths)
+
+
+def _pack_sharing(lengths: Sequence[int], capacity: int, multiple: int, groups: Sequence[Shared]) -> list[list[int]]:
+    """The best of a few ways to divide the groups, measured by the longest row of every micro-batch."""
+
+    def divided(most: int) -> tuple[list[list[int]], tuple[int, int]]:
+        blocks = _blocks(lengths, capacity, groups, most)
+        costs = [_computed(lengths, groups, block) for block in blocks]
+        rows = [[i for block in row for i in blocks[block]] for row in pack(costs, capacity, multiple)]
+        loads = sorted(((_computed(lengths, groups, row), sorted(row)) for row in rows), key=lambda x: (-x[0], x[1]))
+        return [row for _, row in loads], (sum(load for load, _ in loads[::multiple]), sum(load for load, _ in loads))
+
+    rows, cost = divided(capacity)
+    if multiple == 1:
+        return rows
+    own = computed_tokens(lengths, groups) - sum(group.length for group in groups)
+    even = -(-own // len(rows))
+    return min([(rows, cost), divided(even), divided(-(-even // 2))], key=lambda found: found[1])[0]
+
+
+def _blocks(lengths: Sequence[int], capacity: int, groups: Sequence[Shared], most: int) -> list[list[int]]:
+    """Documents that stay together: parts of a group with at most `most` own tokens, and the others one by one."""
+    blocks = []
+    for group in groups:
+        own = [lengths[i] - group.length for i in group.members]
+        parts = pack(own, max(1, min(most, capacity - group.length)))
+        blocks += [[group.members[i] for i in part] for part in parts]
+    alone = set(range(len(lengths))) - {i for block in blocks for i in block}
+    return blocks + [[i] for i in sorted(alone)]
+
+
+def _computed(lengths: Sequence[int], groups: Sequence[Shared], row: Sequence[int]) -> int:
+    """Tokens of a row of documents."""
+    return computed_tokens([lengths[i] for i in row], among(groups, row))
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -171,24 +215,26 @@ def collate_packed(
     weights: Sequence[NDArray[np.float32]],
     pad_id: int,
     multiple: int = 1,
+    groups: Sequence[Shared] = (),
 ) -> Batch:
     """One row with the documents one after the other, padded at the end to a multiple of `multiple` tokens.
 
-    `slots` are the documents' indices in the step's list, `weights` the shares of their targets in the step's loss.
+    `slots` are the documents' indices in the step's list, `weights` the shares of their targets in the step's loss,
+    `groups` those of the documents that share a prefix: it stands once before what they have of their own.
     No documents give a filler: a few tokens of padding without a label.
     """
-    lengths = [len(document.ids) for document in documents]
+    segments, shared = _segments(documents, groups)
+    lengths = [segment.end - segment.start for segment in segments]
     used = sum(lengths)
     total = -(-max(used, 1) // multiple) * multiple if used else max(FILLER_TOKENS, multiple)
     ids = np.full(total, pad_id, dtype=np.int64)
     positions = np.zeros(total, dtype=np.int64)
     owner = np.full(total, -1, dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    for index, document in enumerate(documents):
-        start, end = starts[index], starts[index + 1]
-        ids[start:end] = document.ids
-        positions[start:end] = np.arange(end - start)
-        owner[start:end] = index
+    for segment, start, end in zip(segments, starts, starts[1:], strict=False):
+        ids[start:end] = documents[segment.document].ids[segment.start : segment.end]
+        positions[start:end] = np.arange(segment.start, segment.end)
+        owner[start:end] = -1 if segment.shared else segment.document
     positions[used:] = np.arange(total - used)
     bounds = np.append(starts, total) if total > used else starts
     return Batch(
@@ -198,8 +244,51 @@ def collate_packed(
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_length=int(np.diff(bounds).max()),
         tokens=used,
-        **_targets(documents, slots, weights, starts[:-1]),
+        shared=shared,
+        **_targets(documents, slots, weights, _target_places(documents, segments, starts)),
     )
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens [start, end) of a document; `shared` if they stand for its whole group."""
+
+    document: int
+    start: int
+    end: int
+    shared: bool = False
+
+
+def _segments(
+    documents: Sequence[Document], groups: Sequence[Shared]
+) -> tuple[list[_Segment], tuple[tuple[int, int, int], ...]]:
+    """The segments of a row in order, those of groups last; and `Batch.shared`."""
+    grouped = {i for group in groups for i in group.members}
+    segments = [_Segment(i, 0, len(d.ids)) for i, d in enumerate(documents) if i not in grouped]
+    at = sum(segment.end for segment in segments)
+    shared = []
+    for group in groups:
+        segments.append(_Segment(group.members[0], 0, group.length, shared=True))
+        own = [_Segment(i, group.length, len(documents[i].ids)) for i in group.members]
+        begin, at = at + group.length, at + group.length + sum(part.end - part.start for part in own)
+        shared.append((begin - group.length, begin, at))
+        segments += own
+    return segments, tuple(shared)
+
+
+def _target_places(
+    documents: Sequence[Document], segments: Sequence[_Segment], starts: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """Where in the row each document's targets are predicted: in its own part, or at the end of its prefix."""
+    places = [np.empty(0, np.int64)] * len(documents)
+    prefix_start = 0
+    for segment, start in zip(segments, starts, strict=False):
+        if segment.shared:
+            prefix_start = int(start)
+            continue
+        at = documents[segment.document].target_position.astype(np.int64)
+        places[segment.document] = np.where(at < segment.start, prefix_start + at, start - segment.start + at)
+    return places
 
 
 def collate_padded(
@@ -224,7 +313,9 @@ def collate_padded(
         max_length=width,
         attention_mask=torch.from_numpy(mask),
         tokens=sum(lengths),
-        **_targets(documents, slots, weights, np.arange(len(documents), dtype=np.int64) * width),
+        **_targets(
+            documents, slots, weights, [d.target_position.astype(np.int64) + i * width for i, d in enumerate(documents)]
+        ),
     )
 
 
@@ -232,10 +323,9 @@ def _targets(
     documents: Sequence[Document],
     slots: Sequence[int],
     weights: Sequence[NDArray[np.float32]],
-    starts: NDArray[np.int64],
-) -> dict[str, Tensor]:
+    positions: Sequence[NDArray[np.int64]],
+) -> dict[str, Any]:
     counts = [len(document.target_id) for document in documents]
-    positions = [document.target_position.astype(np.int64) + starts[i] for i, document in enumerate(documents)]
     return {
         "target_position": _joined(positions, np.int64),
         "target_id": _joined([document.target_id for document in documents], np.int64),

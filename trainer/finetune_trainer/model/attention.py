@@ -3,12 +3,14 @@
 `documents` calls SDPA once a document: exact, on any device, and linear in the row where a block mask is quadratic
 (measured on two CPU cores, documents of 80 tokens in a row of 2048: 20 ms a layer against 234 ms). `varlen` is
 torch's variable-length flash attention for CUDA. Neither builds a mask: the bounds travel as keyword arguments.
+Rows with shared prefixes go to `shared_prefix`, from either.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +22,15 @@ from transformers import AttentionInterface, PretrainedConfig
 from finetune_api.report import Choice, FailureClass
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.model.shared_prefix import Layout, shared_prefix_attention
 
 DOCUMENTS = "finetune_documents"
 VARLEN = "finetune_varlen"
 FLASH = "flash_attention_2"
 FLEX = "flex_attention"
+
+KNOW_SHARED_PREFIXES = (DOCUMENTS, VARLEN)
+"""Implementations that compute what documents begin with once."""
 
 _SPOKEN = {DOCUMENTS: "sdpa, document by document", VARLEN: "varlen", FLASH: "flash", FLEX: "flex"}
 
@@ -39,6 +45,10 @@ class AttentionChoice:
 
 def attention_arguments(batch: Batch, implementation: str) -> dict[str, Any]:
     """Keyword arguments through which the decoder's layers learn where the documents of a packed row begin."""
+    if batch.shared:
+        if implementation not in KNOW_SHARED_PREFIXES:
+            raise ValueError(f"{implementation} does not know of shared prefixes")
+        return {"shared_prefixes": Layout.of(batch.cu_seqlens.tolist(), batch.shared)}
     if implementation == DOCUMENTS:
         return {"document_bounds": batch.cu_seqlens.cpu()}
     if implementation in (VARLEN, FLASH):
@@ -62,15 +72,16 @@ def document_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     document_bounds: Tensor | None = None,
+    shared_prefixes: Layout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document. query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
+    key, value = _repeated(query, key, value)
+    if shared_prefixes is not None:
+        return shared_prefix_attention(query, key, value, shared_prefixes, scaling, sliding_window), None
     length = query.shape[2]
     bounds = [0, length] if document_bounds is None else document_bounds.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # SDPA's own grouping falls back to its slowest kernel on some devices
-        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
     outputs = []
     split = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
     for q, k, v in zip(*split, strict=True):
@@ -79,6 +90,14 @@ def document_attention(
             functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling)
         )
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for every head: SDPA's own grouping falls back to its slowest kernel on some devices."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
 
 def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -101,18 +120,19 @@ def varlen_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    shared_prefixes: Layout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """As `document_attention`, by torch's variable-length flash attention (CUDA, 16-bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    key, value = _repeated(query, key, value)
+    if shared_prefixes is not None:
+        return shared_prefix_attention(query, key, value, shared_prefixes, scaling, sliding_window), None
     length = query.shape[2]
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.tensor([0, length], dtype=torch.int32, device=query.device)
-    groups = query.shape[1] // key.shape[1]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if groups > 1:
-        k, v = (tensor.repeat_interleave(groups, 1) for tensor in (k, v))
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     longest = max_length_q or length
     output = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=window)
@@ -122,6 +142,24 @@ def varlen_attention(
 
 AttentionInterface.register(DOCUMENTS, document_attention)
 AttentionInterface.register(VARLEN, varlen_attention)
+
+
+def obstacle_to_sharing(
+    model: nn.Module, config: PretrainedConfig, implementation: str, *, packed: bool, noise: float
+) -> str:
+    """Why shared prefixes would change what is computed; empty if they would not. `noise` is NEFTune's alpha.
+
+    Whatever is drawn for every token (dropout, noise) differs between the copies of a prefix.
+    """
+    if not packed:
+        return "examples have rows of their own"
+    if implementation not in KNOW_SHARED_PREFIXES:
+        return f"{_SPOKEN.get(implementation, implementation)} attention does not know of them"
+    if noise:
+        return "NEFTune's noise differs from copy to copy"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or _any_dropout(config):
+        return "dropout differs from copy to copy"
+    return ""
 
 
 # --- which one -------------------------------------------------------------------------------------------------------
@@ -207,6 +245,13 @@ def _softcap(config: PretrainedConfig) -> bool:
 
 def _dropout(config: PretrainedConfig) -> bool:
     return bool(getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None))
+
+
+def _any_dropout(config: PretrainedConfig) -> bool:
+    """Whether a config asks for dropout or noise of any kind in the decoder, as a module or not."""
+    named = {name: value for name, value in config.to_dict().items() if isinstance(value, float) and value > 0}
+    drawn = [name for name in named if re.search("dropout|pdrop|jitter", name)]
+    return any(not name.startswith(("summary", "classifier")) for name in drawn)
 
 
 def _sinks(config: PretrainedConfig) -> bool:

@@ -5,6 +5,7 @@ No rank ever holds the whole model: the peak is its shard, the largest tensor an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from finetune_api.spec import Method, Tuning
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import adapters, nf4
-from finetune_trainer.model.attention import attention_arguments, choose_attention
+from finetune_trainer.model.attention import attention_arguments, choose_attention, obstacle_to_sharing
 from finetune_trainer.model.loss import logits_transform, target_losses
 from finetune_trainer.model.sharding import shard
 from finetune_trainer.model.weights import (
@@ -64,7 +65,9 @@ class CausalModel(nn.Module):
         """Names and parameters (shards, under FSDP) that are trained; names do not depend on the world size."""
         self.initial: dict[str, Tensor] = {}
         """PiSSA's first A and B, which the export takes away again; empty for other methods."""
-        self._attention = attention
+        self.shares_prefixes = False
+        """Whether batches may hold shared prefixes."""
+        self.attention = attention
         self._autocast = autocast
         self._logits_transform = logits_transform(self.config)
         self._noise_scale: Tensor | None = None
@@ -106,27 +109,35 @@ class CausalModel(nn.Module):
         return (losses, correct) if with_correct else losses
 
     @torch.no_grad()
-    def deviation_when_packed(self, device: torch.device) -> float:
-        """Norm of the difference over the norm of the logits: a document behind another one against alone."""
-        ids = torch.arange(1, 12, device=device)[None] % self.config.vocab_size
-        cut = 6
-        positions = torch.cat([torch.arange(cut), torch.arange(ids.shape[1] - cut)]).to(device)[None]
+    def deviation_when_packed(self, device: torch.device, shared: bool) -> float:
+        """Norm of the difference over the norm of the logits: a document behind another one against alone.
+
+        `shared`: both have their first tokens in common, which stand once in the row.
+        """
+        ids = torch.arange(1, 12, device=device) % self.config.vocab_size
+        bounds = [0, 4, 7, 11] if shared else [0, 6, 11]
+        start = bounds[-2]  # of the document that is looked at, or of its own part
+        alone = torch.cat([ids[:4], ids[start:]]) if shared else ids[start:]
+        positions = [torch.arange(end - begin) for begin, end in itertools.pairwise(bounds)]
+        if shared:
+            positions[1:] = [position + bounds[1] for position in positions[1:]]
         nothing = torch.empty(0, dtype=torch.long, device=device)
         batch = Batch(
-            ids=ids,
-            positions=positions,
-            documents=(torch.arange(ids.shape[1], device=device) >= cut).long(),
-            cu_seqlens=torch.tensor([0, cut, ids.shape[1]], dtype=torch.int32, device=device),
-            max_length=cut,
+            ids=ids[None],
+            positions=torch.cat(positions).to(device)[None],
+            documents=torch.zeros(len(ids), dtype=torch.long, device=device),
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
+            max_length=max(len(position) for position in positions),
             target_position=nothing,
             target_id=nothing,
             target_weight=nothing.float(),
             target_document=nothing,
+            shared=((bounds[0], bounds[1], bounds[-1]),) if shared else (),
         )
         with self._precision(batch):
-            packed = self._head(self._hidden(batch)[:, cut:]).float()
-            alone = self.causal_lm(input_ids=ids[:, cut:], use_cache=False).logits.float()
-        return float((packed - alone).norm() / alone.norm())
+            packed = self._head(self._hidden(batch)[:, start:]).float()
+            logits = self.causal_lm(input_ids=alone[None], use_cache=False).logits.float()[:, -packed.shape[1] :]
+        return float((packed - logits).norm() / logits.norm())
 
     def sync_gradients(self, last: bool) -> None:
         """Whether the next backward pass is the last of the step: only then are adapters' gradients exchanged.
@@ -157,7 +168,7 @@ class CausalModel(nn.Module):
             position_ids=batch.positions,
             attention_mask=batch.attention_mask,
             use_cache=False,
-            **attention_arguments(batch, self._attention),
+            **attention_arguments(batch, self.attention),
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
@@ -219,6 +230,7 @@ def load_model(
     seed: int,
     attention: str = "auto",
     packing: bool = True,
+    share_prefixes: bool | None = None,
     activation_checkpointing: bool = False,
     compile: bool = False,
     neftune_alpha: float = 0.0,
@@ -233,6 +245,7 @@ def load_model(
     adapter to go on from. precision: type of frozen weights and of products; what is trained is float32.
     mesh: None keeps plain tensors on `device` (one process), else FSDP over [ranks] or [replicas, ranks].
     packing: batches are packed rows, not padded ones (which prompt and prefix always get).
+    share_prefixes: packed rows may hold shared prefixes; None: wherever that is exact, as `shares_prefixes` then says.
     Raises TrainerError (bad-spec) for files, modules or kernels that do not fit.
     """
     directory = Path(directory)
@@ -280,6 +293,7 @@ def load_model(
     root.trainable = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
     if packed:
         _check_documents_apart(root, device)
+    _choose_sharing(root, share_prefixes, packed, device)
     if compile:  # after the check, whose few tokens would be compiled for
         for layer in layers:
             layer.compile()
@@ -300,10 +314,7 @@ def _check_documents_apart(root: CausalModel, device: torch.device) -> None:
     Catches both attention that reaches over into other documents and a head that does more than is known here.
     """
     register_fsdp_forward_method(root, "deviation_when_packed")
-    root.eval()
-    deviation = root.deviation_when_packed(device)
-    if isinstance(root, FSDPModule):
-        root.reshard()
+    deviation = _deviation(root, device, shared=False)
     if not deviation < PACKED_DEVIATION:
         raise TrainerError(
             FailureClass.BAD_SPEC,
@@ -311,6 +322,37 @@ def _check_documents_apart(root: CausalModel, device: torch.device) -> None:
             f"{deviation:.0%}): set training.packing to false.",
             "training.packing",
         )
+
+
+def _deviation(root: CausalModel, device: torch.device, shared: bool) -> float:
+    root.eval()
+    deviation = root.deviation_when_packed(device, shared)
+    if isinstance(root, FSDPModule):
+        root.reshard()
+    return deviation
+
+
+def _choose_sharing(root: CausalModel, requested: bool | None, packed: bool, device: torch.device) -> None:
+    """Decide whether what documents begin with is computed once. Raises TrainerError (bad-spec) if it must but cannot.
+
+    An architecture is not trusted: what it computes behind a shared prefix is compared with what it computes alone.
+    """
+    obstacle = obstacle_to_sharing(root, root.config, root.attention, packed=packed, noise=root.neftune_alpha)
+    if not obstacle and requested is not False:
+        deviation = _deviation(root, device, shared=True)
+        if not deviation < PACKED_DEVIATION:
+            obstacle = f"{root.config.model_type} computes something else then: logits are off by {deviation:.0%}"
+    if requested and obstacle:
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"Shared prefixes cannot be computed once: {obstacle}. Take training.sharedPrefixes out.",
+            "training.sharedPrefixes",
+        )
+    root.shares_prefixes = requested is not False and not obstacle
+    why = obstacle or "what examples of a step begin with is computed once"
+    root.choices["sharedPrefixes"] = Choice(
+        value="on" if root.shares_prefixes else "off", why=why if requested is None else "as the spec says"
+    )
 
 
 def _refuse_combinations(method: Method, tuning: Tuning, activation_checkpointing: bool) -> None:

@@ -21,6 +21,7 @@ FREE_TRAINING_FIELDS = {
     "activationCheckpointing",
     "deterministic",
     "packing",
+    "sharedPrefixes",
     "precision",
 }
 """Fields of `training` that change how, not what, is computed, or only what is looked at."""

@@ -168,7 +168,8 @@ class Loop:
         for result in results:
             examples = self.order.step(result.step)
             epoch = self.order.epochs_done(result.step + 1)
-            self.monitor.step(result, self.schedule(result.step), epoch, self.batcher.tokens(examples))
+            tokens = self.batcher.tokens(examples), self.batcher.computed_tokens(examples)
+            self.monitor.step(result, self.schedule(result.step), epoch, *tokens)
             warm = result.step >= self.schedule.warmup_steps
             self.state.spikes, spike = observe(self.state.spikes, result.step, result.loss, result.grad_norm, warm)
             if spike is not None:

@@ -50,21 +50,28 @@ class Throughput:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._steps: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=RECENT_STEPS + 1)
+        self._steps: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)], maxlen=RECENT_STEPS + 1)
 
     def restart(self) -> None:
         """Something other than a step took time: do not count it."""
         self._steps.clear()
-        self._steps.append((self._clock(), 0))
+        self._steps.append((self._clock(), 0, 0))
 
-    def step(self, tokens: int) -> None:
-        """A step with so many tokens (without padding, over all ranks) has ended."""
-        self._steps.append((self._clock(), tokens))
+    def step(self, tokens: int, computed: int) -> None:
+        """A step with so many tokens (without padding, over all ranks) has ended; shared prefixes are computed once."""
+        self._steps.append((self._clock(), tokens, computed))
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the newest steps; None before the first."""
-        tokens = sum(count for _, count in list(self._steps)[1:])
+        """Tokens of the examples over the newest steps; None before the first."""
+        return self._rate(sum(tokens for _, tokens, _ in list(self._steps)[1:]))
+
+    @property
+    def computed_tokens_per_second(self) -> float | None:
+        """Tokens that were computed over the newest steps; None before the first."""
+        return self._rate(sum(computed for _, _, computed in list(self._steps)[1:]))
+
+    def _rate(self, tokens: int) -> float | None:
         return tokens / self._seconds if self._seconds else None
 
     @property

@@ -29,10 +29,14 @@ class Monitor:
     _validation: MetricValue | None = None
     _checkpoint: CheckpointRef | None = None
 
-    def step(self, result: StepResult, learning_rate: float, epoch: float, tokens: int) -> None:
-        """One step has ended; `epoch` are the passes so far, `tokens` those of the step on all ranks."""
-        self.throughput.step(tokens)
+    def step(self, result: StepResult, learning_rate: float, epoch: float, tokens: int, computed: int) -> None:
+        """One step has ended; `epoch` are the passes so far, `tokens` those of the step's examples on all ranks.
+
+        `computed` are those that were computed: fewer where examples share prefixes.
+        """
+        self.throughput.step(tokens, computed)
         speed, pace = self.throughput.tokens_per_second, self.throughput.seconds_per_step
+        computing = self.throughput.computed_tokens_per_second
         done = result.step + 1
         loss, norm = _finite(result.loss), _finite(result.grad_norm)
         self._row(
@@ -43,6 +47,8 @@ class Monitor:
             gradNorm=norm,
             tokens=tokens,
             tokensPerSecond=speed and round(speed, 1),
+            computedTokens=computed,
+            computedTokensPerSecond=computing and round(computing, 1),
             time=round(time.time(), 3),
             attempt=self.attempt,
         )
@@ -52,6 +58,7 @@ class Monitor:
                 total=self.total,
                 epoch=round(epoch, 4),
                 tokens_per_second=speed,
+                computed_tokens_per_second=computing if computed < tokens else None,
                 eta_seconds=None if pace is None else round(pace * (self.total - done)),
                 loss=loss,
                 learning_rate=learning_rate,
@@ -61,6 +68,7 @@ class Monitor:
         )
         curves = {"train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": norm}
         curves |= {"train/epoch": epoch, "train/tokens_per_second": speed}
+        curves |= {"train/computed_tokens_per_second": computing} if computed < tokens else {}
         self.tracker.log({key: value for key, value in curves.items() if value is not None}, done)
         if not result.finite:
             self.reporter.warn(f"Step {done} was skipped: its gradients are not finite.")

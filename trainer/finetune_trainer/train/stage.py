@@ -46,6 +46,8 @@ from finetune_trainer.train.watchdog import Watchdog
 
 CLOSED_TASKS = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE)
 VALIDATIONS_AN_EPOCH = 4
+SAMPLED_STEPS = 8
+"""Steps from which the report says how much of an epoch examples have in common."""
 RESUME_VARIABLE = "FINETUNE_RESUME_FROM"
 """Directory at which the claim of `training.resumeFrom` is mounted."""
 
@@ -100,11 +102,13 @@ def build_loop(
         b_plus_ratio=spec.tuning.lora.b_plus_ratio if method in (Method.LORA, Method.QLORA) else 1.0,
         world_size=context.world_size,
     )
-    train, validation = build_batchers(context, manifest, device)
+    train, validation = build_batchers(context, manifest, device, model.shares_prefixes)
     weights = [dataset.weight for dataset in manifest.datasets]
     order = Order.of(train.store.dataset, weights, training.global_batch_size, training.seed)
     if not order.examples:
         raise TrainerError(FailureClass.BAD_DATA, "There are no examples to train on.", "datasets")
+    if train.share_prefixes:
+        context.reporter.choose("sharedPrefixes", "on", repetition(train, order))
     total = order.total_steps(training.epochs, training.max_steps)
     validator = None
     if validation is not None:
@@ -179,6 +183,7 @@ def build_model(context: RunContext, manifest: PreparedManifest, device: torch.d
         seed=spec.training.seed,
         attention=spec.model.attention,
         packing=spec.training.packing is not False,
+        share_prefixes=spec.training.shared_prefixes,
         activation_checkpointing=checkpointed,
         compile=compiled,
         neftune_alpha=spec.training.neftune_alpha,
@@ -200,7 +205,7 @@ def build_model(context: RunContext, manifest: PreparedManifest, device: torch.d
 
 
 def build_batchers(
-    context: RunContext, manifest: PreparedManifest, device: torch.device
+    context: RunContext, manifest: PreparedManifest, device: torch.device, share_prefixes: bool = False
 ) -> tuple[Batcher, Batcher | None]:
     """The batchers of training and of validation (None where there is nothing to validate on)."""
     spec, choose = context.config.spec, context.reporter.choose
@@ -224,6 +229,7 @@ def build_batchers(
             packing=packing,
             virtual_tokens=virtual_tokens,
             multiple=8 if device.type == "cuda" else 1,
+            share_prefixes=share_prefixes,
         )
 
     stores = DocumentStore(context.prepared / "train"), DocumentStore(context.prepared / "validation")
@@ -235,6 +241,13 @@ def build_batchers(
     if not len(stores[1]):
         context.reporter.warn("There are no validation examples: the last step is exported, not the best one.")
     return train, batcher(stores[1]) if len(stores[1]) else None
+
+
+def repetition(batcher: Batcher, order: Order) -> str:
+    """How much sharing prefixes saves, from a few steps."""
+    steps = [order.step(step) for step in range(min(order.steps_an_epoch, SAMPLED_STEPS))]
+    logical, computed = (sum(map(count, steps)) for count in (batcher.tokens, batcher.computed_tokens))
+    return f"{computed / logical:.0%} of the tokens are computed: the others begin examples of one step alike"
 
 
 def _why_packed(unpacked: bool, asked: bool | None) -> str:
