@@ -212,6 +212,24 @@ BROKEN: tuple[Broken, ...] = (
         valid=PROMPT | {"spec.training.packing": False},
     ),
     Broken(
+        "spec.training.sharedPrefixes",
+        "a prefix can be computed once only if nothing is drawn",
+        {"spec.training.sharedPrefixes": True, "spec.tuning.lora": {"dropout": 0.1}},
+        valid={"spec.training.sharedPrefixes": True, "spec.tuning.lora": {"dropout": 0.0}},
+    ),
+    Broken(
+        "spec.training.sharedPrefixes",
+        "a prefix can be computed once only if nothing is drawn",
+        {"spec.training.sharedPrefixes": True, "spec.training.neftuneAlpha": 5},
+        valid={"spec.training.sharedPrefixes": False, "spec.training.neftuneAlpha": 5},
+    ),
+    Broken(
+        "spec.training.sharedPrefixes",
+        "a prefix can be computed once only if nothing is drawn",
+        PROMPT | {"spec.training.sharedPrefixes": True},
+        valid=PROMPT | {"spec.training.sharedPrefixes": False},
+    ),
+    Broken(
         "spec.training.activationCheckpointing",
         "prefix hands its keys and values over",
         PREFIX | {"spec.training.activationCheckpointing": True},
