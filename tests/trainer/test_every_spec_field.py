@@ -35,6 +35,7 @@ from tests.trainer.publish import test_publish_stage as publishing
 from tests.trainer.train import test_checkpoint_faults
 from tests.trainer.train import test_resume as resuming
 from tests.trainer.train import test_spec_fields as training
+from tests.trainer.train import test_training_with_shared_prefixes as sharing
 from tests.trainer.train import test_world_sizes as world_sizes
 from tests.unit.finetune_operator.planning.world import LENGTHS, MODEL_FACTS, World
 from transformers import AutoModelForCausalLM
@@ -351,6 +352,7 @@ EFFECTS: dict[str, Changes | Shown] = {
     "training.earlyStopping.metric": Shown(training.test_early_stopping_ends_training_and_the_best_step_is_exported),
     "training.earlyStopping.patience": Shown(training.test_early_stopping_ends_training_and_the_best_step_is_exported),
     "training.packing": Shown(world_sizes.test_micro_batches_without_packing_hold_one_document_a_row),
+    "training.sharedPrefixes": Shown(sharing.test_losses_and_validations_are_those_without_sharing),
     "training.resumeFrom.claim": pod("others", spec__training__resumeFrom__path="ns/job/uid/checkpoints/step-1"),
     "training.resumeFrom.path": Shown(resuming.test_another_job_starts_from_the_weights_of_a_checkpoint),
     "topology.nodes": pod(3),
