@@ -64,6 +64,11 @@ class Process:
             "stage": self.stage,
         }
 
+    @property
+    def stopping(self) -> Path:
+        """There once a rank was asked to stop: as in the real loop, all of them stop then."""
+        return self.run / f"stopping-{self.stage}-{self.number}"
+
     def behaviour(self, name: str) -> dict[str, Any]:
         script = Path(self.config["paths"]["source"]) / "fake.json"
         wanted = json.loads(script.read_text()).get(name, [{}]) if script.exists() else [{}]
@@ -116,7 +121,7 @@ def train(process: Process, rank: int) -> int:
         code = act(process, behaviour, step)
         if code is not None:
             return code
-        if STOP["asked"] and not behaviour.get("stubborn"):
+        if (STOP["asked"] or process.stopping.exists()) and not behaviour.get("stubborn"):
             return checkpoint_and_stop(process, step, rank)
         step += 1
         time.sleep(seconds)
@@ -138,6 +143,7 @@ def log_step(process: Process, step: int, total: int) -> None:
 
 
 def checkpoint_and_stop(process: Process, step: int, rank: int) -> int:
+    process.stopping.touch()
     if rank == 0:
         path = f"checkpoints/step-{step:08d}"
         (process.run / path).mkdir(parents=True, exist_ok=True)

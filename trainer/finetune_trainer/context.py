@@ -128,13 +128,15 @@ def context_from_environment(environ: Mapping[str, str] = os.environ) -> RunCont
     config = RunConfig.model_validate_json(Path(environ[CONFIG_VARIABLE]).read_text())
     attempt = Attempt.model_validate_json(environ[ATTEMPT_VARIABLE])
     rank = int(environ.get("RANK", "0"))
+    # Rented machines have a WORLD_SIZE before any rank is started: without a rank it says nothing about this process.
+    world_size = int(environ.get("WORLD_SIZE", "1")) if "RANK" in environ else 1
     tokens = environ.get(TOKENS_VARIABLE)
     return RunContext(
         config=config,
         attempt=attempt,
         reporter=Reporter(attempt, Path(config.paths.run) / "reports", enabled=rank == 0),
         rank=rank,
-        world_size=int(environ.get("WORLD_SIZE", "1")),
+        world_size=world_size,
         local_rank=int(environ.get("LOCAL_RANK", "0")),
         tokens=Path(tokens) if tokens else None,
     )

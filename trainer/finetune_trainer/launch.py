@@ -1,20 +1,24 @@
 """The image's entrypoint for stages of several ranks: starts this node's ranks and tells how they ended.
 
 torchrun turns every exit code into 1 and exits 1 on SIGTERM; this wrapper exits with the class's code and
-writes the node's root cause as the termination message. Rendezvous is static (PET_* variables): ranks equal
-node indices, a late node 0 is waited for, and rented clusters without Kubernetes work the same way.
+writes the node's root cause as the termination message. Rendezvous is static: ranks follow from the node's number,
+a late node 0 is waited for, and machines that are rented without Kubernetes meet in the same way.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from finetune_api.rendezvous import Rendezvous, rendezvous_of
 from finetune_api.report import EXIT_CODES, Failure, FailureClass
 from finetune_api.runconfig import Attempt
 from finetune_trainer.context import context_from_environment
@@ -23,12 +27,16 @@ from finetune_trainer.failures import failure_file, root_cause, write_json
 
 def launch(stage: str) -> int:
     """Run `stage` on every rank of this node; returns the exit code of the failure's class."""
+    try:
+        rendezvous = rendezvous_of(os.environ)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CODES[FailureClass.BAD_SPEC]
     context = context_from_environment()
-    node_rank, ranks_a_node = int(os.environ.get("PET_NODE_RANK", "0")), int(os.environ.get("PET_NPROC_PER_NODE", "1"))
-    ranks = range(node_rank * ranks_a_node, (node_rank + 1) * ranks_a_node)
+    ranks = rendezvous.ranks
     for rank in ranks:
         failure_file(context.logs, rank).unlink(missing_ok=True)
-    command, environ = command_of(stage, os.environ, context.attempt)
+    command, environ = command_of(stage, rendezvous, os.environ, context.attempt)
     oom_kills = _oom_kills()
     child = subprocess.Popen(command, env=environ)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -44,24 +52,45 @@ def launch(stage: str) -> int:
     return EXIT_CODES[failure.failure_class]
 
 
-def command_of(stage: str, environ: Mapping[str, str], attempt: Attempt) -> tuple[list[str], dict[str, str]]:
+def command_of(
+    stage: str, rendezvous: Rendezvous, environ: Mapping[str, str], attempt: Attempt
+) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of this node's ranks: the rank itself for one a node, torchrun for several."""
-    nodes, node_rank = environ.get("PET_NNODES", "1"), environ.get("PET_NODE_RANK", "0")
-    ranks_a_node = environ.get("PET_NPROC_PER_NODE", "1")
-    address, port = environ.get("PET_MASTER_ADDR", "127.0.0.1"), environ.get("PET_MASTER_PORT", "23456")
+    nodes, node_rank, ranks_a_node = rendezvous.nodes, rendezvous.node_rank, rendezvous.ranks_a_node
+    address, port = rendezvous.address, str(rendezvous.port)
     program = ["-m", "finetune_trainer", stage]
-    result = {k: v for k, v in environ.items() if not k.startswith("PET_")}
+    result = _interfaces(rendezvous) | {k: v for k, v in environ.items() if not k.startswith("PET_")}
     result["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(max(10, attempt.grace_seconds - 10))
-    if ranks_a_node == "1":
+    if ranks_a_node == 1:
         # torchrun would only import torch a second time; the rank meets its peers by the same variables.
-        own = {"RANK": node_rank, "LOCAL_RANK": "0", "WORLD_SIZE": nodes, "LOCAL_WORLD_SIZE": "1"}
-        result |= own | {"MASTER_ADDR": address, "MASTER_PORT": port, "GROUP_RANK": node_rank}
+        own = {"RANK": str(node_rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1"}
+        result |= own | {"MASTER_ADDR": address, "MASTER_PORT": port, "GROUP_RANK": str(node_rank)}
         return [sys.executable, *program], result
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "static", "--max-restarts", "0"]
-    torchrun += ["--nnodes", nodes, "--node-rank", node_rank, "--nproc-per-node", ranks_a_node]
+    torchrun += ["--nnodes", str(nodes), "--node-rank", str(node_rank), "--nproc-per-node", str(ranks_a_node)]
     torchrun += ["--master-addr", address, "--master-port", port]
     torchrun += ["--rdzv-conf", f"timeout={attempt.startup_seconds}"]
     return [*torchrun, *program], result
+
+
+def _interfaces(rendezvous: Rendezvous) -> dict[str, str]:
+    """Which interface gloo and NCCL take, where the machine's own address is known: rented machines have several."""
+    name = interface_of(rendezvous.node_address) if rendezvous.node_address else ""
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name} if name else {}
+
+
+def interface_of(address: str) -> str:
+    """Name of this machine's interface that has the IPv4 address; empty if none has."""
+    siocgifaddr = 0x8915  # linux/sockios.h; the address is at byte 20 of a struct ifreq
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, siocgifaddr, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return ""
 
 
 def _failures(logs: Path, ranks: range) -> list[Failure]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -16,7 +18,9 @@ from finetune_operator.commands._output import OutputFormat, output_of
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
+    from finetune_api.rendezvous import Rendezvous
     from finetune_operator.local.job_file import JobFile
+    from finetune_operator.local.machines import Lead
     from finetune_operator.local.placement import Placement
     from finetune_operator.local.record import Record
     from finetune_operator.planning.model import Event
@@ -46,20 +50,68 @@ def run(
     Ctrl-C stops after a checkpoint, and the same command goes on from there. Tokens come from HF_TOKEN,
     HF_PUBLISH_TOKEN and WANDB_API_KEY; downloads are kept in FINETUNE_CACHE. Exit codes: 0 complete, 1 failed,
     2 bad spec, 3 gate refused, 130 interrupted.
+
+    On several machines (PET_NNODES or RunPod's NUM_NODES) the same command runs on each: machine 0 decides and shows
+    what happens, the others train with it. All of them must mount --workdir and FINETUNE_CACHE at the same path.
     """
     from finetune_operator.local import job_file
     from finetune_operator.local.record import job_directory, locked
 
     loaded = job_file.load(file, overrides or [])
     directory = job_directory(workdir.expanduser().resolve(), loaded.job)
+    meeting = _meeting()
     try:
-        with locked(directory):
-            code = _run(loaded, directory, output, retry=retry, fresh=fresh)
+        if meeting.node_rank > 0:
+            with locked(directory, f".lock-{meeting.node_rank}"):
+                raise typer.Exit(_follow(loaded, directory, meeting))
+        with locked(directory), _leading(directory, meeting) as lead:
+            code = _run(loaded, directory, output, lead, retry=retry, fresh=fresh)
+            if lead is not None:
+                lead.end(code)
     except OSError as error:
         raise UserError(
             f"{error.strerror or error}: {error.filename or directory}.{_way_out(error)}", EXIT_FAILED
         ) from error
     raise typer.Exit(code)
+
+
+def _meeting() -> Rendezvous:
+    from finetune_api.rendezvous import rendezvous_of
+
+    try:
+        return rendezvous_of(os.environ)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def _leading(directory: Path, meeting: Rendezvous) -> Iterator[Lead | None]:
+    """Machine 0's lead over the others; None where there are no others."""
+    if meeting.nodes == 1:
+        yield None
+        return
+    from finetune_operator.local.machines import Board, Lead
+
+    lead = Lead(Board(directory), meeting)
+    with lead.leading():
+        yield lead
+
+
+def _follow(loaded: JobFile, directory: Path, meeting: Rendezvous) -> int:
+    """What a machine does that is not the first."""
+    from finetune_api.base import duration_seconds
+    from finetune_operator.local.devices import this_machine
+    from finetune_operator.local.follower import Follower, starter
+    from finetune_operator.local.machines import Board
+    from finetune_operator.local.tokens import tokens_of
+
+    def tell(sentence: str) -> None:
+        print(sentence, file=sys.stderr, flush=True)
+
+    need_the_trainer()
+    start = starter(meeting, this_machine(), tokens_of(os.environ), os.environ, tell)
+    patience = duration_seconds(loaded.job.spec.timeouts.startup)
+    return Follower(Board(directory), meeting.node_rank, start, tell).run(patience)
 
 
 def _way_out(error: OSError) -> str:
@@ -129,10 +181,12 @@ class Show:
         self._output.note(sentence)
 
 
-def _run(loaded: JobFile, directory: Path, output_format: OutputFormat, *, retry: bool, fresh: bool) -> int:
+def _run(
+    loaded: JobFile, directory: Path, output_format: OutputFormat, lead: Lead | None, *, retry: bool, fresh: bool
+) -> int:
     from finetune_operator.local.begin import begin, complete, failed
     from finetune_operator.local.devices import this_machine
-    from finetune_operator.local.placement import place
+    from finetune_operator.local.placement import place, place_one_of
     from finetune_operator.local.runner import exit_code
 
     early: list[str] = []
@@ -140,22 +194,25 @@ def _run(loaded: JobFile, directory: Path, output_format: OutputFormat, *, retry
     finished = complete(record.status) or (failed(record.status) and not retry)
     if not finished:
         need_the_trainer()
-    placement = None if finished else place(record.job.spec.topology, this_machine())
+    topology, placement = record.job.spec.topology, None
+    if not finished:
+        placement = place_one_of(lead.meeting, topology, this_machine()) if lead else place(topology, this_machine())
     record.save()
     with output_of(output_format, record.wire) as output:
         show = Show(record, output)
         for sentence in early:
             show.note(sentence)
-        code = exit_code(record.status) if placement is None else _carry_out(record, loaded, placement, show)
+        code = exit_code(record.status) if placement is None else _carry_out(record, loaded, placement, lead, show)
         output.end(show.scene())
     _last_words(record, code, finished=finished, live=output_format.live)
     return code
 
 
-def _carry_out(record: Record, loaded: JobFile, placement: Placement, show: Show) -> int:
+def _carry_out(record: Record, loaded: JobFile, placement: Placement, lead: Lead | None, show: Show) -> int:
     from finetune_operator.local.children import Children
     from finetune_operator.local.devices import memory
     from finetune_operator.local.estimate import cpu_has_bf16, gpu_here
+    from finetune_operator.local.machines import Machines
     from finetune_operator.local.runner import Runner, Setting
     from finetune_operator.local.tokens import tokens_of
     from finetune_operator.planning.model import Environment
@@ -177,7 +234,8 @@ def _carry_out(record: Record, loaded: JobFile, placement: Placement, show: Show
         decisions=Environment(local=True, backoff_base_seconds=3.0, backoff_cap_seconds=60.0),
     )
     children = Children(record.run, record.uid, tokens, memory_limit=f"{memory() / 2**30:.0f}Gi")
-    return Runner(record, setting, children, show).run()
+    carried_out_by = Machines(children, lead, record.run) if lead else children
+    return Runner(record, setting, carried_out_by, show).run()
 
 
 def cache_directory() -> Path:

@@ -25,11 +25,12 @@ from finetune_api.report import Failure, FailureClass, Report, attempt_id
 from finetune_api.runconfig import Attempt
 from finetune_operator.local import proc
 from finetune_operator.local.record import write_json
-from finetune_operator.local.stages import Node, Step
+from finetune_operator.local.stages import PROCESS_VARIABLE, Node, Step
 from finetune_operator.local.tokens import Tokens, write_tokens
 from finetune_operator.planning.model import Child, Pod, PodPhase
 
 CHILDREN_FILE = "children.json"
+Environ = Callable[[Node], dict[str, str]]
 
 
 class ProcessRecord(ApiModel):
@@ -72,9 +73,11 @@ class _Live:
 class Children:
     """Starts, watches and ends the processes of one job."""
 
-    def __init__(self, run: Path, uid: str, tokens: Tokens, memory_limit: str = "") -> None:
+    def __init__(self, run: Path, uid: str, tokens: Tokens, memory_limit: str = "", machine: int = 0) -> None:
         self._run, self._uid, self._tokens, self._memory_limit = run, uid, tokens, memory_limit
-        self._file = run / CHILDREN_FILE
+        # Machines that share a run directory keep their own records, and never end each other's processes.
+        self._mark = f"{uid}@{machine}" if machine else uid
+        self._file = run / (f"children-{machine}.json" if machine else CHILDREN_FILE)
         self._live: dict[tuple[Stage, int, int], _Live] = {}
         self._deleting: dict[tuple[Stage, int], float] = {}
         self._records = _read(self._file)
@@ -147,7 +150,7 @@ class Children:
         """End the processes that a killed run left, and note how their attempts ended."""
         unfinished = [(r, p) for r in self._records for p in r.processes if p.exit_code is None and not p.lost]
         grace = max((record.grace_seconds for record, _ in unfinished), default=0)
-        proc.end_orphans(self._uid, grace or 10, tell)
+        proc.end_orphans(self._mark, grace or 10, tell)
         for record, process in unfinished:
             _remove(process.tokens)
             process.finished = datetime.now(UTC)
@@ -168,7 +171,7 @@ class Children:
 
     # Starting -----------------------------------------------------------------------------------------
 
-    def start(self, attempt: Attempt, nodes: tuple[Node, ...], environ: Callable[[Node], dict[str, str]]) -> None:
+    def start(self, attempt: Attempt, nodes: tuple[Node, ...], environ: Environ) -> None:
         """Start the processes of one attempt; nothing if that attempt has a child already."""
         if any(r.stage is attempt.stage and r.number == attempt.number for r in self._records):
             return
@@ -187,7 +190,10 @@ class Children:
         for node, process in zip(nodes, processes, strict=True):
             termination = self._termination(record, node.index)
             termination.unlink(missing_ok=True)
-            variables = environ(node) | {"FINETUNE_TERMINATION_LOG": str(termination)}
+            variables = environ(node) | {
+                "FINETUNE_TERMINATION_LOG": str(termination),
+                PROCESS_VARIABLE: self._marker(attempt.stage, attempt.number, node.index),
+            }
             self._live[attempt.stage, attempt.number, node.index] = self._spawn(record, process, node, 0, variables)
         self._save()
 
@@ -211,6 +217,10 @@ class Children:
         process.pid = popen.pid
         return _Live(node, process, environ, step, popen, proc.oom_kills())
 
+    def _marker(self, stage: Stage, number: int, index: int) -> str:
+        """What every process of a node inherits, so that none is lost."""
+        return f"{attempt_id(self._mark, stage, number)}/{index}"
+
     def _log(self, record: ChildRecord, node: Node, program: Step) -> Path:
         name = program.name if program is not node.steps[-1] else f"node{node.index}"
         return self._logs(record.stage, record.number) / f"{name}.log"
@@ -226,7 +236,7 @@ class Children:
             changed = True
             stage, number, index = key
             # What outlives its launcher may still write; a container would take it along.
-            proc.send(proc.marked(f"{attempt_id(self._uid, stage, number)}/{index}"), signal.SIGKILL)
+            proc.send(proc.marked(self._marker(stage, number, index)), signal.SIGKILL)
             _remove(live.record.tokens)
             record = next(r for r in self._records if r.stage is stage and r.number == number)
             following = live.step + 1
@@ -280,7 +290,7 @@ class Children:
             self._kill(stage, number)
 
     def _kill(self, stage: Stage, number: int) -> None:
-        proc.send(proc.marked(attempt_id(self._uid, stage, number)), signal.SIGKILL)
+        proc.send(proc.marked(attempt_id(self._mark, stage, number)), signal.SIGKILL)
         for key, live in self._live.items():
             if key[:2] == (stage, number):
                 live.process.kill()

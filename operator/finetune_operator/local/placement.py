@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune_api.rendezvous import Rendezvous
 from finetune_api.spec import Topology
 from finetune_operator.errors import UserError
 from finetune_operator.local.devices import Gpu, Machine
@@ -26,6 +27,8 @@ class Placement:
     gpus: tuple[Gpu, ...] = ()
     cores: int = 1
     notes: tuple[str, ...] = ()
+    meeting: Rendezvous | None = None
+    """This machine's place among several; none: all nodes are on this machine."""
 
     @property
     def processes_per_node(self) -> int:
@@ -33,8 +36,8 @@ class Placement:
         return max(1, self.gpus_per_node)
 
     def gpu_ids(self, node: int) -> tuple[str, ...]:
-        """The GPUs of one node."""
-        first = node * self.gpus_per_node
+        """The GPUs of one node, which is this machine where there are several."""
+        first = 0 if self.meeting else node * self.gpus_per_node
         return tuple(gpu.id for gpu in self.gpus[first : first + self.gpus_per_node])
 
     def apply(self, topology: Topology) -> Topology:
@@ -57,6 +60,24 @@ def place(topology: Topology, machine: Machine) -> Placement:
     if placement.gpus_per_node == 0:
         _refuse_too_many(placement.nodes, machine)
     return placement
+
+
+def place_one_of(meeting: Rendezvous, topology: Topology, machine: Machine) -> Placement:
+    """The placement on one of several machines, each of which is one node.
+
+    Raises UserError if the machine has fewer GPUs than a node shall have.
+    """
+    there = len(machine.gpus)
+    wanted = there if topology.gpus_per_node is None else topology.gpus_per_node
+    if wanted > there:
+        raise UserError(
+            f"topology.gpusPerNode is {wanted} and machine {meeting.node_rank} has {_gpus(there)}: "
+            f"--set topology.gpusPerNode={there} on all machines uses what is there."
+        )
+    notes: tuple[str, ...] = ()
+    if topology.nodes != meeting.nodes:
+        notes = (f"topology.nodes is {topology.nodes}: run on the {meeting.nodes} machines that there are.",)
+    return Placement(meeting.nodes, wanted, machine.gpus[:wanted], machine.cores, notes, meeting)
 
 
 def _on_what_is_there(nodes: int, machine: Machine) -> Placement:

@@ -105,13 +105,13 @@ def create(directory: Path, job: FineTuneJob) -> Record:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the job: no second `finetune run` of it may begin. Raises UserError if another holds it.
+def locked(directory: Path, name: str = ".lock") -> Iterator[None]:
+    """Hold the job: no second `finetune run` of it may begin here. Raises UserError if another holds it.
 
     The kernel lets go of the lock when the process ends, however it ends.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

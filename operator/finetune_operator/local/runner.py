@@ -18,8 +18,9 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
+from finetune_api.base import Stage
 from finetune_api.report import Report
-from finetune_api.runconfig import JobRef, Paths, RunConfig, resolve
+from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.status import ConditionType, JobStatus
 from finetune_operator.errors import (
     EXIT_BAD_SPEC,
@@ -29,15 +30,16 @@ from finetune_operator.errors import (
     EXIT_INTERRUPTED,
 )
 from finetune_operator.local import proc
-from finetune_operator.local.children import Children
+from finetune_operator.local.children import Environ
 from finetune_operator.local.devices import loopback_interface
 from finetune_operator.local.placement import Placement
 from finetune_operator.local.record import Record, write_json
-from finetune_operator.local.stages import environment, nodes_of
+from finetune_operator.local.stages import Node, environment, nodes_of
 from finetune_operator.local.tokens import Tokens, without_secrets
 from finetune_operator.planning.decide import Planner, decide
 from finetune_operator.planning.model import (
     Action,
+    Child,
     CleanUp,
     Decision,
     DeleteChild,
@@ -66,6 +68,35 @@ class Listener(Protocol):
         """Something that only a local run has to say."""
 
 
+class Processes(Protocol):
+    """What carries attempts out: the processes of this machine, or of several."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether any process still runs."""
+
+    def recover(self, tell: Callable[[str], None]) -> None:
+        """End what an earlier, killed run left."""
+
+    def observe(self) -> tuple[Child, ...]:
+        """The children as they are now."""
+
+    def start(self, attempt: Attempt, nodes: tuple[Node, ...], environ: Environ) -> None:
+        """Start an attempt that has no child yet."""
+
+    def delete(self, stage: Stage, number: int) -> None:
+        """Ask an attempt's processes to end, within their grace period."""
+
+    def forget(self) -> None:
+        """Forget what has ended."""
+
+    def kill(self) -> None:
+        """End everything at once."""
+
+    def close(self) -> None:
+        """End what still runs, and leave nothing behind."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a run needs beside the job."""
@@ -83,7 +114,7 @@ class Setting:
 class Runner:
     """Carries one job to its end, or to the user's Ctrl-C."""
 
-    def __init__(self, record: Record, setting: Setting, children: Children, listener: Listener) -> None:
+    def __init__(self, record: Record, setting: Setting, children: Processes, listener: Listener) -> None:
         self._record, self._setting, self._children, self._listener = record, setting, children, listener
         self._stops = 0
         self._reports: dict[Path, tuple[int, Report | None]] = {}
@@ -93,7 +124,7 @@ class Runner:
     def run(self) -> int:
         """Go on until the job is complete, has failed or was stopped; returns the exit code."""
         self._children.recover(self._listener.note)
-        with _signals(self._stop) as wait:
+        with stop_signals(self._stop) as wait:
             try:
                 while True:
                     decision = self._step()
@@ -161,24 +192,25 @@ class Runner:
                 self._write_config()
             case StartAttempt(attempt=attempt):
                 nodes = nodes_of(attempt, self._spec, self._setting.placement, proc.free_port())
-                inherited = without_secrets(self._setting.environ)
-                self._children.start(
-                    attempt,
-                    nodes,
-                    lambda node: environment(
-                        inherited,
-                        node,
-                        attempt,
-                        self._spec,
-                        config_file=str(self._record.config_file),
-                        cache=str(self._setting.cache),
-                        interface=loopback_interface(),
-                    ),
-                )
+                self._children.start(attempt, nodes, self._environ(attempt, len(nodes)))
             case DeleteChild(stage=stage, number=number):
                 self._children.delete(stage, number)
             case CleanUp():
                 self._children.forget()
+
+    def _environ(self, attempt: Attempt, nodes: int) -> Environ:
+        """The environment of each node; ranks that meet on other machines must not listen on loopback."""
+        inherited = without_secrets(self._setting.environ)
+        elsewhere = self._setting.placement.meeting is not None and nodes > 1
+        return lambda node: environment(
+            inherited,
+            node,
+            attempt,
+            self._spec,
+            config_file=str(self._record.config_file),
+            cache=str(self._setting.cache),
+            interface="" if elsewhere else loopback_interface(),
+        )
 
     def _write_config(self) -> None:
         """Write the run config once; again only if the topology was changed while the job was stopped."""
@@ -237,7 +269,7 @@ def _config(file: Path) -> RunConfig | None:
 
 
 @contextlib.contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[Callable[[float], None]]:
+def stop_signals(stop: Callable[[], None]) -> Iterator[Callable[[float], None]]:
     """Call `stop` on Ctrl-C, SIGTERM and SIGHUP; yields a wait that a signal or the end of a child cuts short."""
     reader, writer = socket.socketpair()
     reader.setblocking(False)

@@ -16,6 +16,7 @@ from finetune_operator.local.placement import Placement
 from finetune_operator.local.tokens import TokenKind
 
 CONFIG_VARIABLE = "FINETUNE_RUN_CONFIG"
+LOOPBACK = "127.0.0.1"
 PROCESS_VARIABLE = "FINETUNE_PROCESS"
 """`<uid>/<stage>/<n>/<node>`: every process of an attempt inherits it, so that none is lost."""
 
@@ -44,23 +45,28 @@ class Node:
 
 
 def nodes_of(attempt: Attempt, spec: FineTuneJobSpec, placement: Placement, port: int) -> tuple[Node, ...]:
-    """The nodes of one attempt: several for training, one for every other stage."""
+    """The nodes of one attempt: several for training, one for every other stage.
+
+    `port` is for ranks that meet on this machine; several machines have a port of their own.
+    """
     if attempt.stage is Stage.TRAIN:
         step = Step("train", ("launch", "train"), ("wandb",))
-        count, ranks = placement.nodes, placement.processes_per_node
+        count, ranks, meeting = placement.nodes, placement.processes_per_node, placement.meeting
+        address, meeting_port = (meeting.address, meeting.port) if meeting else (LOOPBACK, port)
+        here = ranks if meeting else count * ranks
         return tuple(
             Node(
                 index,
                 (step,),
-                _rendezvous(count, index, ranks, port, attempt)
-                | _devices(placement.gpu_ids(index), placement, count * ranks),
+                _rendezvous(count, index, ranks, address, meeting_port, attempt)
+                | _devices(placement.gpu_ids(index), placement, here),
             )
             for index in range(count)
         )
     if attempt.stage is Stage.EVALUATE:
         gpus = tuple(gpu.id for gpu in placement.gpus)
         ranks = max(1, len(gpus))
-        variables = _rendezvous(1, 0, ranks, port, attempt) | _devices(gpus, placement, ranks)
+        variables = _rendezvous(1, 0, ranks, LOOPBACK, port, attempt) | _devices(gpus, placement, ranks)
         return (Node(0, (Step("evaluate", ("launch", "evaluate")),), variables),)
     return (Node(0, _plain_steps(attempt.stage, spec), _devices((), placement, 1)),)
 
@@ -74,12 +80,12 @@ def _plain_steps(stage: Stage, spec: FineTuneJobSpec) -> tuple[Step, ...]:
     return (prepare,) if spec.publish is None else (check, prepare)
 
 
-def _rendezvous(nodes: int, index: int, ranks: int, port: int, attempt: Attempt) -> dict[str, str]:
+def _rendezvous(nodes: int, index: int, ranks: int, address: str, port: int, attempt: Attempt) -> dict[str, str]:
     return {
         "PET_NNODES": str(nodes),
         "PET_NODE_RANK": str(index),
         "PET_NPROC_PER_NODE": str(ranks),
-        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_ADDR": address,
         "PET_MASTER_PORT": str(port),
         "PET_RDZV_CONF": f"timeout={attempt.startup_seconds}",
     }
@@ -104,9 +110,14 @@ def environment(
     cache: str,
     interface: str,
 ) -> dict[str, str]:
-    """The environment of a node's processes, but for the tokens' directory. `inherited` must hold no secrets."""
+    """The environment of a node's processes, but for the tokens' directory. `inherited` must hold no secrets.
+
+    `interface` is where ranks listen unless told otherwise; empty leaves it to the launcher.
+    """
     kept = {k: v for k, v in inherited.items() if not k.startswith(DROPPED_PREFIXES) and k not in DROPPED}
-    defaults = {"TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    defaults = {"TOKENIZERS_PARALLELISM": "false"}
+    if interface:
+        defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     given = {variable.name: variable.value for variable in spec.pod_template.env}
     threads = kept.get("OMP_NUM_THREADS") or node.variables["OMP_NUM_THREADS"]
     return (
@@ -121,6 +132,5 @@ def environment(
             "PYTHONSAFEPATH": "1",
             CONFIG_VARIABLE: config_file,
             ATTEMPT_VARIABLE: attempt.model_dump_json(by_alias=True, exclude_none=True),
-            PROCESS_VARIABLE: f"{attempt.id}/{node.index}",
         }
     )

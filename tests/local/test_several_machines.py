@@ -1,0 +1,243 @@
+"""`finetune run` on three machines that share a directory, with a scripted trainer: who starts, stops and ends what."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.local_runs import Place, until
+from tests.support.rented import runpod_variables
+
+from finetune_api.base import Stage
+from finetune_api.rendezvous import Rendezvous
+from finetune_api.runconfig import Attempt
+from finetune_operator.errors import UserError
+from finetune_operator.local import machines
+from finetune_operator.local.children import Children
+from finetune_operator.local.devices import Gpu, Machine
+from finetune_operator.local.follower import Follower
+from finetune_operator.local.machines import Answer, Board, Lead, Machines, Order, read
+from finetune_operator.local.placement import place_one_of
+from finetune_operator.local.record import write_json
+from finetune_operator.local.tokens import Tokens
+from finetune_operator.planning.model import PodPhase
+
+COUNT = 3
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    (tmp_path / "cache").mkdir()
+    yield place
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    STARTED.clear()
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+def machine(place: Place, index: int, *arguments: str) -> subprocess.Popen[str]:
+    """One machine's `finetune run`."""
+    command = [sys.executable, "-c", "from finetune_operator.cli import main; main()", "run", "job.yaml", *arguments]
+    environ = place.environ | runpod_variables(index, COUNT, 29500)
+    process = subprocess.Popen(
+        command, env=environ, cwd=place.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    STARTED.append(process)
+    return process
+
+
+def all_machines(place: Place) -> list[subprocess.Popen[str]]:
+    return [machine(place, index) for index in range(COUNT)]
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> list[int]:
+    for process in processes:
+        process.communicate(timeout=60)
+    return [process.returncode for process in processes]
+
+
+def training(place: Place) -> list[tuple[str, str | None]]:
+    return [(r.outcome, r.reason) for r in place.record.status.attempts if r.stage is Stage.TRAIN]
+
+
+def test_machine_0_does_every_stage_and_the_others_train_with_it(place: Place) -> None:
+    # The others may come first: nothing of machine 0 is there yet.
+    later = [machine(place, 2), machine(place, 1)]
+    assert ends([machine(place, 0), *later]) == [0, 0, 0]
+    ran = [(entry["program"], entry["environ"].get("PET_NODE_RANK")) for entry in place.trace()]
+    assert sorted(ran[2:5]) == [("train", "0"), ("train", "1"), ("train", "2")]
+    assert [program for program, _ in ran[:2] + ran[5:]] == ["check-publish", "prepare", "evaluate", "publish"]
+    trained = [entry["environ"] for entry in place.trace() if entry["program"] == "train"]
+    assert {environ["PET_MASTER_PORT"] for environ in trained} == {"29500"}
+    assert {environ["PET_NNODES"] for environ in trained} == {"3"}
+    assert not any("GLOO_SOCKET_IFNAME" in environ for environ in trained)  # the launcher knows the machine's own
+    (evaluated,) = [entry["environ"] for entry in place.trace() if entry["program"] == "evaluate"]
+    assert (evaluated["PET_NNODES"], evaluated["PET_MASTER_ADDR"]) == ("1", "127.0.0.1")
+    assert place.record.status.phase == "Complete"
+
+
+def test_a_rank_that_dies_on_another_machine_is_named_and_the_attempt_is_tried_again(place: Place) -> None:
+    place.script(train=[{"steps": 4, "fail": "crash", "at": 2, "sentence": "A GPU fell off the bus."}, {"steps": 4}])
+    assert ends(all_machines(place)) == [0, 0, 0]
+    assert training(place) == [("failed", "crash"), ("succeeded", None)]
+    assert "A GPU fell off the bus." in str(place.record.status.attempts)
+
+
+def test_ctrl_c_on_machine_0_stops_all_after_a_checkpoint_and_the_same_commands_go_on(place: Place) -> None:
+    place.script(train=[{"endless": True}, {"steps": 40}])
+    running = all_machines(place)
+    place.wait_for_step(5)
+    running[0].send_signal(signal.SIGINT)
+    assert ends(running) == [130, 130, 130]
+    assert training(place) == [("suspended", "suspended")]
+    assert ends(all_machines(place)) == [0, 0, 0]
+    assert place.record.status.attempts[-3].resumed_from_step
+
+
+def test_a_machine_that_is_stopped_is_waited_for_and_joins_again(place: Place) -> None:
+    place.script(train=[{"endless": True}, {"steps": 5}])
+    running = all_machines(place)
+    place.wait_for_step(3)
+    until(lambda: [entry["program"] for entry in place.trace()].count("train") == COUNT, 60)
+    running[2].send_signal(signal.SIGINT)
+    assert ends(running[2:]) == [130]
+    until(lambda: len(training(place)) == 2, 30)
+    assert training(place)[0] == ("failed", "preempted")
+    assert ends([*running[:2], machine(place, 2)]) == [0, 0, 0]
+
+
+def test_a_finished_job_ends_at_once_on_machine_0_and_the_others_learn_it(place: Place) -> None:
+    assert ends(all_machines(place)) == [0, 0, 0]
+    followers = [machine(place, 1), machine(place, 2)]
+    for follower in followers:
+        assert follower.stderr is not None
+        assert "waits for machine 0" in follower.stderr.readline()
+    assert ends([machine(place, 0), *followers]) == [0, 0, 0]
+
+
+# --- without processes -----------------------------------------------------------------------------------------------
+
+ATTEMPT = Attempt(uid="u", stage=Stage.TRAIN, number=1)
+
+
+class Clock:
+    """Time that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(machines.time, "monotonic", made)
+    return made
+
+
+def answer(board: Board, lead: Lead, index: int, beat: int, **fields: object) -> None:
+    session = read(board.orders, Order)
+    assert session is not None
+    wire = Answer.model_validate({"session": session.session, "beat": beat, "attempt": ATTEMPT.id} | fields)
+    write_json(board.answers(index), wire.to_wire())
+    lead.look()
+
+
+def test_a_machine_that_is_no_longer_heard_of_is_lost_with_its_node(tmp_path: Path, clock: Clock) -> None:
+    board, lead = Board(tmp_path), Lead(Board(tmp_path), Rendezvous(nodes=3))
+    lead.order(ATTEMPT, tmp_path)
+    assert [pod.phase for pod in lead.pods(ATTEMPT)] == [PodPhase.PENDING, PodPhase.PENDING]
+    assert lead.pods(ATTEMPT)[1].waiting == "Machine 2 has not joined: start the same command there."
+    answer(board, lead, 1, 1)
+    answer(board, lead, 2, 1)
+    assert [pod.phase for pod in lead.pods(ATTEMPT)] == [PodPhase.RUNNING, PodPhase.RUNNING]
+    clock.now += machines.LOST_SECONDS + 1
+    answer(board, lead, 1, 2)
+    assert [pod.node_lost for pod in lead.pods(ATTEMPT)] == [False, True]
+    answer(board, lead, 2, 2)
+    assert not lead.pods(ATTEMPT)[1].node_lost
+
+
+def test_answers_of_an_earlier_session_mean_nothing(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    write_json(board.answers(1), Answer(session="old", beat=7, attempt=ATTEMPT.id, exit_code=0).to_wire())
+    lead = Lead(board, Rendezvous(nodes=2))
+    lead.order(ATTEMPT, tmp_path)
+    lead.look()
+    assert lead.pods(ATTEMPT)[0].waiting
+
+
+def test_an_attempt_is_gone_only_when_every_machine_has_ended_it(tmp_path: Path) -> None:
+    board, lead = Board(tmp_path), Lead(Board(tmp_path), Rendezvous(nodes=2))
+    both = Machines(Children(tmp_path, "u", Tokens()), lead, tmp_path)
+    lead.order(ATTEMPT, tmp_path)
+    both._shared = ATTEMPT
+    answer(board, lead, 1, 1)
+    both.delete(Stage.TRAIN, 1)
+    (child,) = both.observe()
+    assert child.deleting
+    assert [pod.terminating for pod in child.pods] == [True]
+    assert both.alive
+    answer(board, lead, 1, 2, exitCode=70)
+    assert both.observe() == ()
+    assert not both.alive
+
+
+def follower(tmp_path: Path, started: list[int], said: list[str]) -> Follower:
+    def start(attempt: Attempt, run: Path) -> Children:
+        started.append(attempt.number)
+        return Children(run, "u", Tokens(), machine=1)
+
+    return Follower(Board(tmp_path), 1, start, said.append)
+
+
+def test_an_order_that_nobody_renews_is_not_followed(tmp_path: Path, clock: Clock) -> None:
+    order = Order(session="old", beat=9, run=str(tmp_path), attempt=ATTEMPT)
+    write_json(Board(tmp_path).orders, order.to_wire())
+    started: list[int] = []
+    waiting = follower(tmp_path, started, [])
+    assert waiting.step(900) is None
+    assert waiting.step(900) is None
+    assert started == []
+    clock.now += 901
+    with pytest.raises(UserError, match=r"Machine 0 has written nothing to .* for 15 minutes"):
+        waiting.step(900)
+
+
+def test_an_attempt_is_not_begun_twice_by_a_machine_that_was_started_again(tmp_path: Path, clock: Clock) -> None:
+    board = Board(tmp_path)
+    order = Order(session="s", beat=9, run=str(tmp_path), attempt=ATTEMPT)
+    write_json(board.orders, order.to_wire())
+    write_json(board.answers(1), Answer(session="s", beat=3, attempt=ATTEMPT.id).to_wire())
+    started: list[int] = []
+    again = follower(tmp_path, started, [])
+    again.step(900)
+    write_json(board.orders, order.model_copy(update={"beat": 10}).to_wire())
+    again.step(900)
+    said = read(board.answers(1), Answer)
+    assert said is not None
+    assert said.exit_code == 137
+    assert started == []
+
+
+def test_a_machine_with_fewer_gpus_than_a_node_has_says_so() -> None:
+    from finetune_api.spec import Topology
+
+    meeting = Rendezvous(nodes=3, node_rank=1)
+    with pytest.raises(UserError, match=r"gpusPerNode is 4 and machine 1 has 2 GPUs"):
+        place_one_of(meeting, Topology(gpus_per_node=4), Machine(gpus=(Gpu("0"), Gpu("1"))))
+    placed = place_one_of(meeting, Topology(nodes=2), Machine(gpus=(Gpu("0"), Gpu("1"))))
+    assert placed.nodes == 3
+    assert placed.gpu_ids(1) == ("0", "1")
+    assert "run on the 3 machines that there are" in placed.notes[0]
