@@ -80,9 +80,9 @@ def run(matmul: bool, profiled: int) -> None:
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
     done = 0
 
-    def step(result: Any, learning_rate: float, epoch: float, tokens: int) -> None:
+    def step(result: Any, learning_rate: float, epoch: float, tokens: int, distinct: int) -> None:
         nonlocal done
-        record(result, learning_rate, epoch, tokens)
+        record(result, learning_rate, epoch, tokens, distinct)
         done += 1
         figures: dict[str, Any] = {"tokens": tokens, "computedTokens": sum(computed), "loss": result.loss}
         figures |= {"precision": str(precision).removeprefix("torch."), "documents": len(loop.order.step(result.step))}
