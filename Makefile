@@ -12,10 +12,10 @@ BENCH_ARGS ?=
 IMAGE_ARGS ?=
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help setup run test images lint generate verify bench bench-full bench-operator clean
+.PHONY: help setup run test e2e images lint generate verify bench bench-full bench-operator clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY) ## create .venv with everything (the other targets do it when needed)
 
@@ -36,6 +36,9 @@ run: $(READY) ## fine-tune a small model end to end on this machine, and show th
 test: $(READY) ## all tests; ends with the list of what this machine could not run
 	$(BIN)/python -m pytest tests/unit tests/trainer tests/local -n 2 --dist loadgroup $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(RETRY_WAITS) $(PYTEST_ARGS)
+
+e2e: $(READY) ## real pods on this machine: the chart, the images, and what happens when things die (root, some 40 GB)
+	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 
 images: ## both container images, with podman, buildah or docker; IMAGE_ARGS="--base REF --prefix registry.example.com/ml/"
 	$(PYTHON) images/build.py $(IMAGE_ARGS)

@@ -32,8 +32,9 @@ CLUSTER = ("integration", "e2e")
 NEVER_RUN_WITHOUT = (
     "no test covers CUDA: NCCL, fused AdamW, varlen and flash attention, memory and speed on a GPU",
     "no test covers the public Hub, W&B's cloud or a registry: loopback servers speak their protocols",
-    "no test runs real pods: a played kubelet writes their status",
+    "no test covers a network that enforces NetworkPolicies, or a network file system under the checkpoints",
 )
+WITHOUT_E2E = "no test runs real pods: a played kubelet writes their status (`make e2e` runs them)"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,6 +57,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("not run on this machine")
     for what in NEVER_RUN_WITHOUT:
         terminalreporter.write_line(what)
+    if not any(report.nodeid.startswith("tests/e2e/") for report in terminalreporter.stats.get("passed", [])):
+        terminalreporter.write_line(WITHOUT_E2E)
     if not skipped:
         terminalreporter.write_line("every test was run")
     for report in skipped:

@@ -243,7 +243,9 @@ VERBS |= {"xet-write-token", "xet-read-token"}
 class HubServer:
     """The server and all its repositories. Use as a context manager, or `start` and `stop`."""
 
-    def __init__(self, *, lfs_threshold: int = 10 * 1024, multipart_bytes: int | None = None) -> None:
+    def __init__(
+        self, *, lfs_threshold: int = 10 * 1024, multipart_bytes: int | None = None, host: str = "127.0.0.1"
+    ) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.tokens: dict[str, Account] = {}
         self.requests: list[Request] = []
@@ -256,10 +258,11 @@ class HubServer:
         self._parts: dict[tuple[str, int], bytes] = {}
         self._lock = threading.RLock()
         config = uvicorn.Config(
-            self._app, host="127.0.0.1", port=0, log_level="critical", interface="asgi3", lifespan="off", http="h11"
+            self._app, host=host, port=0, log_level="critical", interface="asgi3", lifespan="off", http="h11"
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True, name="hub-server")
+        self._host = host
         self.url = ""
 
     # -- what a test says ---------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ class HubServer:
                 raise RuntimeError("the loopback Hub did not start")
             time.sleep(0.005)
         port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{self._host}:{port}"
         return self
 
     def stop(self) -> None:

@@ -69,3 +69,43 @@ def tiny_llama(
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+MOODS = {"good": ("lovely", "great", "nice"), "bad": ("awful", "sad", "ugly")}
+"""Labels, and the words that stand for them."""
+
+
+def days(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Sentences about days, and whether each was good or bad."""
+    import random
+
+    chance = random.Random(seed)
+    labels = [("good", "bad")[day % 2] for day in range(count)]
+    return [(f"a {chance.choice(MOODS[label])} day {day}", label) for day, label in enumerate(labels)]
+
+
+def schooled_llama(directory: Path, steps: int = 120, seed: int = 0) -> Path:
+    """A tiny Llama that has learnt to answer `good` or `bad`, but not when: what an adapter then learns in seconds."""
+    import random
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny_llama(directory, seed=seed)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    chance = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(steps):
+        texts = []
+        for sentence, _ in days(32, seed=step):
+            answer = chance.choice(list(MOODS))
+            chat = [{"role": "user", "content": sentence}, {"role": "assistant", "content": answer}]
+            texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+        batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    return directory

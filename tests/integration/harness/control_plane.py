@@ -93,13 +93,16 @@ class ControlPlane:
     def start(self) -> None:
         """Start everything and return when PyTorchJobs are served and reconciled."""
         if self.owned:
-            self._programs = Programs(self.folder)
+            self._programs = self._make_programs()
             self._programs.start_api_server()
             self._programs.wait_for_api_server(self.api)
             self._install_training_operator()
             self._programs.start_controllers(self.training_operator_kubeconfig())
             self._programs.wait_for_controllers()
             self._wait_for_garbage_collector()
+
+    def _make_programs(self) -> Programs:
+        return Programs(self.folder)
 
     def stop(self) -> None:
         """Kill everything; the folder with the logs stays if `keep_folder` is set."""

@@ -166,7 +166,7 @@ class Programs:
     def _write_files(self) -> None:
         folder = self._folder
         self._authority.pair.write(folder, "ca")
-        self._authority.server("kubernetes.default.svc", "10.96.0.1").write(folder, "server")
+        self._authority.server("kubernetes.default.svc", *self._addresses()).write(folder, "server")
         (folder / "tokens.key").write_bytes(signing_key())
         (folder / "audit-policy.yaml").write_text(json.dumps(_AUDIT_POLICY))
         webhook_folder = folder / "k8s-webhook-server" / "serving-certs"
@@ -175,10 +175,14 @@ class Programs:
         self._write_client("admin", "kubernetes-admin", "system:masters")
         self._write_client("controller-manager", "system:kube-controller-manager")
 
+    def _addresses(self) -> tuple[str, ...]:
+        """Addresses of the API server besides loopback; the first is where it is found."""
+        return ("127.0.0.1", "10.96.0.1")
+
     def _write_client(self, name: str, user: str, *groups: str) -> None:
         certificate, key = self._authority.client(user, *groups).write(self._folder, name)
         cluster = {
-            "server": f"https://127.0.0.1:{self._api_port}",
+            "server": f"https://{self._addresses()[0]}:{self._api_port}",
             "certificate-authority": str(self._folder / "ca.crt"),
         }
         credentials = {"client-certificate": str(certificate), "client-key": str(key)}

@@ -1,0 +1,307 @@
+"""A namespace with volumes, tokens and a Hub of its own, in which one test is the user of the product."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.places import NODE_NAME, Places
+from tests.integration.harness.api import Api, ApiError, Resource
+from tests.integration.harness.processes import wait_until
+from tests.support.hub_server import HubServer, hub_environment
+from tests.support.tiny import MOODS, days
+
+from finetune_api.base import Stage
+
+TRAIN_SECONDS = 420
+"""For three pods that import torch on two busy cores."""
+JOB = "days"
+LABEL_STAGE, LABEL_ATTEMPT = "finetune.dev/stage", "finetune.dev/attempt"
+READ_TOKEN, WRITE_TOKEN = "hf_reader", "hf_writer"
+
+
+def job_spec(**changes: Any) -> Resource:
+    """Three nodes learn with LoRA which words make a day good."""
+    spec: Resource = {
+        "model": {"repo": "acme/base"},
+        "datasets": [{"name": "days", "repo": "acme/days", "task": "classification", "template": "{{ text }}"}],
+        "split": {"validation": 0, "test": 0.25, "seed": 42},
+        "tuning": {"method": "lora", "lora": {"rank": 16, "alpha": 32}},
+        "training": {
+            "epochs": 4,
+            "learningRate": 5.0e-3,
+            "globalBatchSize": 12,
+            "maxSequenceLength": 128,
+            "precision": "fp32",
+        },
+        "topology": {"nodes": 3, "gpusPerNode": 0},
+        "checkpoint": {"everyMinutes": 0},
+        "storage": {"run": {"size": "1Gi", "storageClassName": "local"}},
+        "publish": {"repo": "acme/days-tuned"},
+        "credentials": {"hub": {"name": "hf-read"}, "publish": {"name": "hf-write"}},
+        "timeouts": {"startup": "5m"},
+    }
+    for path, value in changes.items():
+        target = spec
+        *parents, last = path.split("__")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    return spec
+
+
+@dataclass
+class Place:
+    """What a test has: a namespace, and everything that a user of it would ask for."""
+
+    api: Api
+    places: Places
+    namespace: str
+    hub: HubServer
+    timeline: list[str] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    # -- what a user does ---------------------------------------------------------------------------------------
+
+    def furnish(self, base: Path, rows: int = 240) -> None:
+        """Volumes, tokens, a model and a dataset."""
+        self.volume("cache", "finetune-cache")
+        claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+        self.create("PersistentVolumeClaim", "finetune-cache", spec=claim | {"storageClassName": "local"})
+        self.volume("run", f"{JOB}-run")
+        self.create("Secret", "hf-read", stringData={"token": READ_TOKEN})
+        self.create("Secret", "hf-write", stringData={"token": WRITE_TOKEN})
+        self.hub.add_token(READ_TOKEN, user="reader")
+        self.hub.add_token(WRITE_TOKEN, user="acme", write=True)
+        self.hub.add_repo("acme/base", base)
+        lines = ["text,label", *(f"{text},{label}" for text, label in days(rows))]
+        self.hub.add_repo("acme/days", {"days.csv": "\n".join(lines) + "\n"}, kind="datasets")
+
+    def volume(self, name: str, claim: str) -> Path:
+        """A folder of the node as a volume that only one claim can have."""
+        folder = self.places.volumes / self.namespace / name
+        folder.mkdir(parents=True)
+        node = {"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE_NAME]}
+        self.api.create(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": f"{self.namespace}-{name}"},
+                "spec": {
+                    "capacity": {"storage": "1Gi"},
+                    "accessModes": ["ReadWriteMany", "ReadWriteOnce"],
+                    "persistentVolumeReclaimPolicy": "Retain",
+                    "storageClassName": "local",
+                    "claimRef": {"namespace": self.namespace, "name": claim},
+                    "local": {"path": str(folder)},
+                    "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [node]}]}},
+                },
+            }
+        )
+        return folder
+
+    def create(self, kind: str, name: str, **fields: Any) -> Resource:
+        """Create an object in the namespace."""
+        api_version = self.api.endpoint(kind).api_version
+        made = {"apiVersion": api_version, "kind": kind, "metadata": {"name": name}, **fields}
+        return self.api.create(made, self.namespace)
+
+    def apply(self, **changes: Any) -> Resource:
+        """`kubectl apply` of the job; parts of the spec may be replaced (`training__epochs=1`)."""
+        spec = job_spec(**changes)
+        environment = hub_environment(self.hub, Path("/tmp/hf"))
+        spec.setdefault("podTemplate", {})["env"] = [
+            {"name": name, "value": value}
+            for name, value in ({"OMP_NUM_THREADS": "1"} | environment).items()
+            if name.lower() != "no_proxy"
+        ]
+        job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": JOB}, "spec": spec}
+        self.kubectl("apply", "-f", "-", given=json.dumps(job))
+        return self.job()
+
+    def kubectl(self, *words: str, given: str | None = None, seconds: float = 60) -> str:
+        """Run kubectl as the user; raises AssertionError with what it said."""
+        program = Path(sys.executable).parent / "kubectl"
+        command = [str(program), "--kubeconfig", str(self.places.kubeconfig), "-n", self.namespace, *words]
+        done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=seconds)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def patch(self, body: Resource) -> None:
+        """Change the job."""
+        self.api.patch({"kind": "FineTuneJob", "metadata": {"name": JOB, "namespace": self.namespace}}, body)
+
+    # -- what is seen -------------------------------------------------------------------------------------------
+
+    def job(self) -> Resource:
+        """The resource as it is."""
+        return self.api.get("FineTuneJob", JOB, self.namespace)
+
+    def status(self) -> Resource:
+        """Its status; empty before the operator has seen it."""
+        return self.job().get("status") or {}
+
+    def wait(self, condition: Callable[[Resource], Any], what: str, seconds: float = TRAIN_SECONDS) -> Resource:
+        """Wait until the status is as wanted, and return it. A job that failed meanwhile ends the wait."""
+
+        def seen() -> Resource | None:
+            status = self.status()
+            if condition(status):
+                return status
+            failed = condition_of(status, "Failed")
+            assert failed.get("status") != "True", f"waiting for {what}: {failed.get('message')}"
+            return None
+
+        return wait_until(seen, what, seconds)
+
+    def complete(self, seconds: float = 2 * TRAIN_SECONDS) -> Resource:
+        """Wait as a user does until the job is complete, and return its status."""
+        wait = ["wait", "--for=condition=Complete", f"--timeout={int(seconds)}s", f"finetunejob/{JOB}"]
+        self.kubectl(*wait, seconds=seconds + 30)
+        return self.status()
+
+    def failed(self, seconds: float = TRAIN_SECONDS) -> Resource:
+        """Wait until the job has failed, and return its status."""
+        return wait_until(
+            lambda: is_true(status, "Failed") and status if (status := self.status()) else None, "Failed", seconds
+        )
+
+    def at_step(self, step: int, attempt: int = 1, seconds: float = TRAIN_SECONDS) -> Resource:
+        """Wait until an attempt of Train has got to a step."""
+        running = self.attempt_is("running", attempt)
+        return self.wait(
+            lambda status: running(status) and (status.get("progress") or {}).get("step", 0) >= step,
+            f"step {step} of attempt {attempt}",
+            seconds,
+        )
+
+    def attempt_is(self, outcome: str, number: int, stage: Stage = Stage.TRAIN) -> Callable[[Resource], bool]:
+        """Whether an attempt is in that state, as a condition to wait for."""
+        return lambda status: any(
+            a["stage"] == stage and a["number"] == number and a.get("outcome", "running") == outcome
+            for a in status.get("attempts", [])
+        )
+
+    def pods(self, stage: Stage = Stage.TRAIN, attempt: int | None = None) -> list[Resource]:
+        """The pods of a stage, or of one attempt, in the order of their ranks."""
+        labels = {LABEL_STAGE: str(stage)} | ({LABEL_ATTEMPT: str(attempt)} if attempt else {})
+        return self.api.objects("Pod", self.namespace, labels)
+
+    def ended(self, stage: Stage = Stage.TRAIN) -> list[tuple[str, bool]]:
+        """How the attempts of a stage ended, and whether that counted."""
+        attempts = [a for a in self.status().get("attempts", []) if a["stage"] == stage]
+        return [(a.get("reason") or a.get("outcome", "running"), a.get("counted", False)) for a in attempts]
+
+    @property
+    def run(self) -> Path:
+        """The run directory, on the volume."""
+        return self.places.volumes / self.namespace / "run" / self.namespace / JOB / self.job()["metadata"]["uid"]
+
+    def losses(self) -> dict[int, float]:
+        """The loss of each step, as the last attempt that took it saw it."""
+        lines = (self.run / "metrics" / "train.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+    # -- what is kept -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note every change of the status and of the pods, with its time, in the background."""
+        watcher = threading.Thread(target=self._watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            watcher.join(10)
+
+    def _watch(self) -> None:
+        begun, before = time.monotonic(), ""
+        while not self._stop.wait(0.5):
+            with contextlib.suppress(ApiError):
+                now = self._glance()
+                if now != before:
+                    self.timeline.append(f"{time.monotonic() - begun:7.1f} s  {now}")
+                    before = now
+
+    def _glance(self) -> str:
+        jobs = self.api.objects("FineTuneJob", self.namespace)
+        status = (jobs[0].get("status") or {}) if jobs else {}
+        ready = condition_of(status, "Ready")
+        step = (status.get("progress") or {}).get("step", "")
+        pods = [
+            f"{pod['metadata']['name'].removeprefix(f'{JOB}-')}={pod['status'].get('phase')}"
+            + ("-" if "deletionTimestamp" in pod["metadata"] else "")
+            for pod in self.api.objects("Pod", self.namespace)
+        ]
+        return f"{status.get('phase', '')} {ready.get('reason', '')} step {step}: {' '.join(pods)}"
+
+    def keep_evidence(self, folder: Path) -> None:
+        """Write logs of all pods, events, objects and the timeline into a folder."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "timeline.txt").write_text("\n".join(self.timeline) + "\n")
+        for kind in ("FineTuneJob", "Pod", "PyTorchJob", "Job", "PersistentVolumeClaim"):
+            (folder / f"{kind}.json").write_text(json.dumps(self.api.objects(kind, self.namespace), indent=1))
+        events = self.api.request("GET", f"/api/v1/namespaces/{self.namespace}/events")["items"]
+        events.sort(key=lambda e: e["metadata"]["creationTimestamp"])
+        lines = [f"{e['lastTimestamp']} {e['involvedObject']['name']} {e['reason']}: {e['message']}" for e in events]
+        (folder / "events.txt").write_text("\n".join(lines) + "\n")
+        for pod in self.api.objects("Pod", self.namespace):
+            self._keep_log(pod, folder)
+        logs = self.places.volumes / self.namespace / "run"
+        if logs.exists():
+            shutil.copytree(logs, folder / "run", ignore=shutil.ignore_patterns("*.distcp", "*.safetensors", "*.npy"))
+
+    def _keep_log(self, pod: Resource, folder: Path) -> None:
+        for container in (*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]):
+            with contextlib.suppress(ApiError):
+                log = self.api.request("GET", self.api.path_of(pod, "log"), query={"container": container["name"]})
+                name = f"{pod['metadata']['name']}-{container['name']}.log"
+                (folder / name).write_text(str(log.get("message", log)))
+
+    def clear(self) -> None:
+        """Delete the namespace and its volumes."""
+        self.api.delete({"kind": "Namespace", "metadata": {"name": self.namespace}})
+        wait_until(lambda: not self.api.objects("Pod", self.namespace), "the pods to go", 120)
+        for volume in self.api.objects("PersistentVolume"):
+            if volume["metadata"]["name"].startswith(f"{self.namespace}-"):
+                self.api.delete(volume)
+        shutil.rmtree(self.places.volumes / self.namespace, ignore_errors=True)
+
+
+def condition_of(status: Resource, kind: str) -> Resource:
+    """A condition of a status; empty if it is not there."""
+    return next((c for c in status.get("conditions", []) if c["type"] == kind), {})
+
+
+def is_true(status: Resource, kind: str) -> bool:
+    """Whether a condition holds."""
+    return bool(condition_of(status, kind).get("status") == "True")
+
+
+def accuracy(model: Any, tokenizer: Any, rows: list[tuple[str, str]]) -> float:
+    """The share of sentences whose right label is likelier, end token included, than the wrong one."""
+    import torch
+
+    def score(sentence: str, label: str) -> float:
+        chat = [{"role": "user", "content": sentence}, {"role": "assistant", "content": label}]
+        prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{label}<|im_end|>")]
+        whole = torch.tensor([ids[0] + ids[1]])
+        logits = model(input_ids=whole).logits[0, :-1].log_softmax(-1)
+        return float(logits[torch.arange(whole.shape[1] - 1), whole[0, 1:]][-len(ids[1]) :].sum())
+
+    with torch.no_grad():
+        right = [max(MOODS, key=lambda label: score(text, label)) == gold for text, gold in rows]
+    return sum(right) / len(right)
