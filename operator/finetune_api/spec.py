@@ -467,7 +467,7 @@ class Topology(ApiModel):
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
     """GPUs (and processes) a pod; 0 trains on the CPU, one process a pod. Left out: 1, locally what is there."""
     gpu_type: Annotated[str, StringConstraints(max_length=63)] | None = None
-    """GPU such as `A100-80GB`, for the memory plan, the time and the price."""
+    """GPU such as `A100-80GB`, for the memory plan, time and price; nodes are chosen by `podTemplate`."""
     sharding: Literal["full", "hybrid"] = "full"
     """`full` shards over all ranks, `hybrid` within a node and replicates over nodes."""
 
@@ -493,7 +493,7 @@ class CacheVolume(ApiModel):
     """The claim that holds downloads, shared between jobs."""
 
     claim_name: Name = "finetune-cache"
-    """PersistentVolumeClaim; mounted read-only outside Prepare."""
+    """PersistentVolumeClaim in the job's namespace, made by you; mounted read-only outside Prepare."""
 
 
 class RunVolume(ApiModel):
@@ -502,7 +502,7 @@ class RunVolume(ApiModel):
     claim_name: Name | None = None
     """An existing claim. Left out: one is made with the fields below."""
     size: Quantity = "100Gi"
-    """Size of the claim that is made."""
+    """Size of the claim that is made, such as `200Gi`."""
     storage_class_name: KubernetesName | None = None
     """Storage class of the claim that is made; the cluster's default when left out."""
     access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] | None = None
@@ -538,9 +538,9 @@ class Gate(ApiModel):
     """What must hold before anything is published."""
 
     must_improve: bool = True
-    """The macro-mean's paired 95% lower bound is above 0 and no dataset is significantly worse."""
+    """Better than the untuned model: the difference's 95% interval is above 0 in the mean, below 0 for no dataset."""
     minimum: Annotated[dict[str, float], Field(max_length=64)] = {}
-    """Least value for a metric: `{banking77/accuracy: 0.9}`."""
+    """Least value of a metric of the tuned model: `{banking77/accuracy: 0.9}`."""
 
 
 class Evaluation(ApiModel):
@@ -553,15 +553,15 @@ class Evaluation(ApiModel):
     gate: Gate = Gate()
     """What must hold before anything is published."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows a dataset that are evaluated, drawn with the split's seed. Left out: all."""
+    """Evaluate at most so many held-out rows of each dataset, drawn with the split's seed. Left out: all."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    """Tokens generated for a free answer at most."""
+    """Tokens of a generated answer at most (question answering, summaries, `prompts`)."""
     prompts: Annotated[list[Text], Field(max_length=64)] = []
     """Prompts answered by base and tuned model side by side in the report."""
     metrics: Annotated[
         list[Literal["accuracy", "macro-f1", "exact-match", "f1", "rouge", "bleu", "perplexity"]], Field(max_length=16)
     ] = []
-    """Further metrics beside each task's own."""
+    """Further metrics beside each task's own (accuracy; F1; ROUGE-L; loss), where they can be computed for the task."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -650,7 +650,7 @@ class Timeouts(ApiModel):
     """When waiting ends."""
 
     active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
-    """Seconds of running time over all attempts; waiting in a queue is not counted."""
+    """Seconds of running time over all attempts; waiting in a queue is not counted. Left out: no limit."""
     startup: Duration = "15m"
     """Time for all pods to run and meet, counted from the first that runs."""
     hang: Duration = "20m"
@@ -674,7 +674,7 @@ class Cleanup(ApiModel):
     """What is removed afterwards. The FineTuneJob itself never is."""
 
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
-    """Seconds after the end at which the job's pods and other children are deleted."""
+    """Seconds after the end at which the job's pods and other children are deleted. Left out: they stay."""
 
 
 class Toleration(ApiModel):
@@ -702,7 +702,7 @@ class EnvVar(ApiModel):
 
 
 class Resources(ApiModel):
-    """CPU, memory and other resources of a training pod; GPUs come from `topology`."""
+    """CPU, memory and other resources of each pod of Train and Evaluate; GPUs come from `topology`."""
 
     requests: Resource = {}
     """Requests, such as `{cpu: 8, memory: 64Gi}`."""
@@ -736,24 +736,24 @@ def _no_reserved(kind: str) -> Rule:
 
 
 class PodTemplate(ApiModel):
-    """What may be said about the pods: an allow-list."""
+    """What may be said about the pods of all stages, unless a field names some: an allow-list."""
 
     node_selector: Labels = {}
-    """Labels a node must have."""
+    """Labels a node must have for Train and Evaluate, and for Prepare where it binds a new claim."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
-    """Taints that are tolerated."""
+    """Taints that are tolerated where `nodeSelector` holds; also the GPU nodes' own, unless the cluster adds it."""
     priority_class_name: KubernetesName = ""
     """PriorityClass of the pods."""
     queue_name: LabelValue = ""
-    """Kueue LocalQueue of the stages that ask for GPUs."""
+    """Kueue LocalQueue, in the job's namespace, of Train and Evaluate where they ask for GPUs."""
     labels: Labels = {}
     """Further labels on the pods."""
     annotations: Annotated[dict[str, Annotated[str, StringConstraints(max_length=4096)]], Field(max_length=64)] = {}
     """Further annotations on the pods."""
     env: Annotated[list[EnvVar], Field(max_length=128)] = []
-    """Further environment variables of the trainer."""
+    """Further environment variables of the trainer, in all stages."""
     resources: Resources = Resources()
-    """CPU and memory of a training pod."""
+    """CPU, memory and other resources of each pod of Train and Evaluate."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         _no_reserved("labels"),
@@ -870,7 +870,7 @@ class FineTuneJobSpec(ApiModel):
     pod_template: PodTemplate = PodTemplate()
     """What may be said about the pods."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=500)] | None = None
-    """Trainer image; the operator's own default when left out."""
+    """Trainer image, best with a digest; the operator's own default when left out."""
     image_pull_secrets: Annotated[list[ImagePullSecret], Field(max_length=16)] = []
     """Secrets for pulling the image."""
 
