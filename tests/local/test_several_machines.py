@@ -194,19 +194,19 @@ def test_an_attempt_is_gone_only_when_every_machine_has_ended_it(tmp_path: Path)
     assert not both.alive
 
 
-def follower(tmp_path: Path, started: list[int], said: list[str]) -> Follower:
+def follower(tmp_path: Path, started: list[int], over: bool = False) -> Follower:
     def start(attempt: Attempt, run: Path) -> Children:
         started.append(attempt.number)
         return Children(run, "u", Tokens(), machine=1)
 
-    return Follower(Board(tmp_path), 1, start, said.append)
+    return Follower(Board(tmp_path), 1, start, lambda _: None, lambda: over)
 
 
 def test_an_order_that_nobody_renews_is_not_followed(tmp_path: Path, clock: Clock) -> None:
     order = Order(session="old", beat=9, run=str(tmp_path), attempt=ATTEMPT)
     write_json(Board(tmp_path).orders, order.to_wire())
     started: list[int] = []
-    waiting = follower(tmp_path, started, [])
+    waiting = follower(tmp_path, started)
     assert waiting.step(900) is None
     assert waiting.step(900) is None
     assert started == []
@@ -215,13 +215,22 @@ def test_an_order_that_nobody_renews_is_not_followed(tmp_path: Path, clock: Cloc
         waiting.step(900)
 
 
+def test_a_machine_that_comes_after_the_end_of_a_complete_job_ends_too(tmp_path: Path, clock: Clock) -> None:
+    order = Order(session="s", beat=9, run=str(tmp_path), ended=0)
+    write_json(Board(tmp_path).orders, order.to_wire())
+    late = follower(tmp_path, [], over=True)
+    assert late.step(900) is None  # machine 0 may still come, to start over
+    clock.now += 11
+    assert late.step(900) == 0
+
+
 def test_an_attempt_is_not_begun_twice_by_a_machine_that_was_started_again(tmp_path: Path, clock: Clock) -> None:
     board = Board(tmp_path)
     order = Order(session="s", beat=9, run=str(tmp_path), attempt=ATTEMPT)
     write_json(board.orders, order.to_wire())
     write_json(board.answers(1), Answer(session="s", beat=3, attempt=ATTEMPT.id).to_wire())
     started: list[int] = []
-    again = follower(tmp_path, started, [])
+    again = follower(tmp_path, started)
     again.step(900)
     write_json(board.orders, order.model_copy(update={"beat": 10}).to_wire())
     again.step(900)

@@ -100,18 +100,24 @@ def _leading(directory: Path, meeting: Rendezvous) -> Iterator[Lead | None]:
 def _follow(loaded: JobFile, directory: Path, meeting: Rendezvous) -> int:
     """What a machine does that is not the first."""
     from finetune_api.base import duration_seconds
+    from finetune_operator.local.begin import complete
     from finetune_operator.local.devices import this_machine
     from finetune_operator.local.follower import Follower, starter
     from finetune_operator.local.machines import Board
+    from finetune_operator.local.record import find
     from finetune_operator.local.tokens import tokens_of
 
     def tell(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
+    def is_over() -> bool:
+        earlier = find(directory)
+        return earlier is not None and complete(earlier.status)
+
     need_the_trainer()
     start = starter(meeting, this_machine(), tokens_of(os.environ), os.environ, tell)
     patience = duration_seconds(loaded.job.spec.timeouts.startup)
-    return Follower(Board(directory), meeting.node_rank, start, tell).run(patience)
+    return Follower(Board(directory), meeting.node_rank, start, tell, is_over).run(patience)
 
 
 def _way_out(error: OSError) -> str:

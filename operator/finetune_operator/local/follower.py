@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune_api.rendezvous import Rendezvous
 from finetune_api.runconfig import RUN_CONFIG_FILE, Attempt, RunConfig
-from finetune_operator.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from finetune_operator.local.children import Children
 from finetune_operator.local.devices import Machine
 from finetune_operator.local.machines import BEAT_SECONDS, Answer, Board, Order, Pulse, read
@@ -20,6 +20,8 @@ from finetune_operator.local.stages import environment, nodes_of
 from finetune_operator.local.tokens import Tokens, without_secrets
 from finetune_operator.planning.model import Pod, PodPhase
 
+LATE_SECONDS = 10.0
+"""After so long without machine 0, a job that is complete is taken as over: this machine came after the end."""
 KILLED, ASKED_TO_STOP = 137, 143
 """Exit codes of processes that left none, as a container would have them."""
 
@@ -67,8 +69,10 @@ def starter(
 class Follower:
     """One machine that follows machine 0."""
 
-    def __init__(self, board: Board, index: int, start: Start, tell: Callable[[str], None]) -> None:
-        self._board, self._index, self._start, self._tell = board, index, start, tell
+    def __init__(
+        self, board: Board, index: int, start: Start, tell: Callable[[str], None], is_over: Callable[[], bool]
+    ) -> None:
+        self._board, self._index, self._start, self._tell, self._is_over = board, index, start, tell, is_over
         self._pulse = Pulse()
         self._answer = Answer(session="")
         self._written = 0.0
@@ -102,14 +106,17 @@ class Follower:
         if self._children is None and self._stops:
             return EXIT_INTERRUPTED
         if order is None:
-            if self._children is None and self._pulse.silent_seconds > patience_seconds:
-                raise self._nobody(patience_seconds)
-            return None
+            return self._alone(patience_seconds) if self._children is None else None
         if order.ended is not None and self._children is None:
             return order.ended
         if time.monotonic() - self._written >= BEAT_SECONDS:
             self._say()
         return None
+
+    def _alone(self, patience_seconds: float) -> int | None:
+        if self._pulse.silent_seconds > patience_seconds:
+            raise self._nobody(patience_seconds)
+        return EXIT_COMPLETE if self._pulse.silent_seconds > LATE_SECONDS and self._is_over() else None
 
     def _hear(self) -> Order | None:
         """What machine 0 orders; None while it is not there."""
