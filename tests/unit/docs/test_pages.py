@@ -25,7 +25,8 @@ from finetune_operator.cli import COMMANDS, load
 from finetune_operator.planning.failure_policy import Disturbance
 
 ROOT = Path(__file__).parents[3]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("charts/*/README.md")])
+WHERE = ("*.md", "docs/**/*.md", "charts/*/README.md", "tests/*/README.md")
+PAGES = sorted(page for pattern in WHERE for page in ROOT.glob(pattern))
 GENERATED = {"docs/reference.md"}
 VALUES = json.loads((ROOT / "charts" / "finetune-operator" / "values.schema.json").read_text())
 SHELL = ("sh", "bash", "console")
@@ -90,6 +91,21 @@ def test_yaml_is_a_valid_job_a_part_of_one_chart_values_or_an_object_of_another_
         jsonschema.validate(document, VALUES)
     else:
         assert {"apiVersion", "kind"} <= set(document) or "data" in document, "what is it a part of?"
+
+
+def test_the_chart_takes_the_values_that_argo_cd_and_flux_hand_on() -> None:
+    specs = {document["kind"]: document["spec"] for _, document in documents() if "spec" in document}
+    jsonschema.validate(specs["Application"]["source"]["helm"]["valuesObject"], VALUES)
+    jsonschema.validate(specs["HelmRelease"]["values"], VALUES)
+
+
+def test_pages_name_the_version_that_this_is() -> None:
+    version = yaml.safe_load((ROOT / "charts" / "finetune-operator" / "Chart.yaml").read_text())["appVersion"]
+    for page in PAGES:
+        named = re.findall(
+            r"(?:finetune-(?:operator|trainer):|(?:targetRevision|tag): v)([0-9][\w.]*)", page.read_text()
+        )
+        assert set(named) <= {version}, name(page)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -216,7 +232,9 @@ def test_variables_that_are_named_are_read_somewhere(page: Path) -> None:
 
 @cache
 def _sources() -> str:
-    return "\n".join(path.read_text() for top in ("operator", "trainer") for path in (ROOT / top).rglob("*.py"))
+    return "\n".join(
+        path.read_text() for top in ("operator", "trainer", "tests") for path in (ROOT / top).rglob("*.py")
+    )
 
 
 def test_troubleshooting_names_reasons_that_the_operator_writes() -> None:
