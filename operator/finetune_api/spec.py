@@ -321,6 +321,10 @@ class Quantization(ApiModel):
     """Data type of the products. `auto` takes bfloat16 where the device computes it fast."""
 
 
+_LAYERS_IN_4_BITS = r"(^|[.])(q|k|v|o|gate|up|down)_proj$"
+"""Linear layers whatever the architecture that calls a module so; which other names are one, the model decides."""
+
+
 class Tuning(ApiModel):
     """What is trained."""
 
@@ -362,6 +366,12 @@ class Tuning(ApiModel):
             "choose the method lora, or another init",
             ".lora.init",
         ),
+        Rule(
+            f"self.method != 'qlora' || !self.lora.modulesToSave.exists(m, m.matches('{_LAYERS_IN_4_BITS}'))",
+            "attention and feed-forward layers are stored in 4 bits by qlora and cannot be trained whole: "
+            "take them out of modulesToSave, or choose the method lora",
+            ".lora.modulesToSave",
+        ),
     )
 
 
@@ -390,6 +400,15 @@ class ResumeFrom(ApiModel):
     """PersistentVolumeClaim that holds it; the job's own run volume when left out."""
     path: Path
     """Directory of the checkpoint (`.../checkpoints/step-00000100`) on that volume; locally a path."""
+
+    cel_rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.claim) || !self.path.startsWith('/')",
+            "path is looked for on the claim, and one that begins with / leads beside it: "
+            "write <namespace>/<job>/<uid>/checkpoints/step-… as it lies on the volume",
+            ".path",
+        ),
+    )
 
 
 class Training(ApiModel):
@@ -923,6 +942,24 @@ class FineTuneJobSpec(ApiModel):
             "!(self.tuning.method in ['prompt', 'prefix']) || !has(self.publish) || self.publish.format != 'merged'",
             "prompt and prefix are not part of the weights and cannot be merged into them: choose format: adapter",
             ".publish.format",
+        ),
+        Rule(
+            "!(self.model.attention in ['flash', 'flex', 'varlen']) || !has(self.topology.gpusPerNode) "
+            "|| self.topology.gpusPerNode > 0",
+            "flash, flex and varlen attention train on GPUs only and gpusPerNode is 0: choose auto, sdpa or eager",
+            ".model.attention",
+        ),
+        Rule(
+            "!(self.model.attention in ['flash', 'varlen']) || self.training.precision != 'fp32'",
+            "flash and varlen attention compute in 16 bits only: choose another attention, or another precision",
+            ".model.attention",
+        ),
+        Rule(
+            "self.model.attention != 'varlen' || !(self.tuning.method in ['prompt', 'prefix']) "
+            "&& (!has(self.training.packing) || self.training.packing)",
+            "varlen attention is for packed rows, which prompt, prefix and packing: false do without: "
+            "choose auto, or take packing out",
+            ".model.attention",
         ),
         Rule(
             "self.topology.nodes == 1 || !has(self.storage.run.accessMode) "

@@ -187,6 +187,51 @@ BROKEN: tuple[Broken, ...] = (
         {"spec.tuning": {"method": "qlora", "lora": {"init": "pissa"}}},
         valid={"spec.tuning": {"method": "lora", "lora": {"init": "pissa"}}},
     ),
+    *(
+        Broken(
+            "spec.tuning.lora.modulesToSave",
+            "attention and feed-forward layers are stored in 4 bits",
+            {"spec.tuning": {"method": "qlora", "lora": {"modulesToSave": ["lm_head", name]}}},
+            valid={"spec.tuning": {"method": method, "lora": {"modulesToSave": saved}}},
+        )
+        for name, method, saved in (
+            ("down_proj", "qlora", ["lm_head", "embed_tokens"]),
+            ("model.layers.0.self_attn.q_proj", "lora", ["down_proj"]),
+        )
+    ),
+    Broken(
+        "spec.training.resumeFrom.path",
+        "path is looked for on the claim",
+        {"spec.training.resumeFrom": {"claim": "older-run", "path": "/data/ml/older/checkpoints/step-00000100"}},
+        valid={"spec.training.resumeFrom": {"claim": "older-run", "path": "ml/older/checkpoints/step-00000100"}},
+    ),
+    *(
+        Broken(
+            "spec.model.attention",
+            "flash, flex and varlen attention train on GPUs only",
+            {"spec.model.attention": kernel, "spec.topology.gpusPerNode": 0},
+            valid={"spec.model.attention": other, "spec.topology.gpusPerNode": count},
+        )
+        for kernel, other, count in (("flex", "flex", 1), ("flash", "sdpa", 0), ("varlen", "eager", 0))
+    ),
+    *(
+        Broken(
+            "spec.model.attention",
+            "flash and varlen attention compute in 16 bits only",
+            {"spec.model.attention": kernel, "spec.training.precision": "fp32"},
+            valid={"spec.model.attention": other, "spec.training.precision": precision},
+        )
+        for kernel, other, precision in (("flash", "flex", "fp32"), ("varlen", "varlen", "bf16"))
+    ),
+    *(
+        Broken(
+            "spec.model.attention",
+            "varlen attention is for packed rows",
+            {"spec.model.attention": "varlen", **unpacked},
+            valid={"spec.model.attention": "varlen", "spec.training.packing": True},
+        )
+        for unpacked in ({"spec.training.packing": False}, {"spec.tuning.method": "prefix"})
+    ),
     Broken(
         "spec.model.adapter",
         "adapter is a LoRA to go on training",
