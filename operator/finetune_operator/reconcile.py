@@ -11,16 +11,17 @@ from datetime import UTC, datetime
 
 from finetune_api.base import Stage
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import JobStatus
+from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.act import Actor
 from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.needs import Needs, look
-from finetune_operator.cluster.observe import UNREADABLE, Seen, observe, read_spec
+from finetune_operator.cluster.observe import UNREADABLE, Seen, is_of, observe, read_spec
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store, slim
 from finetune_operator.metrics import Metrics
 from finetune_operator.planning import attempts, progress
 from finetune_operator.planning.conditions import next_stage, terminal
 from finetune_operator.planning.decide import Planner, decide
+from finetune_operator.planning.labels import JOB
 from finetune_operator.planning.manifests.backend import Backend
 from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.planning.model import (
@@ -41,6 +42,11 @@ log = logging.getLogger(__name__)
 
 SECRET_POLL_SECONDS = 30.0
 """Secrets may be read by name and not watched: a job that waits for one asks again."""
+RESYNC_SECONDS = 600.0
+"""How often a job that has not ended is looked at although nothing was heard of it."""
+DOUBT_SECONDS = 30.0
+"""How long a job waits for something to go away before the API server is asked whether it has; and whether the node
+of a pod that does not go has been declared dead, since nodes are not watched."""
 OUT_OF_SERVICE_TAINT = "node.kubernetes.io/out-of-service"
 
 
@@ -54,6 +60,8 @@ class Memory:
     """What this process remembers of a job; a fresh process does without."""
 
     written: datetime | None = None
+    checked: datetime | None = None
+    """When the API server was last asked whether the children that the store knows are there."""
     refused: Missing | None = None
     spec: tuple[str, FineTuneJobSpec, str] = ("", UNREADABLE, "")
     """Uid and generation that it was read from, the spec, and why it could not be read."""
@@ -126,13 +134,35 @@ class Reconciler:
         if decision.requeue_after == 0.0:
             return 0.0 if wrote else 1.0
         await self._act(key, seen, decision, memory)
+        if await self._exorcise(key, seen, decision, memory):
+            return 0.0
         return self._again(seen, decision, memory)
+
+    async def _exorcise(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> bool:
+        """Forget children that went away unheard; whether there were any. Asked rarely, sooner if the job waits."""
+        if terminal(decision.status) or seen.deleting or not seen.children:
+            memory.checked = None
+            return False
+        memory.checked = memory.checked or seen.now
+        patience = DOUBT_SECONDS if attempts.waits_for_the_old(seen, decision.status) else RESYNC_SECONDS
+        if (seen.now - memory.checked).total_seconds() < patience:
+            return False
+        memory.checked = seen.now
+        found = False
+        for kind in ("Job", self.backend.kind, "Pod"):
+            # Only what was known before asking: what is made meanwhile is no ghost.
+            known = self.store.uids(kind, key)
+            listed = await self.api.list(kind, key.namespace, f"{JOB}={key.label}") if known else []
+            there = frozenset(body["metadata"]["uid"] for body in listed)
+            found = self.store.drop_all_but(kind, key, known, there) or found
+        return found
 
     async def _observe(self, key: Key, job: Object, memory: Memory) -> Observation:
         spec, invalid = self._spec(job, memory)
         name = job["metadata"]["name"]
         needs = Needs() if invalid else await self._needs(key, job, spec)
         refused = (memory.refused,) if memory.refused is not None else ()
+        await self._catch_up(key, job)
         carriers = [*self.store.of("Job", key), *self.store.of(self.backend.kind, key)]
         pods = self.store.of("Pod", key)
         seen = Seen(
@@ -168,11 +198,23 @@ class Reconciler:
 
     def _has_child(self, key: Key, job: Object, status: JobStatus) -> bool:
         record = attempts.live(status)
-        if record is None:
-            return False
-        name = child_name(job["metadata"]["name"], record.stage, record.number)
+        return record is not None and self.store.named(*self._child(key, job, record)) is not None
+
+    def _child(self, key: Key, job: Object, record: AttemptRecord) -> tuple[str, Key, str]:
+        """Kind, key and name of an attempt's child."""
         kind = self.backend.kind if record.stage is Stage.TRAIN else "Job"
-        return self.store.named(kind, key, name) is not None
+        return kind, key, child_name(job["metadata"]["name"], record.stage, record.number)
+
+    async def _catch_up(self, key: Key, job: Object) -> None:
+        """Pods of the running attempt may be heard of before their owner is: it is then asked for, not given up."""
+        record = attempts.live(JobStatus.parse(job.get("status")))
+        if record is None or not any(is_of(pod, job, record) for pod in self.store.of("Pod", key)):
+            return
+        kind, _, name = self._child(key, job, record)
+        if self.store.named(kind, key, name) is None:
+            body = await self.api.find(kind, key.namespace, name)
+            if body is not None:
+                self.store.put(kind, slim(body))
 
     async def _out_of_service(self, pods: tuple[Object, ...]) -> frozenset[str]:
         """Nodes of terminating pods that are declared dead; not to be allowed to read nodes means none are known."""
@@ -206,7 +248,13 @@ class Reconciler:
             "spec": job["spec"],
             "status": wire,
         }
-        answer = await self.api.replace_status(body)
+        try:
+            answer = await self.api.replace_status(body)
+        except ApiError as error:
+            if error.code == 404:
+                # Deleted while the watch was broken.
+                self.store.drop(FINE_TUNE_JOB, job)
+            raise
         # The watch may be slow: what we wrote ourselves is known at once.
         self.store.put(FINE_TUNE_JOB, slim(answer))
         memory.written = seen.now
@@ -243,6 +291,8 @@ class Reconciler:
             wants.append(SECRET_POLL_SECONDS)
         if decision.status.to_wire() != seen.status.to_wire():
             wants.append(float(progress.WRITE_INTERVAL_SECONDS))
+        if not terminal(decision.status):
+            wants.append(DOUBT_SECONDS if attempts.waits_for_the_old(seen, decision.status) else RESYNC_SECONDS)
         return min(wants) if wants else None
 
 

@@ -6,7 +6,7 @@ import os
 
 from kubernetes.aio.config import kube_config
 
-from finetune_operator import service, workqueue  # noqa: F401 - imported before the fork, once for all
+from finetune_operator import reconcile, service, workqueue  # noqa: F401 - imported before the fork, once for all
 from finetune_operator.cluster import api
 from finetune_operator.commands.operator import operator
 
@@ -22,4 +22,5 @@ def operate(environment: dict[str, str], log: str, request_timeout: float) -> No
     os.dup2(descriptor, 2)
     api.REQUEST_TIMEOUT_SECONDS = request_timeout
     workqueue.BASE_SECONDS, workqueue.CAP_SECONDS = 0.1, 0.5
-    operator(namespaces=None, image="", log_format="text")
+    reconcile.DOUBT_SECONDS = 1.0
+    operator(namespaces=None, image="", backend="", log_format="text")

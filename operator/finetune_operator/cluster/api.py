@@ -38,6 +38,7 @@ KINDS: dict[str, Kind] = {
     "Job": Kind("batch/v1", "jobs"),
     "PyTorchJob": Kind("kubeflow.org/v1", "pytorchjobs"),
     "TrainJob": Kind("trainer.kubeflow.org/v1alpha1", "trainjobs"),
+    "TrainingRuntime": Kind("trainer.kubeflow.org/v1alpha1", "trainingruntimes"),
     "Pod": Kind("v1", "pods"),
     "Node": Kind("v1", "nodes"),
     "ConfigMap": Kind("v1", "configmaps"),
@@ -98,15 +99,15 @@ class Api:
         path = KINDS[changed["kind"]].path(meta["namespace"], meta["name"], "status")
         return await self._request("update", "PUT", path, changed)
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str = "") -> None:
+    async def delete(self, kind: str, namespace: str, name: str) -> None:
         """Delete an object, its dependents in the background; that it is gone already is success."""
-        options: Object = {"propagationPolicy": "Background"}
-        if uid:
-            options["preconditions"] = {"uid": uid}
         try:
-            await self._request("delete", "DELETE", KINDS[kind].path(namespace, name), options)
+            await self._request(
+                "delete", "DELETE", KINDS[kind].path(namespace, name), {"propagationPolicy": "Background"}
+            )
         except ApiError as error:
-            if error.code not in (404, 409):
+            # A conflict is no success: the object is still there, and no event would tell us to try again.
+            if error.code != 404:
                 raise
 
     async def _request(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from finetune_api.base import Stage
 from finetune_api.report import Failure, Report
 from finetune_api.spec import Dataset, FineTuneJobSpec, Method, Model, Tuning
-from finetune_api.status import JobStatus
+from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.api import Object
 from finetune_operator.planning.labels import ATTEMPT, STAGE
 from finetune_operator.planning.manifests.backend import Backend, ChildState, condition_of, words
@@ -127,6 +127,11 @@ def _key(body: Object) -> tuple[str, Stage, int] | None:
         return labels[UID_LABEL], Stage(labels[STAGE]), int(labels[ATTEMPT])
     except (KeyError, ValueError):
         return None
+
+
+def is_of(body: Object, job: Object, record: AttemptRecord) -> bool:
+    """Whether a child or a pod belongs to an attempt of a job."""
+    return _key(body) == (job["metadata"]["uid"], record.stage, record.number)
 
 
 def _child(

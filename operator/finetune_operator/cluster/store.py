@@ -48,6 +48,20 @@ class Store:
             self._bodies.pop((kind, key), None)
         return key
 
+    def drop_all_but(self, kind: str, key: Key, suspects: frozenset[str], there: frozenset[str]) -> bool:
+        """Forget those of the suspects (uids) that are not there; whether there were any.
+
+        kopf lists again after a watch has broken, and does not say what was deleted meanwhile.
+        """
+        ghosts = [body for body in self.of(kind, key) if _uid(body) in suspects - there]
+        for body in ghosts:
+            self.drop(kind, body)
+        return bool(ghosts)
+
+    def uids(self, kind: str, key: Key) -> frozenset[str]:
+        """Uids of all bodies of a kind that belong to a job."""
+        return frozenset(_uid(body) for body in self.of(kind, key))
+
     def job(self, key: Key) -> Object | None:
         """The FineTuneJob itself."""
         return next(iter(self._bodies.get((FINE_TUNE_JOB, key), {}).values()), None)

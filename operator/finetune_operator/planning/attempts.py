@@ -12,7 +12,7 @@ from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.planning import deadlines, root_cause
 from finetune_operator.planning.conditions import cut
 from finetune_operator.planning.failure_policy import Disturbance, Footprint
-from finetune_operator.planning.model import Child, Observation
+from finetune_operator.planning.model import Child, Observation, PodPhase
 from finetune_operator.planning.root_cause import Cause
 
 HISTORY = 50
@@ -106,6 +106,11 @@ def blocking(seen: Observation, status: JobStatus) -> str:
     return ""
 
 
+def waits_for_the_old(seen: Observation, status: JobStatus) -> bool:
+    """Whether something of an earlier attempt, or of an earlier job of this name, has to go before anything starts."""
+    return bool(blocking(seen, status) if live(status) is None else of_older_job(seen))
+
+
 def of_older_job(seen: Observation) -> str:
     """What is left of an older job of this name, in a sentence: it is never adopted, and nothing starts beside it."""
     older = next((child for child in seen.children if not child.ours), None)
@@ -129,7 +134,9 @@ def conclude(record: AttemptRecord, child: Child | None, report: Report | None, 
         return _conclude_success(record, child, report, seen)
     if child.deleting or not child.exists:
         return Ending(root_cause.find(child, report))
-    broken = child.failed or any(pod.evicted or pod.node_lost or pod.out_of_service for pod in child.pods)
+    broken = child.failed or any(
+        pod.phase is PodPhase.FAILED or pod.evicted or pod.node_lost or pod.out_of_service for pod in child.pods
+    )
     if broken:
         return _conclude_failure(record, child, report, seen)
     record.exited = None
@@ -160,7 +167,7 @@ def missing_product(stage: Stage, report: Report) -> str:
 
 def _conclude_failure(record: AttemptRecord, child: Child, report: Report | None, seen: Observation) -> Ending | None:
     record.exited = record.exited or seen.now
-    settled = bool(child.pods) and all(deadlines.ended(pod) for pod in child.pods)
+    settled = bool(child.pods) and all(deadlines.ended(pod) or deadlines.given_up(pod) for pod in child.pods)
     whole = len(child.pods) >= child.pods_expected
     if (settled and whole) or _evidence_is_in(record, child, report, seen):
         return Ending(root_cause.find(child, report))
@@ -170,6 +177,8 @@ def _conclude_failure(record: AttemptRecord, child: Child, report: Report | None
 def evidence_due(record: AttemptRecord, child: Child, report: Report | None, seen: Observation) -> datetime | None:
     """When an attempt that has begun to end is concluded with what is known by then."""
     named = root_cause.named_at(child, report)
+    if named is None and any(deadlines.given_up(pod) for pod in child.pods):
+        named = record.exited
     return deadlines.evidence_deadline(record, child, named, seen.environment, seen.now)
 
 

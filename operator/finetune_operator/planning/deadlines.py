@@ -99,7 +99,8 @@ def evidence_deadline(
 ) -> datetime | None:
     """When an attempt whose pods have begun to end is concluded, although some still run or its report is not there.
 
-    Soon after a cause was named (`cause_named`, by a rank's clock); without one when the grace period is over.
+    Soon after a cause was named (`cause_named`, by a rank's clock, or a node's loss); without one when the grace
+    period is over.
     """
     if record.exited is None:
         return None
@@ -137,6 +138,11 @@ def user_deadline(status: JobStatus, spec: FineTuneJobSpec) -> datetime | None:
 def ended(pod: Pod) -> bool:
     """Whether a pod can do nothing any more."""
     return pod.phase in (PodPhase.SUCCEEDED, PodPhase.FAILED) or pod.out_of_service
+
+
+def given_up(pod: Pod) -> bool:
+    """Whether the cluster has given a pod up with its node: it will never say how it ended, but it may still write."""
+    return pod.node_lost and pod.terminating
 
 
 def later(moment: datetime, seconds: float) -> datetime:

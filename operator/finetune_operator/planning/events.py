@@ -7,7 +7,7 @@ from finetune_api.status import STAGE_CONDITION, AttemptRecord, Condition, Condi
 from finetune_operator.planning.failure_policy import Disturbance, camel
 from finetune_operator.planning.model import Event
 
-QUIET_REASONS = frozenset({"Starting", "Preparing", "Training", "Evaluating", "Publishing"})
+QUIET_REASONS = frozenset({"Starting", "Preparing", "Training", "Evaluating", "Publishing", "Ending"})
 """Reasons of Reconciling that an Event of their own says already, or nobody needs to hear."""
 
 

@@ -76,12 +76,16 @@ class FakeKubelet:
             self._set_conditions(pod, _condition("Ready", "False", "NodeNotReady"))
             self._disrupt(pod, "DeletionByTaintManager", "Taint manager: deleting due to NoExecute taint")
 
-    def out_of_service(self, name: str) -> None:
-        """Let an administrator declare a lost node dead: its terminating pods go away."""
+    def declare_out_of_service(self, name: str) -> None:
+        """Let an administrator declare a lost node dead, and nothing more: its terminating pods are still there."""
         self._taint(
             self.api.get("Node", name),
             [{"key": OUT_OF_SERVICE_TAINT, "value": "nodeshutdown", "effect": "NoExecute"}],
         )
+
+    def out_of_service(self, name: str) -> None:
+        """Let an administrator declare a lost node dead; the pod collector lets its terminating pods go away."""
+        self.declare_out_of_service(name)
         for pod in self.pods_on(name):
             self.api.delete(pod, grace_seconds=0)
 

@@ -22,6 +22,7 @@ from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 
 KEY = Key("ml", "support")
+FAR = datetime(2100, 1, 1, tzinfo=UTC)
 CHILD_KINDS = ("Job", "PyTorchJob")
 WATCHED = ("Job", "PyTorchJob", "Pod", "ConfigMap", FINE_TUNE_JOB)
 
@@ -45,6 +46,10 @@ class FakeCluster:
         self.script: Callable[[Attempt, int], str | None] = lambda attempt, rank: None
         self.uploads: list[str] = []
         self.refused: list[tuple[str, str]] = []
+        self.unheard: frozenset[str] = frozenset()
+        """Kinds whose deletions the watches miss."""
+        self.late: dict[str, int] = {}
+        """Seconds after which the watches tell of a new object of a kind, if not at once."""
         self._versions = itertools.count(1)
         self._put({"kind": "PersistentVolumeClaim", "metadata": {"name": "finetune-cache", "namespace": "ml"}})
         meta = {"name": "support", "namespace": "ml", "generation": 1}
@@ -71,7 +76,7 @@ class FakeCluster:
     async def replace_status(self, changed: Object) -> Object:
         return self._asked("update", changed["kind"], lambda: self._replace_status(changed))
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str = "") -> None:
+    async def delete(self, kind: str, namespace: str, name: str) -> None:
         self._asked("delete", kind, lambda: self.objects.pop((kind, name), None))
 
     def _asked(self, verb: str, kind: str, carry_out: Callable[[], Any]) -> Any:
@@ -104,6 +109,7 @@ class FakeCluster:
         return copy.deepcopy(self._touch(stored))
 
     def _put(self, made: Object) -> Object:
+        made["born"] = self.now
         made["metadata"]["uid"] = f"uid-{next(self._versions)}"
         self.objects[made["kind"], made["metadata"].get("name", made["metadata"]["uid"])] = made
         return self._touch(made)
@@ -217,31 +223,41 @@ class FakeCluster:
         self.show(made.store)
         return made
 
-    def show(self, store: Store) -> None:
-        """Bring a store up to date, as the watches do."""
+    def show(self, store: Store) -> bool:
+        """Bring a store up to date, as the watches do; whether there was anything to tell."""
+        told = False
         for kind in WATCHED:
             known = {body["metadata"]["name"]: body for body in store.of(kind, KEY)}
             there = {body["metadata"]["name"]: body for body in self.of(kind)}
-            for name in known.keys() - there.keys():
+            for name in known.keys() - there.keys() if kind not in self.unheard else ():
                 store.drop(kind, known[name])
+                told = True
+            heard = self.now - timedelta(seconds=self.late.get(kind, 0))
             for name, body in there.items():
+                if body["born"] > heard:
+                    continue
                 version = body["metadata"]["resourceVersion"]
                 if name not in known or known[name]["metadata"]["resourceVersion"] != version:
                     store.put(kind, copy.deepcopy(body))
+                    told = True
+        return told
 
     async def carry_on(self, seconds: int = 200) -> None:
-        """Reconcile every second until the job has ended; a killed operator is followed by a fresh one."""
-        operator = self.operator()
+        """Seconds pass until the job has ended; a killed operator is followed by a fresh one.
+
+        Reconciled is only when something was heard, when the operator wanted to look again, and after a refusal.
+        """
+        operator, due = self.operator(), self.now
         for _ in range(seconds):
             try:
-                again: float | None = 0.0
-                while again == 0.0:
-                    self.show(operator.store)
+                while self.show(operator.store) or self.now >= due:
                     again = await operator.reconcile(KEY)
+                    due = self.now + timedelta(seconds=again) if again is not None else FAR
             except Killed:
-                operator = self.operator()
+                operator, due = self.operator(), self.now
             except ApiError as error:
                 self.refused.append((error.reason, error.message))
+                due = self.now + timedelta(seconds=1)
             if self.is_true("Complete") or self.is_true("Failed"):
                 return
             self.tick()

@@ -9,6 +9,7 @@ from finetune_api.base import STAGES, Stage
 from finetune_api.report import LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import STAGE_CONDITION, ConditionType, Phase
+from finetune_operator.planning import deadlines
 from finetune_operator.planning.model import Child, Environment, Missing, Pod, PodPhase, StartAttempt
 
 ROWS: dict[str, set[ConditionType]] = {
@@ -236,6 +237,28 @@ def test_a_lost_node_holds_the_job_until_it_is_out_of_service() -> None:
     lost = world.children[key]
     world.children[key] = replace(lost, pods=tuple(replace(p, out_of_service=True) for p in lost.pods))
     assert world.settled().current == (Stage.TRAIN, 2)
+
+
+def test_a_rank_that_failed_begins_the_end_although_the_child_still_runs() -> None:
+    world = job().training().with_pod_failed("cuda-oom", rank=1).change(failed=False).settled()
+    assert world.attempt(Stage.TRAIN, 1).exited is not None
+    world.later(deadlines.SETTLE_SECONDS).settled()
+    assert world.attempt(Stage.TRAIN, 1).reason == "cuda-oom"
+
+
+def test_a_lost_nodes_attempt_is_concluded_when_the_others_have_ended_without_waiting_for_its_last_word() -> None:
+    world = job().training().pod(2, node_lost=True, terminating=True).settled()
+    assert world.attempt(Stage.TRAIN, 1).outcome == "running"
+    world.all_ended_but(2).settled()
+    assert world.attempt(Stage.TRAIN, 1).reason == "node-lost"
+    assert world.later(500).settled().reason == "WaitingForPreviousAttempt"
+
+
+def test_a_lost_nodes_attempt_is_concluded_soon_although_the_others_still_wait_for_it() -> None:
+    world = job().training().pod(2, node_lost=True, terminating=True).settled()
+    assert world.wakes() == deadlines.SETTLE_SECONDS
+    world.later(deadlines.SETTLE_SECONDS).settled()
+    assert world.attempt(Stage.TRAIN, 1).reason == "node-lost"
 
 
 def test_a_node_that_comes_back_in_time_costs_nothing() -> None:

@@ -254,6 +254,13 @@ class World:
                 self.with_pod_failed(kind, rank=pod.index)
         return self
 
+    def all_ended_but(self, index: int) -> World:
+        """The other ranks follow, but for one that says nothing."""
+        for pod in self.child.pods:
+            if pod.index != index:
+                self.with_pod_failed("peer", rank=pod.index)
+        return self
+
     def says(self, **fields: object) -> World:
         """The running attempt reports."""
         stage, number = self.current
