@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     if fixtures & {"helm", "operator"}:
         binaries.ensure("helm")
+    if "kubeflow_trainer" in fixtures and not is_given():
+        binaries.ensure("jobset"), binaries.ensure("kubeflow-trainer")
     if "control_plane" in fixtures and not is_given():
         for name in binaries.CONTROL_PLANE:
             binaries.ensure(name)
@@ -81,15 +83,16 @@ def fine_tune_jobs(control_plane: ControlPlane) -> None:
 
 @pytest.fixture
 def operator(
-    control_plane: ControlPlane, namespace: str, tmp_path: Path, fine_tune_jobs: None
+    request: pytest.FixtureRequest, control_plane: ControlPlane, namespace: str, tmp_path: Path, fine_tune_jobs: None
 ) -> Iterator[OperatorProcess]:
-    """Our operator, serving the test's namespace under the chart's rights."""
+    """Our operator, serving the test's namespace under the chart's rights; an indirect parameter is chart values."""
     try:
         binaries.ensure("helm")
     except binaries.BinaryUnavailableError as problem:
         pytest.skip(str(problem))
     ops = control_plane.create_namespace("ops")
-    running = OperatorProcess(control_plane, Helm(tmp_path, control_plane.kubeconfig), namespace, ops).start()
+    helm, values = Helm(tmp_path, control_plane.kubeconfig), getattr(request, "param", None)
+    running = OperatorProcess(control_plane, helm, namespace, ops, values).start()
     yield running
     running.kill()
     control_plane.delete_namespace(ops)

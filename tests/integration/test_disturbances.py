@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from finetune_api.base import STAGES, Stage
 from finetune_api.crd import definition
+from finetune_operator.planning import deadlines
 
 from .harness.api import Resource
 from .harness.control_plane import ControlPlane
@@ -30,6 +34,21 @@ def test_a_quota_that_is_used_up_is_said_and_waited_for(story: Story) -> None:
     assert story.attempts(done, Stage.PREPARE) == ["succeeded"]
 
 
+def test_a_quota_of_gpus_that_is_used_up_is_said_and_waited_for_although_only_pods_are_refused(story: Story) -> None:
+    quota: Resource = {"kind": "ResourceQuota", "apiVersion": "v1", "metadata": {"name": "gpus"}}
+    made = story.api.create(quota | {"spec": {"hard": {"requests.nvidia.com/gpu": "8"}}}, story.namespace)
+    wait_until(lambda: (story.api.refresh(made) or {}).get("status", {}).get("hard"), "the quota to hold")
+    story.apply(topology={"nodes": 3, "gpusPerNode": 4})
+    (pod,) = story.pods(1, Stage.PREPARE)
+    story.end_well(story.kubelet.run(pod))
+    assert "2 of 3 pods are made. A quota" in story.message("WaitingForPods", 90)
+    (used,) = story.api.objects("ResourceQuota", story.namespace)
+    assert used["status"]["used"] == {"requests.nvidia.com/gpu": "8"}
+    story.api.patch(made, {"spec": {"hard": {"requests.nvidia.com/gpu": "12"}}})
+    done = story.carry_on()
+    assert {stage: story.attempts(done, stage) for stage in STAGES} == {stage: ["succeeded"] for stage in STAGES}
+
+
 def test_a_webhook_that_does_not_answer_yet_is_waited_for(own_control_plane: ControlPlane, story: Story) -> None:
     with own_control_plane.webhook_down(story.namespace):
         story.apply()
@@ -40,7 +59,8 @@ def test_a_webhook_that_does_not_answer_yet_is_waited_for(own_control_plane: Con
     assert story.attempts(done, Stage.TRAIN) == ["succeeded"]
 
 
-def test_a_lost_node_holds_up_the_next_attempt_until_it_is_out_of_service(story: Story) -> None:
+def lose_a_node_while_training(story: Story) -> tuple[str, str]:
+    """Three pods train, the second on a node that is then lost, and the others end. Returns that node and that pod."""
     node = f"node-of-{story.namespace}"
     story.kubelet.add_node(node)
     story.apply(retry={"limit": 0})
@@ -53,6 +73,12 @@ def test_a_lost_node_holds_up_the_next_attempt_until_it_is_out_of_service(story:
     story.kubelet.lose_node(node)
     for pod in others:
         story.kubelet.end(pod, failing("peer", 0))
+    return node, lost
+
+
+def test_a_lost_nodes_attempt_is_concluded_at_once_and_its_pod_is_waited_for(story: Story) -> None:
+    node, lost = lose_a_node_while_training(story)
+    others_ended = datetime.now(UTC)
 
     def others_gone() -> bool:
         for pod in story.api.objects("Pod", story.namespace, {"finetune.dev/stage": "train"}):
@@ -60,11 +86,32 @@ def test_a_lost_node_holds_up_the_next_attempt_until_it_is_out_of_service(story:
                 story.kubelet.finish_termination(pod)
         return len(story.api.objects("Pod", story.namespace, {"finetune.dev/stage": "train"})) == 1
 
-    # The lost pod never says how it ended: its grace period is waited for.
-    wait_until(others_gone, "the pods on nodes that live to be gone", 90)
+    wait_until(others_gone, "the pods on nodes that live to be gone")
     told = f"Waits until pod {lost} on node {node} of train attempt 1 is gone."
-    story.wait(lambda status: any(c["message"] == told for c in status["conditions"]), "waiting for the lost pod")
+    status = story.wait(lambda status: any(c["message"] == told for c in status["conditions"]), "to wait for the pod")
+    (record,) = [a for a in status["attempts"] if a["stage"] == "train"]
+    # The lost pod never says how it ended: neither its grace period nor the time that ranks have to name a cause.
+    assert (datetime.fromisoformat(record["ended"]) - others_ended).total_seconds() < deadlines.SETTLE_SECONDS
     story.kubelet.out_of_service(node)
+    done = story.carry_on()
+    assert story.attempts(done, Stage.TRAIN) == ["node-lost", "succeeded"]
+
+
+@pytest.mark.parametrize("operator", [{"rbac": {"aggregate": False, "clusterReads": True}}], indirect=True, ids=[""])
+def test_a_node_that_is_declared_out_of_service_holds_up_nothing_although_its_pod_is_still_there(story: Story) -> None:
+    node, lost = lose_a_node_while_training(story)
+    story.kubelet.declare_out_of_service(node)
+    (tainted,) = [n for n in story.api.objects("Node") if n["metadata"]["name"] == node]
+    assert "node.kubernetes.io/out-of-service" in {taint["key"] for taint in tainted["spec"]["taints"]}
+
+    def second_attempt() -> list[Resource]:
+        for pod in story.api.objects("Pod", story.namespace, {"finetune.dev/attempt": "1"}):
+            if "deletionTimestamp" in pod["metadata"] and pod["metadata"]["name"] != lost:
+                story.kubelet.finish_termination(pod)
+        return story.api.objects("PyTorchJob", story.namespace, {"finetune.dev/attempt": "2"})
+
+    wait_until(second_attempt, "the second attempt")
+    assert story.api.find("Pod", lost, story.namespace), "its node is dead, but nobody has collected it"
     done = story.carry_on()
     assert story.attempts(done, Stage.TRAIN) == ["node-lost", "succeeded"]
 
@@ -92,24 +139,113 @@ def has_run_for_long(story: Story, pod: Resource) -> None:
     story.api.patch(pod, {"status": {"containerStatuses": statuses}}, "status")
 
 
-def test_what_a_queue_writes_into_a_child_stays_and_the_job_is_queued(story: Story) -> None:
-    story.apply()
-    (pod,) = story.pods(1, Stage.PREPARE)
-    story.end_well(story.kubelet.run(pod))
-    story.pods(3, Stage.TRAIN)
-    child = story.api.get("PyTorchJob", f"{NAME}-train-1", story.namespace)
-    placed = {"pytorchReplicaSpecs": {"Worker": {"template": {"spec": {"nodeSelector": {"pool": "spot"}}}}}}
-    story.api.patch(child, {"spec": {"runPolicy": {"suspend": True}} | placed})
-    status = story.reason("Queued")
-    assert status["phase"] == "Queued"
-    train = {"finetune.dev/stage": "train"}
-    wait_until(lambda: not story.api.objects("Pod", story.namespace, train), "the queue to take the pods away")
-    suspended = story.api.get("PyTorchJob", f"{NAME}-train-1", story.namespace)
-    assert suspended["spec"]["runPolicy"]["suspend"] is True
-    story.api.patch(child, {"spec": {"runPolicy": {"suspend": False}}})
-    assert {pod["spec"]["nodeSelector"]["pool"] for pod in story.pods(3, Stage.TRAIN)} == {"spot"}
-    done = story.carry_on()
-    assert story.attempts(done, Stage.TRAIN) == ["succeeded"]
+QUEUE = "kueue.x-k8s.io/queue-name"
+
+
+@contextlib.contextmanager
+def suspended_on_creation(story: Story) -> Iterator[None]:
+    """What Kueue's mutating webhook does to whatever carries its queue label: it is created suspended.
+
+    A MutatingAdmissionPolicy stands in for it, so that no moment passes in which the child is not.
+    """
+
+    def policy(group: str, plural: str, suspend: str) -> list[Resource]:
+        name = f"{plural}-of-{story.namespace}"
+        rule = {"apiGroups": [group], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": [plural]}
+        mutation = {
+            "patchType": "ApplyConfiguration",
+            "applyConfiguration": {"expression": f"Object{{spec: Object.spec{{{suspend}}}}}"},
+        }
+        spec = {
+            "matchConstraints": {
+                "resourceRules": [rule],
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": story.namespace}},
+                "objectSelector": {"matchExpressions": [{"key": QUEUE, "operator": "Exists"}]},
+            },
+            "failurePolicy": "Fail",
+            "reinvocationPolicy": "Never",
+            "mutations": [mutation],
+        }
+        api_version = "admissionregistration.k8s.io/v1"
+        return [
+            {"apiVersion": api_version, "kind": f"MutatingAdmissionPolicy{suffix}", "metadata": {"name": name}, **body}
+            for suffix, body in (("", {"spec": spec}), ("Binding", {"spec": {"policyName": name}}))
+        ]
+
+    run_policy = "runPolicy: Object.spec.runPolicy{suspend: true}"
+    made = [
+        story.api.create(manifest)
+        for manifest in (
+            *policy("kubeflow.org", "pytorchjobs", run_policy),
+            *policy("batch", "jobs", "suspend: true"),
+        )
+    ]
+    probe: Resource = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "probe", "labels": {QUEUE: "q"}}}
+    container = {"name": "a", "image": "a"}
+    probe["spec"] = {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}}
+
+    def holds() -> bool:
+        return bool(story.api.apply(probe, story.namespace, dry_run=True)["spec"].get("suspend"))
+
+    try:
+        wait_until(holds, "the policy to hold")
+        yield
+    finally:
+        for manifest in made:
+            story.api.delete(manifest)
+
+
+def test_what_kueue_writes_into_a_child_stays_and_the_job_is_queued_until_it_is_admitted(story: Story) -> None:
+    """Kueue is played, field by field as its source (v0.15.0) writes:
+
+    - its webhook suspends on creation what carries the label `kueue.x-k8s.io/queue-name`
+      (jobframework/defaults.go: ApplyDefaultForSuspend);
+    - admission writes `runPolicy.suspend: false` and merges node labels and tolerations of the ResourceFlavor, and
+      labels and annotations, into the template of each replica (kubeflowjob_controller.go: RunWithPodSetsInfo,
+      podset.go: FromAssignment, Merge);
+    - eviction suspends again and restores the template as it was (RestorePodSetsInfo).
+
+    Not played: Workloads, admission checks, topology-aware scheduling with its scheduling gates.
+    """
+    with suspended_on_creation(story):
+        story.apply(podTemplate={"queueName": "team", "labels": {"team": "ml"}})
+        (pod,) = story.pods(1, Stage.PREPARE)
+        story.end_well(story.kubelet.run(pod))
+        status = story.reason("Queued")
+        assert status["phase"] == "Queued"
+        child = story.api.get("PyTorchJob", f"{NAME}-train-1", story.namespace)
+        assert child["metadata"]["labels"][QUEUE] == "team"
+        before = child["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+        train = {"finetune.dev/stage": "train"}
+        assert not story.api.objects("Pod", story.namespace, train)
+
+        spot = {"key": "spot", "operator": "Exists", "effect": "NoSchedule"}
+        admitted = copy.deepcopy(before)
+        admitted["metadata"]["labels"] |= {"kueue.x-k8s.io/podset": "worker"}
+        admitted["metadata"]["annotations"] = {"kueue.x-k8s.io/workload": "pytorchjob-support-train-1-1a2b3"}
+        admitted["spec"]["nodeSelector"] = {"pool": "spot"}
+        admitted["spec"]["tolerations"] = [*before["spec"]["tolerations"], spot]
+        restored = copy.deepcopy(before)
+        restored["metadata"]["labels"] |= {"kueue.x-k8s.io/podset": None}
+        restored["metadata"]["annotations"] = {"kueue.x-k8s.io/workload": None}
+        restored["spec"]["nodeSelector"] = {"pool": None}
+        for template, suspend in ((admitted, False), (restored, True), (admitted, False)):
+            worker = {"pytorchReplicaSpecs": {"Worker": {"template": template}}}
+            story.api.patch(child, {"spec": {"runPolicy": {"suspend": suspend}} | worker})
+            if suspend:
+                wait_until(lambda: not story.api.objects("Pod", story.namespace, train), "the pods to be taken away")
+                story.reason("Queued")
+                continue
+            for pod in story.pods(3, Stage.TRAIN):
+                assert pod["spec"]["nodeSelector"] == {"pool": "spot"}
+                assert spot in pod["spec"]["tolerations"]
+                assert pod["metadata"]["labels"]["team"] == "ml"
+        story.end_well(*[story.kubelet.run(pod) for pod in story.pods(3, Stage.TRAIN)])
+        wait_until(lambda: story.api.find("Job", f"{NAME}-evaluate-1", story.namespace), "Evaluate to be made")
+        story.reason("Queued")
+        story.api.patch(story.api.get("Job", f"{NAME}-evaluate-1", story.namespace), {"spec": {"suspend": False}})
+        done = story.carry_on()
+    assert {stage: story.attempts(done, stage) for stage in STAGES} == {stage: ["succeeded"] for stage in STAGES}
 
 
 @pytest.mark.parametrize("stage", STAGES)

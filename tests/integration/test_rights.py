@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from .harness.api import Resource
 from .harness.control_plane import ControlPlane
 from .harness.fake_kubelet import FakeKubelet
-from .harness.operator import OperatorProcess, Trainer, fine_tune_job, furnish, is_true, wait_for_job
+from .harness.operator import OperatorProcess, Right, Trainer, fine_tune_job, furnish, is_true, rights, wait_for_job
 from .harness.processes import wait_until
 
-Right = tuple[str, str, str]
 HELD_TO_BE_HANDED_ON: set[Right] = {
     ("", "configmaps", "patch"),  # RBAC lets nobody grant what he does not hold: the trainer patches its report
     ("finetune.dev", "finetunejobs/finalizers", "update"),  # for blockOwnerDeletion in ownerReferences
@@ -46,14 +44,3 @@ def test_the_operator_uses_what_it_is_granted_and_asks_for_nothing_else(
     used = own_control_plane.permissions_used(user)
     assert used <= granted
     assert granted - used == HELD_TO_BE_HANDED_ON | WHOSE_IS_IT - used
-
-
-def rights(role: Resource) -> set[Right]:
-    """Every right of a Role."""
-    return {
-        (group, resource, verb)
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }

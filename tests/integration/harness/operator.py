@@ -25,22 +25,28 @@ from .helm import Helm
 from .processes import free_ports, wait_until
 
 ACCOUNT = "finetune-finetune-operator"
+Right = tuple[str, str, str]
+"""API group, resource or resource/subresource, verb."""
 
 
 class OperatorProcess:
     """`finetune operator` for one namespace, from here to `stop` or `kill`."""
 
-    def __init__(self, control_plane: ControlPlane, helm: Helm, namespace: str, ops: str, server: str | None = None):
+    def __init__(
+        self, control_plane: ControlPlane, helm: Helm, namespace: str, ops: str, values: Resource | None = None
+    ) -> None:
         self.ops, self.account = ops, ACCOUNT
-        values: Resource = {"namespaces": [namespace], "crd": {"install": False}, "rbac": {"aggregate": False}}
-        helm.install(ops, values)
-        self.kubeconfig = control_plane.kubeconfig_for(ACCOUNT, ops, server)
+        own: Resource = {"namespaces": [namespace], "crd": {"install": False}, "rbac": {"aggregate": False}}
+        given = values or {}
+        helm.install(ops, own | given)
+        self.kubeconfig = control_plane.kubeconfig_for(ACCOUNT, ops)
         self.log = control_plane.folder / f"operator-{namespace}.log"
         self.health_port, self.metrics_port = free_ports(2)
         self._environment = {
             "PATH": os.environ["PATH"],
             "KUBECONFIG": str(self.kubeconfig),
             "FINETUNE_NAMESPACES": namespace,
+            "FINETUNE_BACKEND": given.get("backend", "pytorchjob"),
             "FINETUNE_TRAINER_IMAGE": "trainer.example/trainer@sha256:" + "0" * 64,
             "FINETUNE_LEASE_NAME": ACCOUNT,
             "FINETUNE_LEASE_NAMESPACE": ops,
@@ -182,3 +188,14 @@ def furnish(api: Api, namespace: str) -> None:
     claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}, "storageClassName": ""}
     metadata = {"name": "finetune-cache"}
     api.create({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": claim}, namespace)
+
+
+def rights(role: Resource) -> set[Right]:
+    """Every right of a Role."""
+    return {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
