@@ -29,7 +29,7 @@ NAME = "finetune-finetune-operator"
 FULL: Resource = {
     "replicas": 2,
     "pricePerGpuHour": {"A100-80GB": 1.8},
-    "trainJob": {"enabled": True},
+    "backend": "trainjob",
     "imagePullSecrets": [{"name": "registry"}],
     "podLabels": {"team": "ml"},
     "podAnnotations": {"note": "x"},
@@ -214,13 +214,20 @@ def container(deployment: Resource) -> Resource:
 def test_the_operator_reads_what_the_chart_sets(helm: Helm) -> None:
     values = {"namespaces": ["ml", "research"], "workers": 3, "healthPort": 9001, "metrics": {"port": 9000}}
     prices = {"A100-80GB": 1.8, "default": 1}
-    more = {"pricePerGpuHour": prices, "trainerImage": "t:1", "gangScheduling": True, "log": {"level": "debug"}}
+    more = {
+        "backend": "trainjob",
+        "pricePerGpuHour": prices,
+        "trainerImage": "t:1",
+        "gangScheduling": True,
+        "log": {"level": "debug"},
+    }
     variables = environment(the(helm.template({**values, **more}), "Deployment")) | {"FINETUNE_LEASE_NAMESPACE": "ops"}
     asked = Asked(variables)
     settings = from_environment(asked)
     assert settings.namespaces == ("ml", "research")
     assert (settings.workers, settings.metrics_port, settings.health_port) == (3, 9000, 9001)
     assert (settings.prices, settings.image, settings.gang_scheduling) == (prices, "t:1", True)
+    assert settings.backend == "trainjob"
     assert (settings.log_level, settings.log_format) == ("debug", "json")
     assert (settings.lease_name, settings.lease_namespace) == (NAME, "ops")
     assert set(variables) <= asked.names, "the operator does not read these"
@@ -241,11 +248,37 @@ class Asked(dict[str, str]):
 # On an API server -----------------------------------------------------------------------------------------
 
 
-def test_the_chart_installs_into_a_restricted_namespace(control_plane: ControlPlane, release: tuple[Helm, str]) -> None:
+@pytest.fixture(scope="module")
+def monitoring(control_plane: ControlPlane) -> None:
+    """The Prometheus operator's own CRDs."""
+    folder = binaries.ensure_prometheus_operator_crds()
+    names = [f"monitoring.coreos.com_{kind.lower()}s.yaml" for kind in MONITORING_KINDS]
+    control_plane.install_crds([yaml.safe_load((folder / name).read_text()) for name in names])
+
+
+def test_what_prometheus_is_told_is_what_its_operators_crds_allow(
+    control_plane: ControlPlane, release: tuple[Helm, str], monitoring: None
+) -> None:
     helm, namespace = release
-    values = {**FULL, "metrics": {"dashboard": {"enabled": True}}}
-    assert "serves all namespaces" in helm.install(namespace, values)
+    made = [m for m in helm.template(FULL, namespace=namespace) if m["kind"] in MONITORING_KINDS]
+    assert {m["kind"] for m in made} == MONITORING_KINDS
+    for manifest in made:
+        # Server-side apply refuses a field that the schema does not know; helm's create would only drop it.
+        stored = control_plane.api.apply(manifest, dry_run=True)
+        assert stored["spec"] == manifest["spec"]
+
+
+def test_the_chart_installs_into_a_restricted_namespace(
+    control_plane: ControlPlane, release: tuple[Helm, str], monitoring: None
+) -> None:
+    helm, namespace = release
+    assert "serves all namespaces" in helm.install(namespace, FULL)
     api = control_plane.api
+    (endpoint,) = api.get("ServiceMonitor", NAME, namespace)["spec"]["endpoints"]
+    service = api.get("Service", f"{NAME}-metrics", namespace)
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    selector = api.get("ServiceMonitor", NAME, namespace)["spec"]["selector"]["matchLabels"]
+    assert selector.items() <= service["metadata"]["labels"].items()
     template = api.get("Deployment", NAME, namespace)["spec"]["template"]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"], "name": "probe"}}
     # What the ReplicaSet controller would do: Pod Security Admission refuses a pod that is not restricted.
