@@ -21,7 +21,7 @@ from finetune_operator.cluster.lease import Lease
 from finetune_operator.cluster.store import Store
 from finetune_operator.metrics import Metrics
 from finetune_operator.planning.decide import Planner
-from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.planning.manifests.backends import BACKENDS
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 async def serve(settings: Settings, planner: Planner | None = None, stop: asyncio.Event | None = None) -> None:
     """Run until a signal, or until `stop`. Raises LeaseLostError if the Lease is lost."""
-    backend, store = PyTorchJobBackend(), Store()
+    backend, store = BACKENDS[settings.backend], Store()
     metrics = Metrics(store.jobs)
     ready = asyncio.Event()
     async with _client() as client:

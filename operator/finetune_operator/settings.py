@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.errors import UserError
+from finetune_operator.planning.manifests.backends import BACKENDS
 from finetune_operator.planning.model import Environment
 
 
@@ -23,6 +24,8 @@ class Settings:
     namespaces: tuple[str, ...] = ()
     """Namespaces to serve; none means all."""
     image: str = "finetune-trainer"
+    backend: str = "pytorchjob"
+    """What carries the training pods: a name of planning/manifests/backends.py."""
     workers: int = 8
     prices: Mapping[str, float] = field(default_factory=dict)
     """Price of an hour of a GPU by `topology.gpuType`; `default` for all others."""
@@ -71,6 +74,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     return Settings(
         namespaces=tuple(filter(None, environ.get("FINETUNE_NAMESPACES", "").replace(" ", "").split(","))),
         image=environ.get("FINETUNE_TRAINER_IMAGE") or Settings.image,
+        backend=_backend(environ.get("FINETUNE_BACKEND") or Settings.backend),
         workers=int(number("WORKERS", Settings.workers)),
         prices=_prices(environ.get("FINETUNE_PRICE_PER_GPU_HOUR", "")),
         log_level=environ.get("FINETUNE_LOG_LEVEL") or Settings.log_level,
@@ -86,6 +90,12 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         backoff_base_seconds=number("BACKOFF_BASE_SECONDS", Settings.backoff_base_seconds),
         backoff_cap_seconds=number("BACKOFF_CAP_SECONDS", Settings.backoff_cap_seconds),
     )
+
+
+def _backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise UserError(f"FINETUNE_BACKEND is {name!r}, not {' or '.join(BACKENDS)}.")
+    return name
 
 
 def _prices(text: str) -> dict[str, float]:

@@ -64,12 +64,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
-- apiGroups: [kubeflow.org]
-  resources: [pytorchjobs]
-  verbs: [get, list, watch, create, delete]
-{{- if .Values.trainJob.enabled }}
+{{- if eq .Values.backend "trainjob" }}
 - apiGroups: [trainer.kubeflow.org]
   resources: [trainjobs]
+  verbs: [get, list, watch, create, delete]
+# The pods that a TrainJob runs: made before it, deleted with it.
+- apiGroups: [trainer.kubeflow.org]
+  resources: [trainingruntimes]
+  verbs: [get, create, delete]
+{{- else }}
+- apiGroups: [kubeflow.org]
+  resources: [pytorchjobs]
   verbs: [get, list, watch, create, delete]
 {{- end }}
 # Root causes are read from pods; they are made and ended by their controllers.
@@ -109,7 +114,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [""]
   resources: [nodes]
   verbs: [get]
-# To notice that training-operator was installed later.
+# To notice that training-operator or Kubeflow Trainer was installed later.
 - apiGroups: [apiextensions.k8s.io]
   resources: [customresourcedefinitions]
   verbs: [list, watch]

@@ -13,7 +13,7 @@ from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.observe import owner_uid
 from finetune_operator.planning.labels import ATTEMPT, STAGE
 from finetune_operator.planning.manifests.backend import Backend
-from finetune_operator.planning.manifests.children import child_manifest
+from finetune_operator.planning.manifests.children import child_manifests
 from finetune_operator.planning.manifests.job import UID_LABEL, Job
 from finetune_operator.planning.manifests.shared import run_config, shared_manifests
 from finetune_operator.planning.model import Event, Missing, Observation
@@ -37,9 +37,10 @@ class Actor:
             if image is None:
                 await self._share(job)
             await self._check_alone(seen, attempt)
-            await self._make(child_manifest(job, attempt, self._backend), seen.uid)
+            for manifest in child_manifests(job, attempt, self._backend):
+                await self._make(manifest, seen.uid)
         except ApiError as error:
-            missing = in_the_way(error)
+            missing = in_the_way(error, self._backend)
             if missing is None:
                 raise
             return missing
@@ -85,9 +86,13 @@ class Actor:
         raise LeftoverError(name, f"Waits until {kind} {name}, which this job does not own, is gone.")
 
     async def delete_child(self, seen: Observation, stage: Stage, number: int) -> None:
-        """Delete the child of an attempt, and with it, in the background, its pods."""
-        kind = self._backend.kind if stage is Stage.TRAIN else "Job"
-        await self._api.delete(kind, seen.namespace, child_name(seen.name, stage, number))
+        """Delete the child of an attempt, and with it, in the background, its pods.
+
+        The child goes last: it is what is looked for, so that whatever was missed before is tried again.
+        """
+        kinds = (*self._backend.companions, self._backend.kind) if stage is Stage.TRAIN else ("Job",)
+        for kind in kinds:
+            await self._api.delete(kind, seen.namespace, child_name(seen.name, stage, number))
 
     async def clean_up(self, seen: Observation) -> None:
         """Delete the children of a finished job; the few small objects that its pods shared go with the job itself."""
@@ -100,7 +105,7 @@ class Actor:
         try:
             await self._api.create(event_manifest(seen, event, now))
         except ApiError as error:
-            if error.code != 409:
+            if error.reason != "AlreadyExists":
                 log.warning("Event %s was not written: %s", event.reason, error)
 
 
@@ -129,7 +134,7 @@ def snapshot_image(config: Object | None, uid: str) -> str | None:
         return RunConfig.model_fields["image"].default  # type: ignore[no-any-return]
 
 
-def in_the_way(error: ApiError) -> Missing | None:
+def in_the_way(error: ApiError, backend: Backend) -> Missing | None:
     """What a refusal to create something is waited for as; None for errors that are simply tried again."""
     text = error.message
     if error.code == 403 and "exceeded quota" in text:
@@ -137,9 +142,8 @@ def in_the_way(error: ApiError) -> Missing | None:
     if "failed calling webhook" in text:
         return Missing("Webhook", "webhook", f"A webhook of the cluster does not answer yet: {text}")
     if error.code == 404:
-        return Missing(
-            "Webhook", "api", f"The cluster does not know PyTorchJobs: install the training-operator. {text}"
-        )
+        sentence = f"The cluster does not know {backend.kind}s: install {backend.provider}. {text}"
+        return Missing("Webhook", "api", sentence)
     if error.code in (400, 403, 422):
         return Missing("Refused", "refused", f"The API server refuses to make the pods' owner: {text}")
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from typing import Annotated
 
@@ -20,6 +21,7 @@ def operator(
         ),
     ] = None,
     image: Annotated[str, typer.Option("--trainer-image", help="Trainer image, where a job names none.")] = "",
+    backend: Annotated[str, typer.Option("--backend", help="What carries training pods: pytorchjob or trainjob.")] = "",
     log_format: Annotated[str, typer.Option("--log-format", help="json or text.")] = "",
 ) -> None:
     """Watch FineTuneJobs and carry them out, while this replica holds the Lease.
@@ -29,7 +31,7 @@ def operator(
     from finetune_operator.cluster.lease import LeaseLostError
     from finetune_operator.service import configure_logging, serve
 
-    settings = from_environment()
+    settings = from_environment({**os.environ, "FINETUNE_BACKEND": backend} if backend else os.environ)
     settings = replace(
         settings,
         namespaces=tuple(namespaces or settings.namespaces),

@@ -11,15 +11,12 @@ import yaml
 from finetune_api.validate import check
 from finetune_operator.errors import UserError
 from finetune_operator.inputs import read_text, source_name
-from finetune_operator.planning.manifests.backend import Backend
+from finetune_operator.planning.manifests.backends import BACKENDS
 from finetune_operator.planning.manifests.children import all_manifests
 from finetune_operator.planning.manifests.job import Job
-from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
-from finetune_operator.planning.manifests.trainjob import TrainJobBackend
 from finetune_operator.planning.model import Environment
 
 UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
-BACKENDS: dict[str, Backend] = {"pytorchjob": PyTorchJobBackend(), "trainjob": TrainJobBackend()}
 
 
 def render(

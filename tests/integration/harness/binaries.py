@@ -25,16 +25,28 @@ KUBERNETES_VERSION = "v1.36.3"
 TRAINING_OPERATOR_VERSION = "v1.9.4"
 HELM_VERSION = "v3.22.0"
 COREDNS_VERSION = "v1.14.1"
+TRAINER_VERSION = "v2.3.0"
+JOBSET_VERSION = "v0.12.0"
+PROMETHEUS_OPERATOR_VERSION = "v0.85.0"
+
+LIBRARY_VERSION = KUBERNETES_VERSION.replace("v1.", "v0.", 1)
 
 KUBERNETES_MODULE = "k8s.io/kubernetes"
 TRAINING_OPERATOR_MODULE = "github.com/kubeflow/training-operator"
 HELM_MODULE = "helm.sh/helm/v3"
 COREDNS_MODULE = "github.com/coredns/coredns"
+TRAINER_MODULE = "github.com/kubeflow/trainer/v2"
+JOBSET_MODULE = "sigs.k8s.io/jobset"
+PROMETHEUS_OPERATOR_MODULE = "github.com/prometheus-operator/prometheus-operator"
 # kube-apiserver's own module graph pins an etcd server: the pair is the one Kubernetes was
 # tested with, and most of etcd is compiled already once the API server is.
 ETCD_MODULE = "go.etcd.io/etcd/server/v3"
 
 _STAGING_REPLACE = re.compile(r"^\s*(?:replace\s+)?(k8s\.io/\S+)\s+=>\s+\./staging/", re.MULTILINE)
+_KUBERNETES_LIBRARY = re.compile(
+    r"^\s*(?:require\s+)?(k8s\.io/(?:api|apiextensions-apiserver|apimachinery|apiserver|client-go|component-base))\s",
+    re.MULTILINE,
+)
 _GO_DIRECTIVES = re.compile(r"^(?:go|godebug|toolchain)\s.*$", re.MULTILINE)
 
 
@@ -127,6 +139,10 @@ PROGRAMS: dict[str, Program] = {
             f"{TRAINING_OPERATOR_MODULE}/cmd/training-operator.v1",
             TRAINING_OPERATOR_VERSION,
         ),
+        Program(
+            "kubeflow-trainer", TRAINER_MODULE, f"{TRAINER_MODULE}/cmd/trainer-controller-manager", TRAINER_VERSION
+        ),
+        Program("jobset", JOBSET_MODULE, JOBSET_MODULE, JOBSET_VERSION),
         Program("helm", HELM_MODULE, f"{HELM_MODULE}/cmd/helm", HELM_VERSION),
         # With the four plugins that a test needs it is built in a third of the time.
         Program("coredns", COREDNS_MODULE, ".", COREDNS_VERSION, _COREDNS_MAIN),
@@ -162,19 +178,35 @@ def ensure(name: str) -> Path:
 
 def ensure_training_operator_manifests() -> Path:
     """Return the folder with the training-operator's own `crds`, `rbac` and `webhook` manifests."""
-    folder = cache_folder() / f"training-operator-manifests-{TRAINING_OPERATOR_VERSION}"
+    return _manifests("training-operator", TRAINING_OPERATOR_MODULE, TRAINING_OPERATOR_VERSION, "manifests/base")
+
+
+def ensure_trainer_manifests() -> Path:
+    """Return the folder with Kubeflow Trainer's own `crds` and `webhook` manifests."""
+    return _manifests("kubeflow-trainer", TRAINER_MODULE, TRAINER_VERSION, "manifests/base")
+
+
+def ensure_jobset_manifests() -> Path:
+    """Return the folder with JobSet's own `crd` and `webhook` manifests."""
+    return _manifests("jobset", JOBSET_MODULE, JOBSET_VERSION, "config/components")
+
+
+def ensure_prometheus_operator_crds() -> Path:
+    """Return the folder with the Prometheus operator's own CRDs."""
+    module, version = PROMETHEUS_OPERATOR_MODULE, PROMETHEUS_OPERATOR_VERSION
+    return _manifests("prometheus-operator", module, version, "example/prometheus-operator-crd")
+
+
+def _manifests(name: str, module: str, version: str, inside: str) -> Path:
+    """A folder of a module, kept beside the programs."""
+    folder = cache_folder() / f"{name}-manifests-{version}"
     with _exclusive(folder):
         if not folder.exists():
-            module = _download(TRAINING_OPERATOR_MODULE, TRAINING_OPERATOR_VERSION)
+            source = Path(_download(module, version)["Dir"]) / inside
             with _published_atomically(folder) as target:
                 # Files of the module cache are read-only; copyfile leaves the mode behind, so
                 # that the cache folder can be deleted like any other.
-                shutil.copytree(
-                    Path(module["Dir"]) / "manifests" / "base",
-                    target,
-                    copy_function=shutil.copyfile,
-                    dirs_exist_ok=True,
-                )
+                shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
                 _make_writable(target)
     return folder
 
@@ -233,11 +265,10 @@ def _write_kubernetes_module(folder: Path) -> None:
     with the published versions of those libraries.
     """
     upstream = Path(_download(KUBERNETES_MODULE, KUBERNETES_VERSION)["GoMod"]).read_text()
-    library_version = KUBERNETES_VERSION.replace("v1.", "v0.", 1)
     lines = ["module controlplane", ""]
     lines += _GO_DIRECTIVES.findall(upstream)
     lines += ["", f"require {KUBERNETES_MODULE} {KUBERNETES_VERSION}", ""]
-    lines += [f"replace {library} => {library} {library_version}" for library in _STAGING_REPLACE.findall(upstream)]
+    lines += [f"replace {library} => {library} {LIBRARY_VERSION}" for library in _STAGING_REPLACE.findall(upstream)]
     (folder / "go.mod").write_text("\n".join(lines) + "\n")
     packages = [program.package for program in PROGRAMS.values() if program.is_kubernetes]
     _write_imports(folder, packages)
@@ -249,6 +280,10 @@ def _write_plain_module(folder: Path, program: Program) -> None:
     if program.module:
         upstream = Path(_download(program.module, program.version)["GoMod"]).read_text()
         lines += [*_GO_DIRECTIVES.findall(upstream), "", f"require {program.module} {program.version}"]
+        if program.module in (TRAINER_MODULE, JOBSET_MODULE):
+            # In the control plane's patch release, in which they are compiled already.
+            libraries = sorted(set(_KUBERNETES_LIBRARY.findall(upstream)))
+            lines += [f"require {library} {LIBRARY_VERSION}" for library in libraries]
     (folder / "go.mod").write_text("\n".join(lines) + "\n")
     if program.source:
         (folder / "main.go").write_text(program.source)

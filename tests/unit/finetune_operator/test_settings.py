@@ -37,3 +37,10 @@ def test_the_price_is_that_of_the_jobs_gpu(text: str, gpu: str | None, price: fl
 def test_what_cannot_be_read_is_said_with_its_name(name: str, text: str) -> None:
     with pytest.raises(UserError, match=f"FINETUNE_{name}"):
         from_environment({f"FINETUNE_{name}": text})
+
+
+def test_the_backend_is_one_of_those_that_there_are() -> None:
+    assert from_environment({}).backend == "pytorchjob"
+    assert from_environment({"FINETUNE_BACKEND": "trainjob"}).backend == "trainjob"
+    with pytest.raises(UserError, match="FINETUNE_BACKEND is 'slurm', not pytorchjob or trainjob"):
+        from_environment({"FINETUNE_BACKEND": "slurm"})

@@ -1,4 +1,4 @@
-"""What carries a gang of training pods: PyTorchJob today, TrainJob as the way to go. Made and read, never changed."""
+"""What carries a gang of training pods: a PyTorchJob or a TrainJob. Made and read, never changed."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ class Backend(Protocol):
     api_version: str
     kind: str
     plural: str
+    provider: str
+    """Who has to be installed for these objects to be known and worked on."""
+    companions: tuple[str, ...]
+    """Kinds of what is made before the child, under its name, and deleted after it."""
+
+    def before(self, job: Job, attempt: Attempt) -> list[Manifest]:
+        """What the child of one attempt refers to."""
+        ...
 
     def manifest(self, job: Job, attempt: Attempt) -> Manifest:
         """The child of one attempt."""

@@ -10,16 +10,18 @@ from finetune_operator.planning.manifests.job import Job, Manifest
 from finetune_operator.planning.manifests.shared import shared_manifests
 
 
-def child_manifest(job: Job, attempt: Attempt, backend: Backend) -> Manifest:
-    """The object that carries one attempt."""
-    return backend.manifest(job, attempt) if attempt.stage is Stage.TRAIN else batch_child(job, attempt)
+def child_manifests(job: Job, attempt: Attempt, backend: Backend) -> list[Manifest]:
+    """The object that carries one attempt, the last, after what it refers to."""
+    if attempt.stage is Stage.TRAIN:
+        return [*backend.before(job, attempt), backend.manifest(job, attempt)]
+    return [batch_child(job, attempt)]
 
 
 def all_manifests(job: Job, backend: Backend) -> list[Manifest]:
     """What the operator makes for a job whose every stage succeeds at once."""
     wanted = [stage for stage in STAGES if stage is not Stage.PUBLISH or job.spec.publish is not None]
-    children = [child_manifest(job, first_attempt(job, stage), backend) for stage in wanted]
-    return [*shared_manifests(job), *children]
+    children = [child_manifests(job, first_attempt(job, stage), backend) for stage in wanted]
+    return [*shared_manifests(job), *(manifest for made in children for manifest in made)]
 
 
 def first_attempt(job: Job, stage: Stage) -> Attempt:

@@ -12,8 +12,8 @@ from finetune_api.runconfig import Attempt
 from finetune_operator.planning.labels import REPLICA_INDEX
 from finetune_operator.planning.manifests.backend import ChildState, condition_of, words
 from finetune_operator.planning.manifests.batch import MASTER_PORT
-from finetune_operator.planning.manifests.job import UID_LABEL, Job, Manifest, attempt_metadata
-from finetune_operator.planning.manifests.pod import Program, gpu_resources, pod_template
+from finetune_operator.planning.manifests.job import Job, Manifest, attempt_metadata
+from finetune_operator.planning.manifests.training import training_template
 
 CONTAINER = "pytorch"
 """The name by which the training-operator finds the container."""
@@ -25,21 +25,18 @@ class PyTorchJobBackend:
     api_version = "kubeflow.org/v1"
     kind = "PyTorchJob"
     plural = "pytorchjobs"
+    provider = "the training-operator"
+    companions: tuple[str, ...] = ()
+
+    def before(self, job: Job, attempt: Attempt) -> list[Manifest]:
+        """Nothing: a PyTorchJob says all."""
+        return []
 
     def manifest(self, job: Job, attempt: Attempt) -> Manifest:
         """The gang of one attempt: ranks equal pod indices, worker 0 is where they meet."""
         made = attempt_metadata(job, attempt, queued=job.gpus_per_node > 0)
         nodes = job.spec.topology.nodes
-        template = pod_template(
-            job,
-            attempt,
-            Program(CONTAINER, ("launch", "train"), "wandb"),
-            resources=gpu_resources(job),
-            environment=_rendezvous(made["name"], attempt),
-            placed=True,
-        )
-        if nodes > 1:
-            template["spec"]["affinity"] = _together(job)
+        template = training_template(job, attempt, CONTAINER, _rendezvous(made["name"]))
         policy: Manifest = {"cleanPodPolicy": "None", "backoffLimit": 0}
         if job.environment.gang_scheduling:
             policy["schedulingPolicy"] = {"minAvailable": nodes}
@@ -73,24 +70,11 @@ class PyTorchJobBackend:
         return int(pod["metadata"].get("labels", {}).get(REPLICA_INDEX, "0"))
 
 
-def _rendezvous(name: str, attempt: Attempt) -> list[Manifest]:
+def _rendezvous(name: str) -> list[Manifest]:
     """What the training-operator does not set: it gives PET_NNODES and PET_NPROC_PER_NODE."""
     rank = {"fieldRef": {"fieldPath": f"metadata.labels['{REPLICA_INDEX}']"}}
     return [
         {"name": "PET_NODE_RANK", "valueFrom": rank},
         {"name": "PET_MASTER_ADDR", "value": f"{name}-worker-0"},
         {"name": "PET_MASTER_PORT", "value": str(MASTER_PORT)},
-        # Static rendezvous bears a worker 0 that comes late; c10d would give up after 60 s.
-        {"name": "PET_RDZV_CONF", "value": f"timeout={attempt.startup_seconds}"},
-        {"name": "NCCL_DEBUG", "value": "WARN"},
     ]
-
-
-def _together(job: Job) -> Manifest:
-    """Near each other by preference: in one zone, where the network between them is fast."""
-    term = {
-        "topologyKey": "topology.kubernetes.io/zone",
-        "labelSelector": {"matchLabels": {UID_LABEL: job.uid}},
-    }
-    preferred = [{"weight": 100, "podAffinityTerm": term}]
-    return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}

@@ -1,4 +1,8 @@
-"""Kubeflow Trainer's TrainJob (v2, JobSet underneath) as a second carrier of training attempts."""
+"""Kubeflow Trainer's TrainJob (v2, JobSet underneath): a TrainingRuntime with our pods, and a TrainJob that runs it.
+
+A TrainJob can patch only some fields of a runtime's pods, other ones in each version, and neither the containers'
+securityContext nor the grace period. So each attempt brings a runtime of its own, with the whole pod in it.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +10,52 @@ from typing import Any
 
 from finetune_api.runconfig import Attempt
 from finetune_operator.planning.manifests.backend import ChildState, condition_of, words
-from finetune_operator.planning.manifests.batch import MASTER_PORT
 from finetune_operator.planning.manifests.job import Job, Manifest, attempt_metadata
-from finetune_operator.planning.manifests.pod import Program, gpu_resources, pod_template
+from finetune_operator.planning.manifests.training import training_template
 
-RUNTIME = "torch-distributed"
-"""The ClusterTrainingRuntime that Kubeflow Trainer installs for torchrun."""
-REPLICATED_JOB = "node"
+REPLICATED_JOB = CONTAINER = "node"
+"""The names by which Kubeflow Trainer finds what it has to give `PET_*` variables to."""
+ANCESTOR = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
 class TrainJobBackend:
-    """One TrainJob an attempt; pods are overridden from our own template, so that both carriers run the same pods."""
+    """One TrainJob an attempt, and its runtime of the same name."""
 
     api_version = "trainer.kubeflow.org/v1alpha1"
     kind = "TrainJob"
     plural = "trainjobs"
+    provider = "Kubeflow Trainer"
+    companions: tuple[str, ...] = ("TrainingRuntime",)
+
+    def before(self, job: Job, attempt: Attempt) -> list[Manifest]:
+        """The runtime: one Indexed Job whose pods are ours."""
+        spec: Manifest = {
+            "mlPolicy": {"numNodes": job.spec.topology.nodes, "torch": {}},
+            "template": {
+                "spec": {
+                    # Rank 0 is looked up before it is ready.
+                    "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+                    "failurePolicy": {"maxRestarts": 0},
+                    "replicatedJobs": [_replicated_job(job, attempt)],
+                }
+            },
+        }
+        if job.environment.gang_scheduling:
+            spec["podGroupPolicy"] = {"coscheduling": {"scheduleTimeoutSeconds": attempt.startup_seconds}}
+        metadata = attempt_metadata(job, attempt)
+        return [{"apiVersion": self.api_version, "kind": "TrainingRuntime", "metadata": metadata, "spec": spec}]
 
     def manifest(self, job: Job, attempt: Attempt) -> Manifest:
-        """The gang of one attempt."""
+        """The gang of one attempt: ranks equal completion indices; the `PET_*` variables are Kubeflow Trainer's."""
         made = attempt_metadata(job, attempt, queued=job.gpus_per_node > 0)
-        template = pod_template(
-            job,
-            attempt,
-            Program("node", ("launch", "train"), "wandb"),
-            resources=gpu_resources(job),
-            environment=_rendezvous(made["name"], attempt),
-            placed=True,
-        )
-        pod = template["spec"]
-        container = pod["containers"][0]
-        trainer = {
-            "image": job.image,
-            "command": container["command"],
-            "env": container["env"],
-            "numNodes": job.spec.topology.nodes,
-            "numProcPerNode": job.ranks_per_node,
-            "resourcesPerNode": container["resources"],
-        }
         return {
             "apiVersion": self.api_version,
             "kind": self.kind,
             "metadata": made,
             "spec": {
-                "runtimeRef": {"name": RUNTIME, "kind": "ClusterTrainingRuntime"},
-                "trainer": trainer,
-                "labels": template["metadata"]["labels"],
-                "annotations": template["metadata"]["annotations"],
-                "podTemplateOverrides": [_override(pod, container)],
+                "runtimeRef": {"name": made["name"], "kind": "TrainingRuntime"},
+                "trainer": {"numNodes": job.spec.topology.nodes, "numProcPerNode": job.ranks_per_node},
             },
         }
 
@@ -70,24 +72,26 @@ class TrainJobBackend:
         )
 
     def pod_index(self, pod: dict[str, Any]) -> int:
-        """The completion index of the replicated job, which is the node rank."""
+        """The completion index, which is the node rank."""
         return int(pod["metadata"].get("labels", {}).get(INDEX_LABEL, "0"))
 
 
-def _rendezvous(name: str, attempt: Attempt) -> list[Manifest]:
-    rank = {"fieldRef": {"fieldPath": f"metadata.labels['{INDEX_LABEL}']"}}
-    return [
-        {"name": "PET_NODE_RANK", "valueFrom": rank},
-        {"name": "PET_MASTER_ADDR", "value": f"{name}-{REPLICATED_JOB}-0-0.{name}"},
-        {"name": "PET_MASTER_PORT", "value": str(MASTER_PORT)},
-        {"name": "PET_RDZV_CONF", "value": f"timeout={attempt.startup_seconds}"},
-        {"name": "NCCL_DEBUG", "value": "WARN"},
-    ]
-
-
-def _override(pod: Manifest, container: Manifest) -> Manifest:
-    """The parts of our pod that a TrainJob lets its author override."""
-    kept = ("serviceAccountName", "nodeSelector", "tolerations", "volumes", "imagePullSecrets", "securityContext")
-    spec = {name: pod[name] for name in kept if name in pod}
-    spec["containers"] = [{"name": container["name"], "volumeMounts": container["volumeMounts"]}]
-    return {"targetJobs": [{"name": REPLICATED_JOB}], "spec": spec}
+def _replicated_job(job: Job, attempt: Attempt) -> Manifest:
+    nodes = job.spec.topology.nodes
+    return {
+        "name": REPLICATED_JOB,
+        "replicas": 1,
+        "template": {
+            "metadata": {"labels": ANCESTOR},
+            "spec": {
+                "completionMode": "Indexed",
+                "completions": nodes,
+                "parallelism": nodes,
+                # A failed rank is not made again, and the others stay until they have said what they know: with a
+                # limit for all, the Job would delete them, and with them the root cause.
+                "backoffLimitPerIndex": 0,
+                "podReplacementPolicy": "Failed",
+                "template": training_template(job, attempt, CONTAINER),
+            },
+        },
+    }

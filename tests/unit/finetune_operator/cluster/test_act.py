@@ -7,6 +7,8 @@ from tests.unit.finetune_operator.planning.world import job
 from finetune_operator.cluster.act import event_manifest, in_the_way, snapshot_image
 from finetune_operator.cluster.api import ApiError
 from finetune_operator.cluster.store import Key, Store
+from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.planning.manifests.trainjob import TrainJobBackend
 from finetune_operator.planning.model import Event
 
 REFUSALS = [
@@ -26,9 +28,18 @@ REFUSALS = [
 def test_a_refusal_is_waited_for_with_its_words_or_simply_tried_again(
     code: int, message: str, kind: str | None
 ) -> None:
-    missing = in_the_way(ApiError(code, "", message))
+    missing = in_the_way(ApiError(code, "", message), PyTorchJobBackend())
     assert (missing.kind if missing else None) == kind
     assert missing is None or message in missing.sentence
+
+
+def test_what_has_to_be_installed_is_that_of_the_backend() -> None:
+    unknown = ApiError(404, "NotFound", "the server could not find the requested resource")
+    for backend, words in ((PyTorchJobBackend(), "training-operator"), (TrainJobBackend(), "Kubeflow Trainer")):
+        missing = in_the_way(unknown, backend)
+        assert missing is not None
+        assert f"{backend.kind}s: install" in missing.sentence
+        assert words in missing.sentence
 
 
 def test_a_job_keeps_the_image_that_it_began_with() -> None:

@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from finetune_api.base import STAGES, Stage
 from finetune_api.runconfig import Attempt, RunConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.planning.manifests.backend import Backend
-from finetune_operator.planning.manifests.children import all_manifests, child_manifest, first_attempt
+from finetune_operator.planning.manifests.children import all_manifests, child_manifests, first_attempt
 from finetune_operator.planning.manifests.job import Job, Manifest
 from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.planning.manifests.shared import isolation, role, run_claim, run_config
@@ -43,7 +44,7 @@ def job(name: str = "support", **spec: object) -> Job:
 
 def child(stage: Stage, of: Job | None = None, **attempt: object) -> Manifest:
     of = of or job()
-    return child_manifest(of, first_attempt(of, stage).model_copy(update=attempt), PyTorchJobBackend())
+    return child_manifests(of, first_attempt(of, stage).model_copy(update=attempt), PyTorchJobBackend())[-1]
 
 
 def pod(manifest: Manifest) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def test_a_claim_that_is_kept_does_not_look_like_a_part_of_a_release() -> None:
 def test_the_claim_of_a_checkpoint_to_start_from_is_mounted_read_only_in_train(backend: Backend) -> None:
     path = "ml/older/uid/checkpoints/step-00000100"
     other = job(training={"resumeFrom": {"claim": "older-run", "path": path}})
-    train = json.dumps(child_manifest(other, first_attempt(other, Stage.TRAIN), backend))
+    train = json.dumps(child_manifests(other, first_attempt(other, Stage.TRAIN), backend))
     assert '{"name": "resume", "persistentVolumeClaim": {"claimName": "older-run"}}' in train
     assert '{"name": "resume", "mountPath": "/resume", "readOnly": true}' in train
     assert '{"name": "FINETUNE_RESUME_FROM", "value": "/resume"}' in train
@@ -283,21 +284,46 @@ def test_what_a_pytorchjob_says_of_itself(conditions: list[tuple[str, str]], suc
 class TestTrainJob:
     backend = TrainJobBackend()
 
+    def manifests(self, of: Job | None = None) -> tuple[Manifest, Manifest]:
+        of = of or job()
+        runtime, child = child_manifests(of, first_attempt(of, Stage.TRAIN), self.backend)
+        return runtime, child
+
     def manifest(self) -> Manifest:
-        return self.backend.manifest(job(), first_attempt(job(), Stage.TRAIN))
+        return self.manifests()[1]
 
-    def test_it_runs_the_same_program_on_as_many_nodes(self) -> None:
-        trainer = self.manifest()["spec"]["trainer"]
-        assert trainer["command"] == container(child(Stage.TRAIN))["command"]
-        assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 4)
-        assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "4"
+    def replicated(self, of: Job | None = None) -> Manifest:
+        (made,) = self.manifests(of)[0]["spec"]["template"]["spec"]["replicatedJobs"]
+        return made["template"]["spec"]  # type: ignore[no-any-return]
 
-    def test_its_pods_get_our_volumes_and_security(self) -> None:
-        (override,) = self.manifest()["spec"]["podTemplateOverrides"]
-        spec = override["spec"]
-        assert spec["volumes"] == pod(child(Stage.TRAIN))["volumes"]
-        assert spec["securityContext"]["runAsNonRoot"] is True
-        assert spec["containers"][0]["volumeMounts"] == container(child(Stage.TRAIN))["volumeMounts"]
+    def test_it_runs_its_own_runtime_on_as_many_nodes(self) -> None:
+        runtime, made = self.manifests()
+        assert made["spec"]["runtimeRef"] == {"name": runtime["metadata"]["name"], "kind": "TrainingRuntime"}
+        assert made["spec"]["trainer"] == {"numNodes": 3, "numProcPerNode": 4}
+        assert runtime["metadata"]["ownerReferences"] == made["metadata"]["ownerReferences"]
+        assert (self.replicated()["completions"], self.replicated()["parallelism"]) == (3, 3)
+
+    def test_its_pods_are_those_of_a_pytorchjob_but_for_the_rendezvous_which_is_its_own(self) -> None:
+        ours = copy.deepcopy(self.replicated()["template"])
+        theirs = copy.deepcopy(child(Stage.TRAIN)["spec"]["pytorchReplicaSpecs"]["Worker"]["template"])
+        containers = [template["spec"]["containers"][0] for template in (ours, theirs)]
+        variables = [{v["name"]: v for v in container.pop("env")} for container in containers]
+        given = {"PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
+        assert variables[0] == {name: v for name, v in variables[1].items() if name not in given}
+        assert [container.pop("name") for container in containers] == ["node", "pytorch"]
+        assert ours == theirs
+
+    def test_a_failed_rank_is_not_made_again_and_lets_the_others_speak(self) -> None:
+        runtime, _ = self.manifests()
+        assert runtime["spec"]["template"]["spec"]["failurePolicy"] == {"maxRestarts": 0}
+        spec = self.replicated()
+        assert (spec["backoffLimitPerIndex"], spec["podReplacementPolicy"]) == (0, "Failed")
+        assert spec["template"]["spec"]["restartPolicy"] == "Never"
+
+    def test_all_or_none_are_scheduled_where_that_is_configured(self) -> None:
+        gang = replace(job(), environment=Environment(gang_scheduling=True))
+        assert "podGroupPolicy" not in self.manifests()[0]["spec"]
+        assert self.manifests(gang)[0]["spec"]["podGroupPolicy"] == {"coscheduling": {"scheduleTimeoutSeconds": 900}}
 
     @pytest.mark.parametrize(("kind", "expected"), [("Complete", (True, False)), ("Failed", (False, True))])
     def test_what_it_says_of_itself(self, kind: str, expected: tuple[bool, bool]) -> None:
