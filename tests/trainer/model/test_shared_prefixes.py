@@ -247,6 +247,33 @@ def test_an_architecture_that_computes_something_else_keeps_its_documents_whole(
     assert "computes something else then" in model.choices["sharedPrefixes"].why
 
 
+@pytest.mark.parametrize("wrong", ["output", "gradients"])
+def test_a_device_that_computes_something_else_keeps_documents_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    def without_prefix(*arguments: Any) -> Any:
+        return original(shared_prefix._OnCpu(Layout(arguments[0]._layout.segments, ())), *arguments[1:])
+
+    name = "forward" if wrong == "output" else "backward"
+    original = getattr(shared_prefix._OnCpu, name)
+    monkeypatch.setattr(shared_prefix._OnCpu, name, without_prefix)
+    model = load(tiny_architecture(tmp_path, "llama"))
+    assert not model.shares_prefixes
+    assert "this device computes something else then" in model.choices["sharedPrefixes"].why
+
+
+def test_a_device_without_the_kernel_keeps_documents_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(shared_prefix._OnCpu, "backward")
+    model = load(tiny_architecture(tmp_path, "llama"))
+    assert not model.shares_prefixes
+    assert model.choices["sharedPrefixes"].why.startswith("this device cannot compute it: ")
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_kernel_is_as_exact_as_its_data_type(dtype: torch.dtype, most: float) -> None:
+    assert shared_prefix.kernel_deviation(64, dtype, torch.device("cpu")) < most
+
+
 def test_the_spec_can_switch_it_off(tmp_path: Path) -> None:
     model = load(tiny_architecture(tmp_path, "llama"), share_prefixes=False)
     assert not model.shares_prefixes

@@ -26,6 +26,7 @@ from finetune_trainer.model import adapters, nf4
 from finetune_trainer.model.attention import attention_arguments, choose_attention, obstacle_to_sharing
 from finetune_trainer.model.loss import logits_transform, target_losses
 from finetune_trainer.model.sharding import shard
+from finetune_trainer.model.shared_prefix import kernel_obstacle, masks_only
 from finetune_trainer.model.weights import (
     ModelWeights,
     SafetensorsDirectory,
@@ -293,7 +294,7 @@ def load_model(
     root.trainable = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
     if packed:
         _check_documents_apart(root, device)
-    _choose_sharing(root, share_prefixes, packed, device)
+    _choose_sharing(root, share_prefixes, packed, device, precision)
     if compile:  # after the check, whose few tokens would be compiled for
         for layer in layers:
             layer.compile()
@@ -332,16 +333,23 @@ def _deviation(root: CausalModel, device: torch.device, shared: bool) -> float:
     return deviation
 
 
-def _choose_sharing(root: CausalModel, requested: bool | None, packed: bool, device: torch.device) -> None:
+def _choose_sharing(
+    root: CausalModel, requested: bool | None, packed: bool, device: torch.device, precision: torch.dtype
+) -> None:
     """Decide whether what documents begin with is computed once. Raises TrainerError (bad-spec) if it must but cannot.
 
-    An architecture is not trusted: what it computes behind a shared prefix is compared with what it computes alone.
+    Neither architecture nor device is trusted. What the model computes behind a shared prefix is compared with what
+    it computes alone, with masks: the kernel rounds otherwise, which some models blow up in 16 bits. The kernel is
+    compared with masks by itself.
     """
     obstacle = obstacle_to_sharing(root, root.config, root.attention, packed=packed, noise=root.neftune_alpha)
     if not obstacle and requested is not False:
-        deviation = _deviation(root, device, shared=True)
+        with masks_only():
+            deviation = _deviation(root, device, shared=True)
         if not deviation < PACKED_DEVIATION:
             obstacle = f"{root.config.model_type} computes something else then: logits are off by {deviation:.0%}"
+        else:
+            obstacle = kernel_obstacle(_head_width(root.config), precision, device)
     if requested and obstacle:
         raise TrainerError(
             FailureClass.BAD_SPEC,
@@ -353,6 +361,10 @@ def _choose_sharing(root: CausalModel, requested: bool | None, packed: bool, dev
     root.choices["sharedPrefixes"] = Choice(
         value="on" if root.shares_prefixes else "off", why=why if requested is None else "as the spec says"
     )
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _refuse_combinations(method: Method, tuning: Tuning, activation_checkpointing: bool) -> None:

@@ -11,7 +11,8 @@ tokens behind 400, forward and backward on two cores: 58 ms; with one dense mask
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -22,6 +23,11 @@ from torch.nn import functional
 
 Span = tuple[int, int]
 Gradients = tuple[Tensor, Tensor, Tensor]
+
+MOST_KERNEL_DEVIATION = 0.05
+"""Relative difference that rounding in 16 bits stays well below."""
+
+_masks_only = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,50 @@ def shared_prefix_attention(
     return output.transpose(1, 2)
 
 
+@contextmanager
+def masks_only() -> Iterator[None]:
+    """Within it no flash kernel is used: rounding is then as in attention to one set of keys."""
+    global _masks_only
+    _masks_only = True
+    try:
+        yield
+    finally:
+        _masks_only = False
+
+
+def kernel_obstacle(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why this device's kernel must not be used for heads of that width; empty if it computes what masks compute."""
+    try:
+        deviation = kernel_deviation(width, dtype, device)
+    except (RuntimeError, TypeError, AttributeError) as error:  # another release of PyTorch, a GPU without flash
+        return f"this device cannot compute it: {str(error).splitlines()[0][:200]}"
+    if deviation < MOST_KERNEL_DEVIATION:
+        return ""
+    return f"this device computes something else then: attention is off by {deviation:.0%}"
+
+
+def kernel_deviation(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """How far the kernel is from masks in float32: the largest norm of a difference over the norm.
+
+    Of the output and of the gradients of queries, keys and values, for random heads of that width.
+    """
+    layout = Layout.of([0, 9, 21, 26, 27, 40], ((9, 21, 40),))
+    random = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, 2, 40, width, generator=random).to(device, dtype) for _ in range(4)]
+
+    def outcome(kind: torch.dtype) -> list[Tensor]:
+        q, k, v = (tensor.to(kind).requires_grad_() for tensor in drawn[:3])
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            output = shared_prefix_attention(q, k, v, layout, None, None)
+            return [output.detach(), *torch.autograd.grad(output, (q, k, v), drawn[3].to(kind).transpose(1, 2))]
+
+    found = outcome(dtype)
+    with masks_only():
+        expected = outcome(torch.float32)
+    pairs = zip(found, expected, strict=True)
+    return max(float((one.float() - other).norm() / other.norm()) for one, other in pairs)
+
+
 class _Kernel(Protocol):
     """Attention over the two sets of keys; tensors are [1, H, T, D], log-sum-exps [1, H, T]."""
 
@@ -91,7 +141,7 @@ class _Merged(torch.autograd.Function):
 def _kernel(query: Tensor, value: Tensor, layout: Layout, window: int | None) -> _Kernel | None:
     """The flash kernel for these tensors, or None where only a mask will do."""
     narrow = window is not None and window < layout.longest()
-    if narrow or query.shape[-1] != value.shape[-1]:
+    if narrow or _masks_only or query.shape[-1] != value.shape[-1]:
         return None
     if query.device.type == "cpu":
         return _OnCpu(layout)
