@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,8 @@ WHERE = ("*.md", "docs/**/*.md", "charts/*/README.md", "tests/*/README.md")
 PAGES = sorted(page for pattern in WHERE for page in ROOT.glob(pattern))
 GENERATED = {"docs/reference.md"}
 VALUES = json.loads((ROOT / "charts" / "finetune-operator" / "values.schema.json").read_text())
+FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+"""A block, which may stand within a list."""
 SHELL = ("sh", "bash", "console")
 
 
@@ -49,15 +52,15 @@ def name(page: Path) -> str:
 
 
 def without_blocks(page: Path) -> str:
-    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return FENCED.sub("", page.read_text())
 
 
 def blocks(*languages: str) -> list[Block]:
     found = []
     for page in PAGES:
-        for language, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for _, language, text in FENCED.findall(page.read_text()):
             if language in languages:
-                found.append(Block(name(page), language, text))
+                found.append(Block(name(page), language, textwrap.dedent(text)))
     return found
 
 
