@@ -5,6 +5,7 @@ This is the edge at which every exception becomes a failure with a class, a sent
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from finetune_api.report import EXIT_CODES, Failure
 from finetune_trainer.context import RunContext, context_from_environment
-from finetune_trainer.failures import classify, failure_file, redact, write_json
+from finetune_trainer.failures import TrainerError, classify, failure_file, redact, write_json
 
 STAGES = {
     "prepare": ("finetune_trainer.prepare.stage", "run"),
@@ -34,16 +35,23 @@ USAGE = f"usage: python -m finetune_trainer {{{'|'.join(STAGES)}}} | launch {{{'
 def main(arguments: list[str] | None = None) -> int:
     """Run one stage; the exit code is that of the failure's class, 0 on success."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 2 and arguments[0] == "launch" and arguments[1] in LAUNCHED:
-        from finetune_trainer.launch import launch
-
-        return launch(arguments[1])
-    if len(arguments) != 1 or arguments[0] not in STAGES:
+    launched = len(arguments) == 2 and arguments[0] == "launch" and arguments[1] in LAUNCHED
+    if not launched and (len(arguments) != 1 or arguments[0] not in STAGES):
         print(USAGE, file=sys.stderr)
         return 64
-    context = context_from_environment()
-    _log_to_volume(context)
     try:
+        context = context_from_environment()
+        if launched:
+            from finetune_trainer.launch import launch
+
+            return launch(context, arguments[1])
+    except TrainerError as error:
+        failure = classify(error)
+        print(f"error: {failure.sentence}", file=sys.stderr)
+        write_termination_message(failure)
+        return EXIT_CODES[failure.failure_class]
+    try:
+        _log_to_volume(context)
         module, function = STAGES[arguments[0]]
         getattr(importlib.import_module(module), function)(context)
     except BaseException as error:
@@ -54,8 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(context: RunContext, error: BaseException) -> int:
     failure = classify(error, context.rank)
     trace = redact("".join(traceback.format_exception(error)))
-    context.logs.mkdir(parents=True, exist_ok=True)
-    (context.logs / f"traceback-rank{context.rank}.txt").write_text(trace)
+    with contextlib.suppress(OSError):  # the volume may be full, which is what is to be told
+        context.logs.mkdir(parents=True, exist_ok=True)
+        (context.logs / f"traceback-rank{context.rank}.txt").write_text(trace)
     if failure.failure_class.value == "crash":
         logging.getLogger(__name__).error(trace)
     logging.getLogger(__name__).error("%s: %s", failure.failure_class, failure.sentence)
@@ -86,6 +95,14 @@ def write_termination_message(failure: Failure, path: Path = TERMINATION_LOG) ->
     """Tell the kubelet (4096 bytes at most); silently nothing where there is no kubelet."""
     if path.parent.exists() and (path.exists() or path != Path("/dev/termination-log")):
         path.write_text(json.dumps(failure.to_wire()))
+
+
+def read_termination_message(path: Path = TERMINATION_LOG) -> Failure | None:
+    """What a process of this container has told the kubelet, if it has."""
+    try:
+        return Failure.model_validate_json(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _log_to_volume(context: RunContext) -> None:

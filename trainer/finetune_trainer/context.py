@@ -6,8 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
+
+from pydantic import ValidationError
 
 from finetune_api.report import FailureClass
 from finetune_api.runconfig import ATTEMPT_VARIABLE, FENCE_FILE, Attempt, RunConfig
@@ -76,10 +79,10 @@ class RunContext:
         """Training curves, one JSON object a line."""
         return self.run / "metrics" / "train.jsonl"
 
-    def resolve_source(self, path: str) -> Path:
+    def resolve_source(self, path: str, field: str) -> Path:
         """The file or directory that a spec's `path` means: absolute, beside the job's file, or on the cache.
 
-        Raises TrainerError (bad-spec) if nothing is there.
+        Raises TrainerError (bad-spec) that names `field` if nothing is there.
         """
         given = Path(path).expanduser()
         places = [given] if given.is_absolute() else [Path(self.config.paths.source) / given, self.cache / given]
@@ -89,7 +92,7 @@ class RunContext:
             if place.exists():
                 return place
         looked = " and ".join(str(place) for place in places)
-        raise TrainerError(FailureClass.BAD_SPEC, f"There is no {path}: looked for {looked}.")
+        raise TrainerError(FailureClass.BAD_SPEC, f"There is no {path}: looked for {looked}.", field)
 
     def token(self, kind: TokenKind) -> str | None:
         """The token that this stage may see, or None."""
@@ -123,10 +126,36 @@ def attempt_logs(run: Path, attempt: Attempt) -> Path:
     return run / "logs" / f"{attempt.stage}-{attempt.number}"
 
 
+def _config_and_attempt(environ: Mapping[str, str]) -> tuple[RunConfig, Attempt]:
+    for name in (CONFIG_VARIABLE, ATTEMPT_VARIABLE):
+        if name not in environ:
+            raise TrainerError(
+                FailureClass.BAD_SPEC,
+                f"{name} is not set: the trainer is started by `finetune run` or by the operator.",
+            )
+    path = Path(environ[CONFIG_VARIABLE])
+    try:
+        config = RunConfig.model_validate_json(path.read_text())
+        return config, Attempt.model_validate_json(environ[ATTEMPT_VARIABLE])
+    except OSError as error:
+        raise TrainerError(FailureClass.BAD_SPEC, f"The run config {path} cannot be read: {error.strerror}.") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"This trainer (finetune-operator {version('finetune-operator')}) does not understand what it was given "
+            f"({error.title}, {where or 'whole'}: {first['msg']}): use the trainer image of the operator's version.",
+            where,
+        ) from error
+
+
 def context_from_environment(environ: Mapping[str, str] = os.environ) -> RunContext:
-    """The context of this process from `FINETUNE_*` and torchrun's variables."""
-    config = RunConfig.model_validate_json(Path(environ[CONFIG_VARIABLE]).read_text())
-    attempt = Attempt.model_validate_json(environ[ATTEMPT_VARIABLE])
+    """The context of this process from `FINETUNE_*` and torchrun's variables.
+
+    Raises TrainerError (bad-spec) where these are missing, or written by a version that this one does not understand.
+    """
+    config, attempt = _config_and_attempt(environ)
     rank = int(environ.get("RANK", "0"))
     # Rented machines have a WORLD_SIZE before any rank is started: without a rank it says nothing about this process.
     world_size = int(environ.get("WORLD_SIZE", "1")) if "RANK" in environ else 1

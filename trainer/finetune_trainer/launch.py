@@ -7,6 +7,7 @@ a late node 0 is waited for, and machines that are rented without Kubernetes mee
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -21,21 +22,23 @@ from pathlib import Path
 from finetune_api.rendezvous import Rendezvous, rendezvous_of
 from finetune_api.report import EXIT_CODES, Failure, FailureClass
 from finetune_api.runconfig import Attempt
-from finetune_trainer.context import context_from_environment
-from finetune_trainer.failures import failure_file, root_cause, write_json
+from finetune_trainer.context import RunContext
+from finetune_trainer.failures import TrainerError, failure_file, root_cause, write_json
 
 
-def launch(stage: str) -> int:
-    """Run `stage` on every rank of this node; returns the exit code of the failure's class."""
+def launch(context: RunContext, stage: str) -> int:
+    """Run `stage` on every rank of this node; returns the exit code of the failure's class.
+
+    Raises TrainerError (bad-spec) where the variables by which the ranks meet make no sense.
+    """
     try:
         rendezvous = rendezvous_of(os.environ)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return EXIT_CODES[FailureClass.BAD_SPEC]
-    context = context_from_environment()
+        raise TrainerError(FailureClass.BAD_SPEC, str(error)) from error
     ranks = rendezvous.ranks
-    for rank in ranks:
-        failure_file(context.logs, rank).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for rank in ranks:
+            failure_file(context.logs, rank).unlink(missing_ok=True)
     command, environ = command_of(stage, rendezvous, os.environ, context.attempt)
     oom_kills = _oom_kills()
     child = subprocess.Popen(command, env=environ)
@@ -44,10 +47,13 @@ def launch(stage: str) -> int:
     code = child.wait()
     if code == 0:
         return 0
-    failure = root_cause(_failures(context.logs, ranks)) or _without_words(code, _oom_kills() > oom_kills, ranks[0])
-    write_json(failure_file(context.logs, ranks[0]), failure.to_wire())
-    from finetune_trainer.__main__ import write_termination_message
+    from finetune_trainer.__main__ import read_termination_message, write_termination_message
 
+    # On a full volume the ranks leave no files, but each of them writes the termination message.
+    failure = root_cause(_failures(context.logs, ranks)) or read_termination_message()
+    failure = failure or _without_words(code, _oom_kills() > oom_kills, ranks[0])
+    with contextlib.suppress(OSError):
+        write_json(failure_file(context.logs, ranks[0]), failure.to_wire())
     write_termination_message(failure)
     return EXIT_CODES[failure.failure_class]
 

@@ -238,7 +238,7 @@ def test_a_base_model_without_a_template_gets_a_plain_one_and_is_told(work: Path
 
 
 BAD: list[tuple[str, dict[str, Any], FailureClass, str, str]] = [
-    ("no such file", {"path": "none.csv"}, FailureClass.BAD_SPEC, "", "There is no none.csv"),
+    ("no such file", {"path": "none.csv"}, FailureClass.BAD_SPEC, "datasets[0].path", "There is no none.csv"),
     ("no such format", {"path": "tiny/model.safetensors"}, FailureClass.BAD_SPEC, "datasets[0].path", "of no format"),
     ("no such column", {"columns": {"text": "txt"}}, FailureClass.BAD_DATA, "datasets[0].columns.text",
      "d has no column 'txt'. Did you mean 'text'? Its columns: text, label."),
@@ -348,6 +348,11 @@ def test_an_adapter_to_go_on_from_is_found_and_named_in_the_origin(work: Path) -
     (work / "adapter").mkdir()
     with pytest.raises(TrainerError, match=r"adapter holds no adapter: adapter_config\.json is missing"):
         stage.run(prepare_context(work, spec))
+    (work / "adapter" / "adapter_model.safetensors").touch()
+    for content, kind in (("{", "damaged"), ('{"peft_type": "IA3"}', "IA3")):
+        (work / "adapter" / "adapter_config.json").write_text(content)
+        with pytest.raises(TrainerError, match=f"adapter is a {kind} adapter: only LoRA can be continued"):
+            stage.run(prepare_context(work, spec))
     base = AutoModelForCausalLM.from_pretrained(work / "tiny")
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(work / "adapter")
     manifest, report = prepared(prepare_context(work, spec))

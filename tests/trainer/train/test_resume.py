@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bf16": {"method": "lora", "lora": {"rank": 4}},
     "qlora": {"method": "qlora", "lora": {"rank": 4}},
     "dora": {"method": "lora", "lora": {"rank": 4, "dora": True}},
+    "pissa": {"method": "lora", "lora": {"rank": 4, "init": "pissa"}},
     "prompt": {"method": "prompt", "prompt": {"virtualTokens": 4}},
     "prefix": {"method": "prefix", "prefix": {"virtualTokens": 4}},
 }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests.trainer.train.jobs import DatasetOf, Job, make_job, train
 
-from finetune_trainer.train.tracking import WandbTracker
+from finetune_trainer.train.tracking import Evaluation, WandbTracker
 
 TRAINING = {"globalBatchSize": 4, "maxSteps": 4, "validateEvery": 2, "learningRate": 1e-3}
 KEY = "wandb_v1_SecretKeyThatMustNotShow0123456789"
@@ -42,8 +44,15 @@ def _recording_init(file: Path, **arguments: Any) -> Any:
         def define_metric(self, name: str, step_metric: str | None = None) -> None:
             self._note(("metric", name, step_metric))
 
-        def log(self, row: dict[str, float]) -> None:
-            self._note(("row", sorted(row), row["train/step"]))
+        def log(self, row: dict[str, Any]) -> None:
+            if "evaluation" in row:
+                self._note(("table", row["evaluation"].columns, row["evaluation"].data))
+            else:
+                self._note(("row", sorted(row), row["train/step"]))
+
+        @property
+        def summary(self) -> Any:
+            return SimpleNamespace(update=lambda values: self._note(("summary", values)))
 
         def finish(self) -> None:
             self._note(("finish",))
@@ -69,8 +78,13 @@ def test_one_run_has_the_curves_of_all_attempts(tmp_path: Path, model: Path) -> 
     rows = [line for line in lines if line.startswith("('row'")]
     assert sum("train/loss" in row for row in rows) == 4
     assert sum("validation/loss" in row and row.endswith("2)") for row in rows) == 1
-    assert rows[-1] == "('row', ['train/step', 'validation/table'], 4)"
     assert lines[-1] == "('finish',)"
+    _, columns, table = ast.literal_eval(lines[-3])
+    assert columns == ["train/step", "exported", "dataset", "documents", "loss", "accuracy"]
+    assert [line[:4] for line in table] == [[2, False, "a", 6], [4, True, "a", 6]]
+    _, summary = ast.literal_eval(lines[-2])
+    assert summary == {"exported/step": 4, "exported/a/loss": table[1][4], "exported/a/accuracy": table[1][5]}
+    assert table[1][4] == pytest.approx(job.validations()[1]["validation"]["loss"])
     assert job.report().wandb_url == "https://wandb.example/run"
     assert job.report().warnings == []
 
@@ -121,6 +135,6 @@ def test_a_tracker_that_never_answers_holds_nobody(tmp_path: Path, monkeypatch: 
     )
     for step in range(1000):
         tracker.log({"train/loss": 1.0}, step)
-    tracker.finish(timeout_seconds=0.05)
+    tracker.finish(Evaluation([], {}), timeout_seconds=0.05)
     assert tracker.problem == "W&B did not take the last rows within 0 s."
     waits.set()

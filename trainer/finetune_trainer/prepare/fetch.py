@@ -28,7 +28,7 @@ def open_datasets(context: RunContext, spec: FineTuneJobSpec, hub: Hub) -> list[
     for index, dataset in enumerate(spec.datasets):
         field = f"datasets[{index}]"
         if dataset.path is not None:
-            path = context.resolve_source(dataset.path)
+            path = context.resolve_source(dataset.path, f"{field}.path")
             source = open_path(path, dataset.path, dataset.config, field)
         else:
             source = _open_repo(hub, str(dataset.repo), dataset.revision, dataset.config, field)

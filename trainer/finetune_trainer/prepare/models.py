@@ -53,7 +53,7 @@ def fetch_model(model: Model, hub: Hub, resolve: Any, cache: Path, *, weights: b
         names = model_files([file.name for file in resolved.files], model, weights=weights)
         return LocalModel(hub.download(resolved, names, "model"), model.repo, resolved.commit)
     given = str(model.path)
-    path: Path = resolve(given)
+    path: Path = resolve(given, "model.path")
     if path.is_file() and path.suffix.lower() == ".gguf":
         if not weights:
             return _tokenizer_of_gguf(path, given, cache)
@@ -107,23 +107,32 @@ def fetch_adapter(model: Model, hub: Hub, resolve: Any) -> tuple[Path, str] | No
         origin, field = f"{source.repo}@{resolved.commit}", "model.adapter.repo"
         directory = Path() if missing else hub.download(resolved, ADAPTER_FILES, "model.adapter")
     else:
-        directory = resolve(str(source.path))
+        directory = resolve(str(source.path), "model.adapter.path")
         missing = [name for name in ADAPTER_FILES if not (directory / name).is_file()]
         origin, field = str(source.path), "model.adapter.path"
     if missing:
         raise TrainerError(
             FailureClass.BAD_SPEC, f"{source.repo or source.path} holds no adapter: {missing[0]} is missing.", field
         )
-    config = json.loads((directory / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA":
+    kind = _kind_of_adapter(directory)
+    if kind != "LORA":
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"{source.repo or source.path} is a {config.get('peft_type')} adapter: only LoRA can be continued.",
+            f"{source.repo or source.path} is a {kind} adapter: only LoRA can be continued.",
             field,
         )
     if source.repo is None:
         origin += f" sha256:{digest_of(directory, ADAPTER_FILES)}"
     return directory.resolve(), origin
+
+
+def _kind_of_adapter(directory: Path) -> str:
+    """PEFT's name of the adapter's kind; `damaged` where its config is no JSON object."""
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return "damaged"
+    return str(config.get("peft_type")) if isinstance(config, dict) else "damaged"
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:

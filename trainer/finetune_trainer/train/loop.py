@@ -24,8 +24,8 @@ from finetune_trainer.train.monitor import Monitor
 from finetune_trainer.train.optimizer import Optimizer
 from finetune_trainer.train.schedule import Schedule
 from finetune_trainer.train.spikes import MOST_ROLLBACKS, Spike, observe
-from finetune_trainer.train.state import Best, TrainState
-from finetune_trainer.train.validate import Validation, Validator
+from finetune_trainer.train.state import TrainState
+from finetune_trainer.train.validate import Validator
 from finetune_trainer.train.watchdog import Watchdog
 
 
@@ -183,20 +183,10 @@ class Loop:
         assert self.validator is not None
         self.watchdog.expect("validation", self.plan.hang_seconds, self.state.step)
         seen = self.validator(self.model)
-        better = self.state.best is None or seen.loss < self.state.best.loss
-        if better:
-            self.state.best = Best(step=self.state.step, loss=seen.loss)
-        self._watch(seen)
+        watched = seen.loss if self.plan.watched == "loss" else -seen.accuracy
+        better = self.state.validated(seen.loss, watched, self.plan.patience)
         self.monitor.validation(self.state.step, seen, better)
         return better
-
-    def _watch(self, seen: Validation) -> None:
-        """Early stopping."""
-        value = seen.loss if self.plan.watched == "loss" else -seen.accuracy
-        improved = self.state.watched is None or value < self.state.watched
-        self.state.watched = value if improved else self.state.watched
-        self.state.stale_validations = 0 if improved else self.state.stale_validations + 1
-        self.state.stopped_early = self.plan.patience is not None and self.state.stale_validations >= self.plan.patience
 
     def _roll_back(self, spike: Spike) -> None:
         """Back to the newest checkpoint from before the spike's window, whose steps are left out from now on."""

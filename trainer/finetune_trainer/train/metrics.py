@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer.reports import read_metrics
+
 RECENT_STEPS = 20
 
 
@@ -31,6 +33,10 @@ class MetricsFile:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(self._path)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far, those of earlier attempts too."""
+        return read_metrics(self._path)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row. Values that are not finite become null, which every reader of JSON takes."""

@@ -11,7 +11,7 @@ from finetune_trainer.reporter import Reporter
 from finetune_trainer.train.collective import StepResult
 from finetune_trainer.train.metrics import MetricsFile, Throughput
 from finetune_trainer.train.spikes import Spike
-from finetune_trainer.train.tracking import NoTracker, Tracker
+from finetune_trainer.train.tracking import NoTracker, Tracker, evaluation_of
 from finetune_trainer.train.validate import Validation
 
 
@@ -76,10 +76,18 @@ class Monitor:
     def validation(self, step: int, validation: Validation, better: bool) -> None:
         """The model was validated after `step` steps."""
         values = {"loss": validation.loss, "accuracy": validation.accuracy}
-        self._row(step=step, validation={key: _finite(value) for key, value in values.items()}, best=better)
-        self._validation = MetricValue(metric="loss", value=validation.loss, step=step)
-        progress = self.reporter.report.progress.model_copy(update={"validation": self._validation})
-        self.reporter.update(progress=progress)
+        datasets = {
+            name: {"documents": seen.documents, "loss": _finite(seen.loss), "accuracy": seen.accuracy}
+            for name, seen in validation.datasets.items()
+        }
+        told = {key: _finite(value) for key, value in values.items()}
+        self._row(step=step, validation={**told, "datasets": datasets}, best=better)
+        if math.isfinite(validation.loss):
+            self._validation = MetricValue(metric="loss", value=validation.loss, step=step)
+            progress = self.reporter.report.progress.model_copy(update={"validation": self._validation})
+            self.reporter.update(progress=progress)
+        for name, seen in validation.datasets.items():
+            values |= {f"{name}/loss": seen.loss, f"{name}/accuracy": seen.accuracy}
         self.tracker.log({f"validation/{key}": value for key, value in values.items()}, step)
         self.throughput.restart()
 
@@ -105,6 +113,12 @@ class Monitor:
             self.reporter.update(wandb_url=self.tracker.url)
         if self.tracker.problem:
             self.reporter.warn(self.tracker.problem)
+
+    def end(self, step: int) -> None:
+        """Training has ended, and the weights of `step` were exported."""
+        rows = self.metrics.rows() if self.metrics is not None else []
+        self.tracker.finish(evaluation_of(rows, step))
+        self.tracked()
 
     def _row(self, **values: object) -> None:
         if self.metrics is not None:

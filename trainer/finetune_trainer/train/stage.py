@@ -74,8 +74,7 @@ def run(context: RunContext) -> None:
     watchdog.expect("export", attempt.startup_seconds + attempt.hang_seconds, step)
     context.reporter.activity("writing the export")
     export = _export(context, loop.model, step)
-    loop.monitor.tracker.finish()
-    loop.monitor.tracked()
+    loop.monitor.end(step)
     if context.rank == 0:
         context.reporter.done(export=export)
     dist.barrier(group=group)
@@ -113,7 +112,8 @@ def build_loop(
     validator = None
     if validation is not None:
         closed = np.array([dataset.task in CLOSED_TASKS for dataset in manifest.datasets])
-        validator = Validator(validation, closed, training.validation_rows, training.seed, device)
+        names = [dataset.name for dataset in manifest.datasets]
+        validator = Validator(validation, names, closed, training.validation_rows, training.seed, device)
     plan = Plan(
         total=total,
         seed=training.seed,
@@ -292,7 +292,7 @@ def _resume_path(context: RunContext, resume_from: ResumeFrom) -> Path:
     mounted = os.environ.get(RESUME_VARIABLE)
     if mounted and not Path(resume_from.path).is_absolute():
         return Path(mounted) / resume_from.path
-    return context.resolve_source(resume_from.path)
+    return context.resolve_source(resume_from.path, "training.resumeFrom.path")
 
 
 def build_monitor(context: RunContext, total: int, step: int) -> Monitor:

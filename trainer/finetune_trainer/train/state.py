@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import BaseModel
 
 from finetune_trainer.train.spikes import SpikeState
@@ -33,3 +35,17 @@ class TrainState(BaseModel):
     """Validations in a row in which `watched` did not improve."""
     stopped_early: bool = False
     """Early stopping has ended the training."""
+
+    def validated(self, loss: float, watched: float, patience: int | None) -> bool:
+        """Take in a validation after `step` steps; whether its loss was the best so far.
+
+        `watched` is what early stopping looks at, less is better. Values that are not finite are never better.
+        """
+        improved = math.isfinite(watched) and (self.watched is None or watched < self.watched)
+        self.watched = watched if improved else self.watched
+        self.stale_validations = 0 if improved else self.stale_validations + 1
+        self.stopped_early = patience is not None and self.stale_validations >= patience
+        better = math.isfinite(loss) and (self.best is None or loss < self.best.loss)
+        if better:
+            self.best = Best(step=self.step, loss=loss)
+        return better

@@ -1,9 +1,15 @@
-"""Weights & Biases from rank 0, in a thread of its own: slow, unreachable or broken, it never holds the training."""
+"""Weights & Biases from rank 0, in a thread of its own: slow, unreachable or broken, it never holds the training.
+
+Only Train holds the key, so the evaluation that W&B is shown is Train's own: the validation rows by dataset, and in
+the run's summary those of the weights that were exported. The comparison with the base model is Evaluate's page.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,8 +20,31 @@ FINISH_SECONDS = 60.0
 MOST_PENDING = 100_000
 """Rows that wait for a tracker that does not answer; newer ones are dropped."""
 
-VALIDATION_COLUMNS = ("train/step", "validation/loss", "validation/accuracy")
-"""The table that stands beside the curves: every validation of this attempt."""
+EVALUATION_COLUMNS = ("train/step", "exported", "dataset", "documents", "loss", "accuracy")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the validations of all attempts found."""
+
+    table: list[list[Any]]
+    """A line for each validation and dataset, as EVALUATION_COLUMNS."""
+    summary: dict[str, float]
+    """Of the exported weights: `exported/<dataset>/accuracy` and the like."""
+
+
+def evaluation_of(rows: Sequence[Mapping[str, Any]], exported: int) -> Evaluation:
+    """From the rows of the curve, and the step whose weights were exported."""
+    table: list[list[Any]] = []
+    summary: dict[str, float] = {"exported/step": exported}
+    for row in rows:
+        seen = row.get("validation") or {}
+        for name, of in (seen.get("datasets") or {}).items():
+            chosen = row["step"] == exported
+            table.append([row["step"], chosen, name, of["documents"], of["loss"], of["accuracy"]])
+            if chosen:
+                summary |= {f"exported/{name}/{key}": of[key] for key in ("loss", "accuracy")}
+    return Evaluation(table, summary)
 
 
 class Tracker(Protocol):
@@ -29,8 +58,8 @@ class Tracker(Protocol):
     def log(self, values: dict[str, float], step: int) -> None:
         """Add values at an optimiser step."""
 
-    def finish(self) -> None:
-        """Send what is left, within a limited time."""
+    def finish(self, evaluation: Evaluation) -> None:
+        """Send what is left, the evaluation last, within a limited time."""
 
 
 class NoTracker:
@@ -42,7 +71,7 @@ class NoTracker:
     def log(self, values: dict[str, float], step: int) -> None:
         """Drop the values."""
 
-    def finish(self) -> None:
+    def finish(self, evaluation: Evaluation) -> None:
         """Nothing is left."""
 
 
@@ -64,7 +93,7 @@ class WandbTracker:
     ) -> None:
         self.url = ""
         self.problem = ""
-        self._rows: queue.Queue[dict[str, float] | None] = queue.Queue(MOST_PENDING)
+        self._rows: queue.Queue[dict[str, float] | Evaluation] = queue.Queue(MOST_PENDING)
         directory.mkdir(parents=True, exist_ok=True)
         self._arguments: dict[str, Any] = {
             "project": project,
@@ -95,11 +124,11 @@ class WandbTracker:
             except queue.Full:
                 self.problem = f"W&B has not taken anything for {MOST_PENDING} rows; the curves there end."
 
-    def finish(self, timeout_seconds: float | None = None) -> None:
+    def finish(self, evaluation: Evaluation, timeout_seconds: float | None = None) -> None:
         """Send what is left; after the time-out (FINISH_SECONDS) it is left behind."""
         timeout_seconds = FINISH_SECONDS if timeout_seconds is None else timeout_seconds
         if self._thread.is_alive() and not self.problem:
-            self._rows.put(None)
+            self._rows.put(evaluation)
             self._thread.join(timeout_seconds)
             if self._thread.is_alive():
                 self.problem = f"W&B did not take the last rows within {timeout_seconds:.0f} s."
@@ -113,14 +142,11 @@ class WandbTracker:
             run.define_metric("train/step")
             run.define_metric("*", step_metric="train/step")
             self.url = run.url or ""
-            validations = []
-            while (row := self._rows.get()) is not None:
+            while not isinstance(row := self._rows.get(), Evaluation):
                 run.log(row)
-                if VALIDATION_COLUMNS[1] in row:
-                    validations.append([row.get(name) for name in VALIDATION_COLUMNS])
-            if validations:
-                table = wandb.Table(columns=list(VALIDATION_COLUMNS), data=validations)
-                run.log({"validation/table": table, VALIDATION_COLUMNS[0]: validations[-1][0]})
+            if row.table:
+                run.log({"evaluation": wandb.Table(columns=list(EVALUATION_COLUMNS), data=row.table)})
+            run.summary.update(row.summary)
             run.finish()
         except BaseException as error:  # whatever it is, training goes on
             first = (str(error).strip() or type(error).__name__).splitlines()[0]

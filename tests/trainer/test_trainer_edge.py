@@ -1,0 +1,78 @@
+"""The trainer's own edge: whatever goes wrong before or beside a stage is a sentence and a class, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.support.prepare_runs import prepare_context
+
+from finetune_api.base import Stage
+from finetune_api.report import EXIT_CODES, Failure, FailureClass
+from finetune_api.runconfig import Attempt
+
+SPEC = {"datasets": [{"name": "a", "path": "a.csv", "task": "classification"}]}
+
+
+def environment(work: Path, stage: Stage) -> dict[str, str]:
+    """What a process of that stage is given."""
+    context = prepare_context(work, SPEC)
+    (work / "run-config.json").write_text(json.dumps(context.config.to_wire()))
+    (work / "termination").touch()
+    return {
+        "FINETUNE_RUN_CONFIG": str(work / "run-config.json"),
+        "FINETUNE_ATTEMPT": Attempt(uid="uid-1", stage=stage).model_dump_json(by_alias=True),
+        "FINETUNE_TERMINATION_LOG": str(work / "termination"),
+    }
+
+
+def started(arguments: list[str], given: dict[str, str]) -> tuple[int, str, Failure]:
+    """Exit code, what was said, and the termination message."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FINETUNE_")}
+    command = [sys.executable, "-m", "finetune_trainer", *arguments]
+    done = subprocess.run(command, env=environ | given, capture_output=True, text=True, timeout=120, check=False)
+    message = Path(given["FINETUNE_TERMINATION_LOG"]).read_text()
+    return done.returncode, done.stderr, Failure.model_validate_json(message)
+
+
+@pytest.mark.parametrize("arguments", [["publish"], ["launch", "train"]])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("no variable", "FINETUNE_RUN_CONFIG is not set: the trainer is started by `finetune run` or by the operator."),
+        ("no file", "run-config.json cannot be read: No such file or directory."),
+        ("another version", "RunConfig, spec.novelty: Extra inputs are not permitted): use the trainer image of"),
+    ],
+)
+def test_a_run_config_that_is_none_is_told_to_the_kubelet(
+    tmp_path: Path, arguments: list[str], fault: str, says: str
+) -> None:
+    given = environment(tmp_path, Stage.PUBLISH)
+    config = tmp_path / "run-config.json"
+    if fault == "no variable":
+        del given["FINETUNE_RUN_CONFIG"]
+    elif fault == "no file":
+        config.unlink()
+    else:
+        wire = json.loads(config.read_text())
+        wire["spec"]["novelty"] = True
+        config.write_text(json.dumps(wire))
+    code, said, failure = started(arguments, given)
+    assert (code, failure.failure_class) == (EXIT_CODES[FailureClass.BAD_SPEC], FailureClass.BAD_SPEC)
+    assert says in failure.sentence
+    assert says in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("arguments", [["publish"], ["launch", "train"]])
+def test_a_volume_that_takes_no_logs_still_leaves_a_termination_message(tmp_path: Path, arguments: list[str]) -> None:
+    given = environment(tmp_path, Stage.PUBLISH)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "logs").touch()  # no directory can be made there
+    code, _, failure = started(arguments, given)
+    assert code == EXIT_CODES[failure.failure_class]
+    assert "logs" in failure.sentence
