@@ -14,7 +14,9 @@ import time
 from benchmarks.harness import FULL, NORMAL, QUICK, Result, Size
 
 BENCHMARKS = {
-    "peers": "side by side with TRL",
+    "peers-tweets": "side by side with TRL on short documents",
+    "peers-chats": "side by side with TRL on chats of mixed length",
+    "peers-intents": "side by side with TRL on a task whose prompt names 77 labels",
     "limit": "against the measured matrix product",
     "startup": "process start to first step",
     "checkpoint": "how long a save holds the loop",
@@ -22,12 +24,13 @@ BENCHMARKS = {
     "evaluate": "77 labels, and generation",
     "scaling": "1 to 3 ranks, and a model for 12 and 96 GPUs",
 }
-ONLY_FULL: dict[str, str] = {}
+ONLY_FULL = {"convergence": "time to a validation loss"}
 
 
 def run(name: str, size: Size) -> Result:
     """One benchmark."""
-    found: Result = importlib.import_module(f"benchmarks.{name}").run(size)
+    module, _, part = name.partition("-")
+    found: Result = importlib.import_module(f"benchmarks.{module}").run(size, *([part] if part else []))
     return found
 
 
@@ -40,12 +43,14 @@ def main() -> int:
     sizes.add_argument("--quick", dest="size", action="store_const", const=QUICK, default=NORMAL)
     sizes.add_argument("--full", dest="size", action="store_const", const=FULL)
     given = parser.parse_args()
-    if unknown := set(given.names) - set(known):
+    names = [known_name for name in given.names for known_name in known if known_name.partition("-")[0] == name]
+    names += [name for name in given.names if name in known and name not in names]
+    if unknown := set(given.names) - {*known, *(name.partition("-")[0] for name in known)}:
         parser.error(f"there is no {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     failed = 0
-    for name in given.names or [*BENCHMARKS, *(ONLY_FULL if given.size is FULL else ())]:
+    for name in names or [*BENCHMARKS, *(ONLY_FULL if given.size is FULL else ())]:
         begun = time.monotonic()
         print(f"\n## {name}: {known[name]}\n", flush=True)
         try:

@@ -476,7 +476,8 @@ def bundle(folder: Path, python: str) -> None:
     leave = shutil.ignore_patterns("__pycache__", "results")
     for part in ("operator", "trainer", "benchmarks"):
         shutil.copytree(ROOT / part, folder / part, ignore=leave, dirs_exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--upgrade"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+    pip += ["--only-binary=:all:", "--upgrade"]
     target = ["--python-version", python, "--target", str(folder / "site")]
     subprocess.run([*pip, *target, *(f"{name}=={version}" for name, version in carried().items())], check=True)
 

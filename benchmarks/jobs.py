@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,11 +137,17 @@ def smollm2() -> Model:
     return Model(found.fetch("smollm2"), found.cache_directory())
 
 
-def tweets(count: int, examples_a_step: int = 12) -> Workload:
-    """Tweets with a feeling: short documents of one task, of which only the answer is learnt."""
+def tweet_rows() -> list[dict[str, str]]:
+    """All tweets with their feelings, shuffled: the file is sorted by them."""
     with assets().fetch("tweets").open(encoding="utf-8", errors="replace", newline="") as file:
         rows = [{"text": row["text"], "label": row["sentiment"]} for row in csv.DictReader(file)]
-    chosen = [row for row in rows if 20 <= len(row["text"]) <= 280][:count]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def tweets(count: int, examples_a_step: int = 12) -> Workload:
+    """Tweets with a feeling: short documents of one task, of which only the answer is learnt."""
+    chosen = [row for row in tweet_rows() if 20 <= len(row["text"]) <= 280][:count]
     dataset = {"task": "classification", "columns": {"text": "text", "label": "label"}}
     return Workload("tweets", chosen, dataset, examples_a_step)
 

@@ -4,6 +4,7 @@ Model FLOPs of a step (what the mathematics needs, not what is computed again), 
 matrices, A those of the adapters, t a document's tokens, L layers, Q the queries' width, V·H the head's elements:
 4N a token for LoRA (2N forward, 2N for the gradient of the input), 6N for full tuning, 6A a token, attention
 2·t²·Q·L forward (causal: half of two products) and twice that backward, head 4·V·H (full: 6) a labelled position.
+A prefix that is computed once for several documents counts once: what is saved by sharing is not utilisation.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, steps: int
         samples = rounds({"": worker}, steps, warm_up=0)[""]
     for sample in samples:
         share = sample["tokens"] / tokens  # a step's documents, counted as mean documents
-        needed = flops.of_step(sample["tokens"], round(share * squares), round(share * labelled))
+        distinct = min(sample["tokens"], sample["computedTokens"])
+        needed = flops.of_step(distinct, round(share * squares), round(share * labelled))
         sample["flopsPerSecond"] = needed / sample["seconds"]
         sample["utilisation"] = sample["flopsPerSecond"] / sample["matmulFlops"]
     profile = profiled["profile"]

@@ -1,7 +1,8 @@
 """The trainer's own loop as a measured process: what a Train pod runs, stopped after every step.
 
 Nothing of it is changed: the loop reports each step to its monitor, and the monitor waits. With `--matmul` a plain
-matrix product is timed after each step, with `--profile N` step N is profiled.
+matrix product is timed after each step, with `--profile N` step N is profiled, with `--validate-every N` the held-out
+documents are looked at; none of that is in a step's time.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ def communication_share(profiler: Any) -> float:
     return covered / (max(end for _, end, _ in spans) - min(start for start, _, _ in spans))
 
 
-def run(matmul: bool, profiled: int) -> None:
+def run(matmul: bool = False, profiled: int = 0, validate_every: int = 0) -> None:
     """Train until nobody asks for another step."""
     loop, pace, computed = build(), Pace(), [0]
     loop.model.register_forward_pre_hook(lambda module, inputs: computed.append(inputs[0].ids.numel()))
-    precision = next(p.dtype for p in loop.model.parameters() if not p.requires_grad)
+    precision = next((p.dtype for p in loop.model.parameters() if not p.requires_grad), torch.float32)
     record: Callable[..., None] = loop.monitor.step
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
     done = 0
@@ -83,6 +84,7 @@ def run(matmul: bool, profiled: int) -> None:
     def step(result: Any, learning_rate: float, epoch: float, tokens: int, distinct: int) -> None:
         nonlocal done
         record(result, learning_rate, epoch, tokens, distinct)
+        pace.ended()
         done += 1
         figures: dict[str, Any] = {"tokens": tokens, "computedTokens": sum(computed), "loss": result.loss}
         figures |= {"precision": str(precision).removeprefix("torch."), "documents": len(loop.order.step(result.step))}
@@ -91,6 +93,9 @@ def run(matmul: bool, profiled: int) -> None:
             figures |= {"profile": profile_by_kind(profiler), "communicationShare": communication_share(profiler)}
         if matmul:
             figures["matmulFlops"] = matmul_flops(precision)
+        if validate_every and done % validate_every == 0:
+            assert loop.validator is not None
+            figures["validationLoss"] = loop.validator(loop.model).loss
         computed.clear()
         pace.step(**figures)
         if done == profiled - 1:
@@ -104,5 +109,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--matmul", action="store_true")
     parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--validate-every", type=int, default=0)
     given = parser.parse_args()
-    run(given.matmul, given.profile)
+    run(given.matmul, given.profile, given.validate_every)

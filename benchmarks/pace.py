@@ -27,11 +27,17 @@ class Pace:
 
     def _restart(self) -> None:
         self._cpu, self._begun = _cpu_seconds(), time.perf_counter()
+        self._used: dict[str, float] = {}
+
+    def ended(self) -> None:
+        """The step has ended: what follows until it is reported is not counted."""
+        self._used = {"seconds": time.perf_counter() - self._begun, "cpuSeconds": _cpu_seconds() - self._cpu}
 
     def step(self, **figures: Any) -> None:
-        """A step has ended: report it with its time since it was asked for, and wait to be asked again."""
-        figures |= {"seconds": time.perf_counter() - self._begun, "cpuSeconds": _cpu_seconds() - self._cpu}
-        self.tell(**figures, peakMegabytes=_peak_megabytes())
+        """Report a step with its time since it was asked for, and wait to be asked again."""
+        if not self._used:
+            self.ended()
+        self.tell(**figures, **self._used, peakMegabytes=_peak_megabytes())
         if not sys.stdin.readline():
             # The thing under measurement is in the middle of a run: nothing of it need be put away.
             os._exit(0)

@@ -14,15 +14,21 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarks import jobs
 from benchmarks.harness import Figures, Result, Size, Table, ratios, spread
 from benchmarks.workers import Worker, rounds, start_all
+
+from finetune_trainer.context import context_from_environment
+from finetune_trainer.data.documents import Document, DocumentStore
+from finetune_trainer.data.manifest import PreparedManifest
+from finetune_trainer.data.order import Order
+from finetune_trainer.model.device import choose_precision
 
 TRL = "1.16.0"
 OURS = "finetune-operator"
@@ -30,7 +36,7 @@ STEPS_OF_ROWS = 40
 """Steps' worth of rows handed to TRL: more than are measured."""
 PACKED_TOKENS = 1024
 MEGABYTES_A_WORKER = 3500
-"""Memory that must be free before one more process is started."""
+"""Memory that must be free for each process: what finds no room is left out, and the table says so."""
 
 
 def environment_of_trl() -> Path:
@@ -53,30 +59,24 @@ def environment_of_trl() -> Path:
     return python
 
 
-def settings_of_trl(examples: int, precision: str, longest: int) -> dict[str, dict[str, Any]]:
+def settings_of_trl(examples: int, step_tokens: float, longest: int, precision: str) -> dict[str, dict[str, Any]]:
     """What is tried, by name. Each optimiser step has the documents (or, packed, the tokens) of one of ours."""
     whole = {"per_device_train_batch_size": examples, "bf16": precision == "bfloat16"}
     best = {**whole, "gradient_checkpointing": False, "model_dtype": precision}
+    row = max(PACKED_TOKENS, longest)
+    in_rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": max(1, round(step_tokens / row))}
     return {
-        "TRL, defaults": {**whole, "max_length": max(1024, longest)},
-        "TRL, padded": {**best, "max_length": None},
         "TRL, padding-free": {**best, "padding_free": True, "max_length": None},
-        "TRL, packed": {**best, "packing": True, "max_length": max(PACKED_TOKENS, longest)},
+        "TRL, packed": {**best, **in_rows, "packing": True, "max_length": row},
+        "TRL, padded": {**best, "max_length": None},
+        "TRL, defaults": {**whole, "max_length": row},
     }
 
 
-def rows_for_trl(job: jobs.PreparedJob, examples_a_step: int, path: Path) -> list[int]:
-    """Write the documents of the first steps in our order as TRL takes them; returns their lengths."""
-    from finetune_trainer.context import context_from_environment
-    from finetune_trainer.data.documents import DocumentStore
-    from finetune_trainer.data.order import Order
-
-    spec = context_from_environment(job.environment_of()).config.spec
-    store = DocumentStore(job.prepared / "train")
-    order = Order.of(store.dataset, [1.0], examples_a_step, spec.training.seed)
+def rows_for_trl(documents: Iterable[Document], path: Path) -> list[int]:
+    """Write documents as TRL takes them, ids and labels; returns their lengths."""
     rows = []
-    for example in chain.from_iterable(order.step(step).tolist() for step in range(STEPS_OF_ROWS)):
-        document = store[example]
+    for document in documents:
         labels = [-100] * len(document.ids)
         for position, target in zip(document.target_position.tolist(), document.target_id.tolist(), strict=True):
             assert document.ids[position + 1] == target
@@ -84,6 +84,30 @@ def rows_for_trl(job: jobs.PreparedJob, examples_a_step: int, path: Path) -> lis
         rows.append({"input_ids": document.ids.tolist(), "labels": labels})
     path.write_text(json.dumps(rows))
     return [len(row["input_ids"]) for row in rows]
+
+
+def in_our_order(job: jobs.PreparedJob, examples_a_step: int, steps: int = STEPS_OF_ROWS) -> Iterator[Document]:
+    """The training documents of the first steps, as the trainer takes them."""
+    spec = context_from_environment(job.environment_of()).config.spec
+    store = DocumentStore(job.prepared / "train")
+    order = Order.of(store.dataset, [1.0], examples_a_step, spec.training.seed)
+    return (store[int(example)] for step in range(steps) for example in order.step(step))
+
+
+def trl_worker(
+    python: Path, job: jobs.PreparedJob, rows: Path, settings: Mapping[str, Any], **further: object
+) -> Worker:
+    """TRL on the rows; `further` are more arguments of the process."""
+    arguments: dict[str, object] = {
+        "model": PreparedManifest.read(job.prepared).model.directory,
+        "rows": rows,
+        "tokenizer": job.prepared / "tokenizer",
+        "settings": json.dumps(settings),
+        "folder": rows.parent / "trl",
+        **further,
+    }
+    flat = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
+    return Worker("benchmarks.trl_worker", flat, python=python)
 
 
 def available_megabytes() -> float:
@@ -100,48 +124,25 @@ def compare(
     *,
     only: Sequence[str] = (),
     python: Path | None = None,
-    environment: Mapping[str, str] = {},
 ) -> Figures:
     """Every sample of all contestants on one workload. `python` is TRL's environment's; None leaves TRL out."""
-    job = jobs.prepare(folder, model, workload)
-    rows = folder / "trl-rows.json"
-    lengths = rows_for_trl(job, workload.examples_a_step, rows)
-    left_out: list[str] = []
+    job, rows, examples = jobs.prepare(folder, model, workload), folder / "trl-rows.json", workload.examples_a_step
+    lengths = rows_for_trl(in_our_order(job, examples), rows)
+    precision = str(choose_precision("auto", torch.device("cpu"))[0]).removeprefix("torch.")
+    settings = settings_of_trl(examples, examples * statistics.mean(lengths), max(lengths), precision)
+    chosen = [name for name in settings if python and (not only or name in only)]
+    room = int(available_megabytes() // MEGABYTES_A_WORKER) - 1
+    chosen, left_out = chosen[:room], chosen[room:]
     with ExitStack() as stack:
-        ours = Worker("benchmarks.ours", [], environment={**environment, **job.environment_of()})
-        first = start_all(stack, {OURS: ours})[OURS]
-        workers = {OURS: ours}
-        from finetune_trainer.data.manifest import PreparedManifest
-
-        directory = PreparedManifest.read(job.prepared).model.directory
-        settings = settings_of_trl(workload.examples_a_step, first["precision"], max(lengths))
-        for name, chosen in settings.items() if python else ():
-            if only and name not in only:
-                continue
-            if available_megabytes() < MEGABYTES_A_WORKER:
-                left_out.append(name)
-                continue
-            packed = chosen.get("packing")
-            if packed:
-                step_tokens = workload.examples_a_step * statistics.mean(lengths)
-                rows_a_step = max(1, round(step_tokens / chosen["max_length"]))
-                chosen = {**chosen, "per_device_train_batch_size": 1, "gradient_accumulation_steps": rows_a_step}
-            arguments = {
-                "model": directory,
-                "rows": str(rows),
-                "tokenizer": str(job.prepared / "tokenizer"),
-                "settings": json.dumps(chosen),
-                "folder": str(folder / "trl"),
-            }
-            flat = [f"--{key}={value}" for key, value in arguments.items()]
-            worker = Worker("benchmarks.trl_worker", flat, python=python, environment=environment)
-            start_all(stack, {name: worker})
-            workers[name] = worker
+        workers = {OURS: Worker("benchmarks.ours", [], environment=job.environment_of())}
+        if python:
+            workers |= {name: trl_worker(python, job, rows, settings[name]) for name in chosen}
+        start_all(stack, workers)
         samples = rounds(workers, pairs)
     return {
         "workload": workload.name,
-        "precision": first["precision"],
-        "examplesAStep": workload.examples_a_step,
+        "precision": precision,
+        "examplesAStep": examples,
         "meanTokens": statistics.mean(lengths),
         "longestTokens": max(lengths),
         "leftOutForLackOfMemory": left_out,
@@ -183,32 +184,26 @@ def best_of(found: Figures, unit: str = "tokens") -> tuple[str, float]:
     return name, statistics.median(ratios(rates(samples[OURS], unit), rates(samples[name], unit)))
 
 
-def workloads(size: Size) -> list[tuple[jobs.Workload, str, Sequence[str]]]:
+def workload_of(name: str, size: Size) -> tuple[jobs.Workload, str, Sequence[str]]:
     """What is compared, in which unit, with which settings of TRL (none: all)."""
-    tweets, chats = jobs.tweets(600), jobs.chats(400)
-    found: list[tuple[jobs.Workload, str, Sequence[str]]] = [(tweets, "tokens", ()), (chats, "tokens", ())]
-    if size.name == "quick":
-        return found[:1]
-    one_task = jobs.intents(1200, examples_a_step=size.pick(8, 12, 32))
-    return [*found, (one_task, "documents", ("TRL, padded", "TRL, padding-free"))]
+    if name == "intents":
+        one_task = jobs.intents(1200, examples_a_step=size.pick(4, 12, 32))
+        return one_task, "documents", ("TRL, padded", "TRL, padding-free")
+    return (jobs.tweets(600) if name == "tweets" else jobs.chats(400)), "tokens", ()
 
 
-def run(size: Size) -> Result:
-    """Compare on tweets, on chats of mixed length and on a task whose prompt names 77 labels."""
+def run(size: Size, name: str) -> Result:
+    """Compare on one workload: tweets, chats of mixed length, or intents, a task whose prompt names 77 labels."""
     python, model = environment_of_trl(), jobs.smollm2()
-    figures: Figures = {"trl": TRL}
-    tables, notes = [], []
-    for workload, unit, only in workloads(size):
-        with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
-            found = compare(workload, model, Path(folder), size.pairs, only=only, python=python)
-        name, factor = best_of(found, unit)
-        figures[workload.name] = found | {"best": name, "factor": factor}
-        tables.append(summarise(found, unit))
-        notes.append(f"{workload.name}: {factor:.2f} times {name}, its best here, in {unit}/s.")
-        if found["leftOutForLackOfMemory"]:
-            notes.append(f"Left out for lack of memory: {', '.join(found['leftOutForLackOfMemory'])}.")
-    notes += FAIRNESS
-    return Result("peers", figures, tables, notes)
+    workload, unit, only = workload_of(name, size)
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
+        found = compare(workload, model, Path(folder), size.pairs, only=only, python=python)
+    best, factor = best_of(found, unit)
+    notes = [f"{factor:.2f} times {best}, TRL's best here, in {unit}/s."]
+    if found["leftOutForLackOfMemory"]:
+        notes.append(f"Left out for lack of memory: {', '.join(found['leftOutForLackOfMemory'])}.")
+    figures = {"trl": TRL, **found, "best": best, "factor": factor}
+    return Result(f"peers-{name}", figures, [summarise(found, unit)], [*notes, *FAIRNESS])
 
 
 FAIRNESS = [

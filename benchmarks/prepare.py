@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -21,8 +20,7 @@ from finetune_api.base import Stage
 
 def tweet_pairs(count: int) -> Iterator[dict[str, str]]:
     """So many different texts, each of two tweets: no two are nearly the same."""
-    with jobs.assets().fetch("tweets").open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = [(row["text"][:200], row["sentiment"]) for row in csv.DictReader(file)]
+    rows = [(row["text"][:200], row["label"]) for row in jobs.tweet_rows()]
     for number in range(count):
         (first, label), (second, _) = (
             rows[number % len(rows)],

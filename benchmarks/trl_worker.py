@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,19 @@ from trl import SFTConfig, SFTTrainer
 class Paced(TrainerCallback):
     """Reports each optimiser step and waits for the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, validate_every: int, validate: Callable[[], float]) -> None:
         self.pace = Pace()
+        self.validate_every, self.validate = validate_every, validate
         self.tokens = self.computed = self.documents = 0
         self.loss = torch.zeros(())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One optimiser step has ended."""
-        figures = {"tokens": self.tokens, "computedTokens": self.computed, "documents": self.documents}
+        self.pace.ended()
+        figures: dict[str, float] = {"tokens": self.tokens, "computedTokens": self.computed}
+        figures["documents"] = self.documents
+        if self.validate_every and state.global_step % self.validate_every == 0:
+            figures["validationLoss"] = self.validate()
         self.tokens = self.computed = self.documents = 0
         self.pace.step(**figures, loss=float(self.loss))
 
@@ -52,8 +58,25 @@ class Measured(SFTTrainer):
         return loss
 
 
-def run(model: str, rows: Path, tokenizer: str, settings: dict[str, Any], folder: str) -> None:
+def validation_loss(trainer: SFTTrainer, rows: list[dict[str, Any]]) -> float:
+    """Mean cross entropy of the labelled tokens, in nats."""
+    total, count = 0.0, 0
+    trainer.model.eval()
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            logits = trainer.model(input_ids=ids).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
+        count += int((labels[1:] != -100).sum())
+    trainer.model.train()
+    return total / count
+
+
+def run(
+    model: str, rows: Path, tokenizer: str, settings: dict[str, Any], folder: str, validation: str, validate_every: int
+) -> None:
     """Train until nobody asks for another step."""
+    held_out = json.loads(Path(validation).read_text()) if validation else []
     dtype = settings.pop("model_dtype", None)
     data = json.loads(rows.read_text())
     config = SFTConfig(
@@ -61,7 +84,7 @@ def run(model: str, rows: Path, tokenizer: str, settings: dict[str, Any], folder
         use_cpu=True,
         max_steps=100_000,
         learning_rate=2e-4,
-        warmup_ratio=0.0,
+        lr_scheduler_type="constant",
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
@@ -70,7 +93,7 @@ def run(model: str, rows: Path, tokenizer: str, settings: dict[str, Any], folder
         model_init_kwargs={"dtype": dtype} if dtype else None,
         **settings,
     )
-    paced = Paced()
+    paced = Paced(validate_every, lambda: validation_loss(trainer, held_out))
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Measured(
         model=model,
@@ -88,5 +111,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "rows", "tokenizer", "settings", "folder"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--validation", default="")
+    parser.add_argument("--validate-every", type=int, default=0)
     given = parser.parse_args()
-    run(given.model, Path(given.rows), given.tokenizer, json.loads(given.settings), given.folder)
+    settings = json.loads(given.settings)
+    run(given.model, Path(given.rows), given.tokenizer, settings, given.folder, given.validation, given.validate_every)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import checkpoint, evaluate, jobs, limit, peers, prepare, scaling, startup
+from benchmarks import checkpoint, convergence, evaluate, jobs, limit, peers, prepare, scaling, startup
 from benchmarks.harness import QUICK, Result, Table, ratios
 from benchmarks.jobs import Model, Workload
 from tests.support.prepare_runs import labelled
@@ -113,6 +113,13 @@ def test_on_paper_one_node_sends_nothing_to_others(hybrid: bool) -> None:
     alone = scaling.traffic(scaling.Cluster(1, 8), 16e9, 1e8, hybrid)
     assert alone.between == 0
     assert alone.within == pytest.approx((2 * 16e9 + 1e8) * 7 / 8)
+
+
+def test_a_loss_is_reached_when_it_was_first_seen() -> None:
+    samples = [{"seconds": 2.0, "validationLoss": loss} if loss else {"seconds": 2.0} for loss in (3.0, 0, 1.0, 2.0)]
+    points = convergence.curve(samples)
+    assert points == [(2.0, 3.0), (6.0, 1.0), (8.0, 2.0)]
+    assert convergence.seconds_to(points, 2.0) == 6.0
 
 
 def test_on_paper_hybrid_sends_gradients_between_nodes_and_full_the_weights() -> None:
