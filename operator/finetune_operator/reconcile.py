@@ -134,11 +134,11 @@ class Reconciler:
         if decision.requeue_after == 0.0:
             return 0.0 if wrote else 1.0
         await self._act(key, seen, decision, memory)
-        if await self._exorcise(key, seen, decision, memory):
+        if await self._forget_ghosts(key, seen, decision, memory):
             return 0.0
         return self._again(seen, decision, memory)
 
-    async def _exorcise(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> bool:
+    async def _forget_ghosts(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> bool:
         """Forget children that went away unheard; whether there were any. Asked rarely, sooner if the job waits."""
         if terminal(decision.status) or seen.deleting or not seen.children:
             memory.checked = None

@@ -233,14 +233,17 @@ def test_what_kueue_writes_into_a_child_stays_and_the_job_is_queued_until_it_is_
             worker = {"pytorchReplicaSpecs": {"Worker": {"template": template}}}
             story.api.patch(child, {"spec": {"runPolicy": {"suspend": suspend}} | worker})
             if suspend:
+                for pod in story.pods_terminating():
+                    story.kubelet.finish_termination(pod, failing("preempted", 0))
                 wait_until(lambda: not story.api.objects("Pod", story.namespace, train), "the pods to be taken away")
                 story.reason("Queued")
                 continue
-            for pod in story.pods(3, Stage.TRAIN):
+            for pod in [story.kubelet.run(pod) for pod in story.pods(3, Stage.TRAIN)]:
                 assert pod["spec"]["nodeSelector"] == {"pool": "spot"}
                 assert spot in pod["spec"]["tolerations"]
                 assert pod["metadata"]["labels"]["team"] == "ml"
-        story.end_well(*[story.kubelet.run(pod) for pod in story.pods(3, Stage.TRAIN)])
+            story.reason("Training")
+        story.end_well(*story.pods(3, Stage.TRAIN))
         wait_until(lambda: story.api.find("Job", f"{NAME}-evaluate-1", story.namespace), "Evaluate to be made")
         story.reason("Queued")
         story.api.patch(story.api.get("Job", f"{NAME}-evaluate-1", story.namespace), {"spec": {"suspend": False}})

@@ -122,13 +122,20 @@ def test_a_pod_that_is_preempted_is_waited_for_and_not_made_again(story: Story) 
     assert story.attempts(done, Stage.TRAIN) == ["evicted", "succeeded"]
 
 
-def test_what_a_queue_suspends_is_queued_and_a_users_suspension_ends_the_attempt(story: Story) -> None:
-    story.apply(podTemplate={"queueName": "team"})
+def test_what_a_queue_takes_back_goes_on_as_the_same_attempt_and_what_a_user_suspends_as_the_next(story: Story) -> None:
+    story.apply(podTemplate={"queueName": "team"}, retry={"limit": 0})
     story.until(Stage.TRAIN)
+    story.reason("Training")
     child = story.api.get("TrainJob", f"{NAME}-train-1", story.namespace)
     assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
     story.api.patch(child, {"spec": {"suspend": True}})
+    for pod in story.pods_terminating():
+        story.kubelet.finish_termination(pod, failing("preempted", 0))
     story.reason("Queued")
+    story.api.patch(child, {"spec": {"suspend": False}})
+    for pod in story.pods(3, Stage.TRAIN):
+        story.kubelet.run(pod)
+    story.reason("Training")
     story.patch({"spec": {"suspend": True}})
     with story.kubelet.playing(story.namespace, lambda _: None):
         story.wait(is_true("Suspended"), "Suspended")

@@ -134,6 +134,10 @@ def conclude(record: AttemptRecord, child: Child | None, report: Report | None, 
         return _conclude_success(record, child, report, seen)
     if child.deleting or not child.exists:
         return Ending(root_cause.find(child, report))
+    if child.queued and not child.failed:
+        # Another has suspended it and takes its pods away: they have not failed, and its clocks begin anew.
+        record.exited, record.running_since = None, None
+        return None
     broken = child.failed or any(
         pod.phase is PodPhase.FAILED or pod.evicted or pod.node_lost or pod.out_of_service for pod in child.pods
     )

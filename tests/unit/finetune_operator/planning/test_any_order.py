@@ -13,7 +13,7 @@ from tests.unit.finetune_operator.planning.world import World, checkpoint, job, 
 from finetune_api.base import STAGES, Stage
 from finetune_api.report import FailureClass
 from finetune_api.status import STAGE_CONDITION, ConditionType, JobStatus
-from finetune_operator.planning.model import Child, DeleteChild, Missing, PodPhase, StartAttempt
+from finetune_operator.planning.model import Child, DeleteChild, Missing, Pod, PodPhase, StartAttempt
 
 CLASSES = st.sampled_from([str(kind) for kind in FailureClass])
 RANKS = st.integers(0, 3)
@@ -210,6 +210,13 @@ class AnyOrder(RuleBasedStateMachine):
     def kueue_holds_it_back(self, queued: bool) -> None:
         if all(p.phase is PodPhase.PENDING for p in self.world.child.pods):
             self.world.change(queued=queued)
+
+    @precondition(_running)
+    @rule()
+    def kueue_takes_it_back(self) -> None:
+        child = self.world.child
+        if child.exists and not child.failed and not child.succeeded:
+            self.world.change(queued=True, pods=tuple(Pod(p.name, p.index, node=p.node) for p in child.pods))
 
     @rule()
     def deleted_pods_go(self) -> None:

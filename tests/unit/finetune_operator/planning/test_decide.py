@@ -239,6 +239,21 @@ def test_a_lost_node_holds_the_job_until_it_is_out_of_service() -> None:
     assert world.settled().current == (Stage.TRAIN, 2)
 
 
+def test_what_a_queue_takes_back_waits_as_the_same_attempt_however_long_and_begins_anew_when_it_is_admitted() -> None:
+    world = job(retry={"limit": 0}).training().says(progress=steps(10)).settled()
+    world.with_pod_failed("preempted", rank=0).all_ended("preempted").change(failed=False, queued=True).settled()
+    assert world.reason == "Queued"
+    world.change(pods=()).settled().later(7 * 24 * 3600).settled()
+    assert (world.reason, world.attempt(Stage.TRAIN, 1).outcome) == ("Queued", "running")
+    seconds = world.status.active_seconds
+    pods = tuple(Pod(f"train-1-{i}", i, node=f"node-{i}") for i in range(4))
+    world.change(queued=False, pods=pods).running().settled().later(60).settled()
+    assert (world.reason, world.attempt(Stage.TRAIN, 1).outcome) == ("Training", "running")
+    world.finishes().settled()
+    assert world.attempt(Stage.TRAIN, 1).outcome == "succeeded"
+    assert world.status.active_seconds - seconds <= 60
+
+
 def test_a_rank_that_failed_begins_the_end_although_the_child_still_runs() -> None:
     world = job().training().with_pod_failed("cuda-oom", rank=1).change(failed=False).settled()
     assert world.attempt(Stage.TRAIN, 1).exited is not None
