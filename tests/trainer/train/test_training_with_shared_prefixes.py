@@ -65,6 +65,21 @@ def test_a_killed_training_goes_on_to_the_same_bytes_and_may_switch_it_off(tmp_p
     assert switched.losses() == pytest.approx(whole.losses(), rel=1e-5)
 
 
+def test_rows_become_longer_where_prefixes_would_repeat_in_every_row(tmp_path: Path, model: Path) -> None:
+    training = {**TRAINING, "globalBatchSize": 24, "maxSteps": 2}
+    long, short = (
+        make_job(tmp_path / str(n), model, [DatasetOf("a", [n] * 24, labelled=2, prefix=50)], training=training)
+        for n in (56, 70)
+    )
+    assert train(long, microBatchTokens=100) == [0]
+    choice = long.report().choices["microBatchTokens"]
+    assert choice.value == "200"
+    assert choice.why.startswith("twice what it would be: prefixes repeat in fewer rows, and 34% less is computed")
+    assert [row["computedTokens"] for row in long.rows()] == [50 + 24 * 6] * 2
+    assert train(short, microBatchTokens=1000) == [0]
+    assert short.report().choices["microBatchTokens"].value == "1000"
+
+
 def test_asked_for_where_it_cannot_be_exact_it_is_refused(tmp_path: Path, model: Path) -> None:
     job = a_job(tmp_path, model, sharedPrefixes=True)
     job.configure(model={"path": str(model), "attention": "eager"})

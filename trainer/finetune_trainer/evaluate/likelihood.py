@@ -13,13 +13,11 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from typing import Any
 
 import torch
 
-LEAST_SHARED_PREFIX = 8
-"""Tokens that all prompts must share before a cache for them pays."""
+from finetune_trainer.data.prefixes import LEAST_SHARED_PREFIX, common_length
 
 Report = Callable[[int], None]
 
@@ -133,8 +131,7 @@ def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with, leaving each at least one of its own; 0 where it would not pay."""
     if len(prompts) < 2:
         return 0
-    columns = zip(*prompts, strict=False)
-    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    length = common_length(min(prompts), max(prompts))  # what the first and the last in order share, all share
     length = min(length, min(len(prompt) for prompt in prompts) - 1)
     return length if length >= LEAST_SHARED_PREFIX else 0
 

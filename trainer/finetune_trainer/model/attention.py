@@ -81,6 +81,8 @@ def document_attention(
         return shared_prefix_attention(query, key, value, shared_prefixes, scaling, sliding_window), None
     length = query.shape[2]
     bounds = [0, length] if document_bounds is None else document_bounds.tolist()
+    if query.device.type == "cpu" and value.dtype != torch.float32 and not dropout:
+        return shared_prefix_attention(query, key, value, Layout.of(bounds, ()), scaling, sliding_window), None
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     outputs = []
     split = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))

@@ -163,13 +163,19 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
 
 
 class _OnCpu:
-    """PyTorch's flash attention for CPUs, a call a segment and one a group."""
+    """PyTorch's flash attention for CPUs, a call a segment and one a group, in float32 whatever is given and kept.
+
+    Its backward pass in bfloat16 is slow on short documents: 1,024 tokens in documents of 80, nine heads, took 20 ms
+    against 5.5 ms, of 16 tokens 30 ms against 2.1 ms (one core with AVX512-BF16).
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        dtype = q.dtype
+        q, k, v = (tensor.float() for tensor in (q, k, v))
         _, heads, tokens, width = q.shape
         out = q.new_empty(1, tokens, heads, width).transpose(1, 2)
         lse = q.new_empty(1, heads, tokens, dtype=torch.float32)
@@ -182,12 +188,14 @@ class _OnCpu:
             prefix, own = slice(a, b), slice(b, c)
             seen = flash(q[:, :, own], k[:, :, prefix], v[:, :, prefix], 0.0, False, scale=scale)
             out[:, :, own], lse[:, :, own] = _merge(out[:, :, own], lse[:, :, own], *seen)
-        return out, lse
+        return out.to(dtype), lse
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dtype = q.dtype
+        grad, q, k, v, out = (tensor.float() for tensor in (grad, q, k, v, out))
         dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
 
         def run(queries: slice, keys: slice, causal: bool) -> Gradients:
@@ -204,7 +212,7 @@ class _OnCpu:
             dq[:, :, b:c] += of_queries
             dk[:, :, a:b] += of_keys
             dv[:, :, a:b] += of_values
-        return dq, dk, dv
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 class _OnCuda:

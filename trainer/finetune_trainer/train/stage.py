@@ -10,12 +10,14 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from finetune_api.report import EXIT_CODES, ExportRef, Failure, FailureClass
 from finetune_api.runconfig import DEFAULT_LEARNING_RATE
@@ -46,6 +48,8 @@ from finetune_trainer.train.watchdog import Watchdog
 
 CLOSED_TASKS = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE)
 VALIDATIONS_AN_EPOCH = 4
+LONGER_ROWS_PAY = 0.9
+"""Share of the computed tokens below which rows become twice as long on a CPU."""
 SAMPLED_STEPS = 8
 """Steps from which the report says how much of an epoch examples have in common."""
 RESUME_VARIABLE = "FINETUNE_RESUME_FROM"
@@ -107,6 +111,7 @@ def build_loop(
     if not order.examples:
         raise TrainerError(FailureClass.BAD_DATA, "There are no examples to train on.", "datasets")
     if train.share_prefixes:
+        train = with_longer_rows(train, order, device, context)
         context.reporter.choose("sharedPrefixes", "on", repetition(train, order))
     total = order.total_steps(training.epochs, training.max_steps)
     validator = None
@@ -243,11 +248,31 @@ def build_batchers(
     return train, batcher(stores[1]) if len(stores[1]) else None
 
 
+def with_longer_rows(batcher: Batcher, order: Order, device: torch.device, context: RunContext) -> Batcher:
+    """The batcher with rows twice as long, if prefixes then repeat so much less that it pays.
+
+    Only on a CPU, whose rows are short because longer ones are no faster, not because memory is short.
+    """
+    if device.type != "cpu":
+        return batcher
+    longer = replace(batcher, micro_batch_tokens=2 * batcher.micro_batch_tokens)
+    before, after = (sum(map(each.computed_tokens, _first_steps(order))) for each in (batcher, longer))
+    if after > LONGER_ROWS_PAY * before:
+        return batcher
+    why = f"twice what it would be: prefixes repeat in fewer rows, and {1 - after / before:.0%} less is computed"
+    context.reporter.choose("microBatchTokens", longer.micro_batch_tokens, why)
+    return longer
+
+
 def repetition(batcher: Batcher, order: Order) -> str:
     """How much sharing prefixes saves, from a few steps."""
-    steps = [order.step(step) for step in range(min(order.steps_an_epoch, SAMPLED_STEPS))]
+    steps = _first_steps(order)
     logical, computed = (sum(map(count, steps)) for count in (batcher.tokens, batcher.computed_tokens))
     return f"{computed / logical:.0%} of the tokens are computed: the others begin examples of one step alike"
+
+
+def _first_steps(order: Order) -> list[NDArray[np.int64]]:
+    return [order.step(step) for step in range(min(order.steps_an_epoch, SAMPLED_STEPS))]
 
 
 def _why_packed(unpacked: bool, asked: bool | None) -> str:
