@@ -15,7 +15,7 @@ from finetune_api.report import Failure, Report
 from finetune_api.spec import Dataset, FineTuneJobSpec, Method, Model, Tuning
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.api import Object
-from finetune_operator.planning.labels import ATTEMPT, STAGE
+from finetune_operator.planning.labels import ATTEMPT, STAGE, node_rank
 from finetune_operator.planning.manifests.backend import Backend, ChildState, condition_of, words
 from finetune_operator.planning.manifests.job import UID_LABEL
 from finetune_operator.planning.model import Child, Environment, Missing, Observation, Pod, PodPhase
@@ -143,7 +143,7 @@ def _child(
     backend: Backend,
 ) -> Child:
     _, stage, number = key
-    seen = tuple(sorted((read_pod(pod, out_of_service, backend) for pod in pods), key=lambda pod: pod.index))
+    seen = tuple(sorted((read_pod(pod, out_of_service) for pod in pods), key=lambda pod: pod.index))
     if body is None:
         return Child(stage, number, ours=ours, exists=False, pods=seen, pods_expected=max(len(seen), 1))
     state = backend.state(body) if stage is Stage.TRAIN else batch_state(body)
@@ -179,7 +179,7 @@ def owner_uid(body: Object) -> str:
     return next((str(owner["uid"]) for owner in owners if owner.get("controller")), "")
 
 
-def read_pod(body: Object, out_of_service: frozenset[str], backend: Backend) -> Pod:
+def read_pod(body: Object, out_of_service: frozenset[str]) -> Pod:
     """One pod: its phase, why it waits, how it ended, and what became of its node."""
     meta, spec, status = body["metadata"], body["spec"], body.get("status") or {}
     phase, lost = _phase(status)
@@ -191,7 +191,7 @@ def read_pod(body: Object, out_of_service: frozenset[str], backend: Backend) -> 
     node = spec.get("nodeName", "")
     return Pod(
         name=meta["name"],
-        index=backend.pod_index(body),
+        index=node_rank(meta.get("labels") or {}),
         phase=phase,
         terminating="deletionTimestamp" in meta,
         evicted=status.get("reason") == "Evicted" or (disruption is not None and reason not in NODE_LOST_REASONS),

@@ -52,13 +52,12 @@ def _source(pod: Resource) -> LogSource:
     marks = pod["metadata"]["labels"]
     container = _container(pod.get("status", {}))
     state = container.get("state", {})
-    index = marks.get(labels.REPLICA_INDEX, "0")
     return LogSource(
         name=str(pod["metadata"]["name"]),
         container=str(container.get("name") or pod["spec"]["containers"][0]["name"]),
         stage=Stage(marks[labels.STAGE]),
         attempt=int(marks.get(labels.ATTEMPT, "1")),
-        node_rank=int(index) if index.isdigit() else 0,
+        node_rank=labels.node_rank(marks),
         started="running" in state or "terminated" in state,
         waiting=str(state.get("waiting", {}).get("reason") or "Pending"),
     )

@@ -43,10 +43,6 @@ class Backend(Protocol):
         """What a child's spec and status say."""
         ...
 
-    def pod_index(self, pod: dict[str, Any]) -> int:
-        """The node rank of a pod."""
-        ...
-
 
 def condition_of(child: dict[str, Any], kind: str) -> dict[str, Any] | None:
     """The condition of a type, if it is True."""

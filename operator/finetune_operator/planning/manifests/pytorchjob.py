@@ -65,10 +65,6 @@ class PyTorchJobBackend:
             pods_expected=spec["pytorchReplicaSpecs"]["Worker"].get("replicas", 1),
         )
 
-    def pod_index(self, pod: dict[str, Any]) -> int:
-        """The replica's index, which is its node rank."""
-        return int(pod["metadata"].get("labels", {}).get(REPLICA_INDEX, "0"))
-
 
 def _rendezvous(name: str) -> list[Manifest]:
     """What the training-operator does not set: it gives PET_NNODES and PET_NPROC_PER_NODE."""

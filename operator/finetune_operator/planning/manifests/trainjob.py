@@ -16,7 +16,6 @@ from finetune_operator.planning.manifests.training import training_template
 REPLICATED_JOB = CONTAINER = "node"
 """The names by which Kubeflow Trainer finds what it has to give `PET_*` variables to."""
 ANCESTOR = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
-INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
 class TrainJobBackend:
@@ -70,10 +69,6 @@ class TrainJobBackend:
             message=words(failed),
             pods_expected=spec["trainer"].get("numNodes", 1),
         )
-
-    def pod_index(self, pod: dict[str, Any]) -> int:
-        """The completion index, which is the node rank."""
-        return int(pod["metadata"].get("labels", {}).get(INDEX_LABEL, "0"))
 
 
 def _replicated_job(job: Job, attempt: Attempt) -> Manifest:

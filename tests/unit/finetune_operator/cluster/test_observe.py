@@ -43,7 +43,7 @@ def disrupted(reason: str) -> Body:
 
 
 def read(body: Body, out_of_service: frozenset[str] = NOTHING) -> Pod:
-    return read_pod(body, out_of_service, BACKEND)
+    return read_pod(body, out_of_service)
 
 
 def test_a_termination_message_is_the_failure() -> None:

@@ -9,6 +9,7 @@ from tests.unit.finetune_operator.planning.manifests.restricted import violation
 from finetune_api.base import STAGES, Stage
 from finetune_api.runconfig import Attempt, RunConfig
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.planning.labels import node_rank
 from finetune_operator.planning.manifests.backend import Backend
 from finetune_operator.planning.manifests.children import all_manifests, child_manifests, first_attempt
 from finetune_operator.planning.manifests.job import Job, Manifest
@@ -336,6 +337,14 @@ class TestTrainJob:
         manifest["spec"]["suspend"] = True
         assert self.backend.state(manifest).queued
 
-    def test_ranks_follow_the_completion_index(self) -> None:
-        labelled = {"metadata": {"labels": {"batch.kubernetes.io/job-completion-index": "2"}}}
-        assert self.backend.pod_index(labelled) == 2
+
+@pytest.mark.parametrize(
+    ("marks", "rank"),
+    [
+        ({"training.kubeflow.org/replica-index": "2"}, 2),
+        ({"batch.kubernetes.io/job-completion-index": "3"}, 3),
+        ({"finetune.dev/stage": "prepare"}, 0),
+    ],
+)
+def test_a_pods_node_rank_is_known_whoever_carries_it(marks: dict[str, str], rank: int) -> None:
+    assert node_rank(marks) == rank
