@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_api.report import EXIT_CODES, Failure, FailureClass, Report
@@ -44,6 +44,15 @@ def named_at(child: Child, report: Report | None) -> datetime | None:
 
 def find(child: Child, report: Report | None) -> Cause:
     """The root cause of a failed attempt."""
+    cause = _earliest(child, report)
+    limit = next((pod.memory_limit for pod in child.pods if pod.memory_limit), "")
+    if cause.reason is FailureClass.HOST_OOM and limit and limit not in cause.sentence:
+        # A rank cannot say how its limit was written; all pods of an attempt have the same.
+        return replace(cause, sentence=f"{cause.sentence} It is {limit} now.")
+    return cause
+
+
+def _earliest(child: Child, report: Report | None) -> Cause:
     written = [failure for failure in failures(child, report) if failure.failure_class is not FailureClass.PEER]
     definite = _first(failure for failure in written if failure.failure_class not in VAGUE)
     if definite is not None:

@@ -53,6 +53,12 @@ def test_a_host_out_of_memory_names_the_limit_to_raise() -> None:
     assert "podTemplate.resources.limits.memory" in cause.sentence
 
 
+def test_a_host_out_of_memory_that_a_rank_told_of_names_the_limit_too() -> None:
+    cause = find(child(failed(1, "host-oom", memory_limit="64Gi")), None)
+    assert cause.reason is FailureClass.HOST_OOM
+    assert cause.sentence.endswith("It is 64Gi now.")
+
+
 def test_a_kill_without_a_mark_says_that_memory_may_be_the_reason() -> None:
     cause = find(child(failed(0, exit_code=137, memory_limit="32Gi")), None)
     assert cause.reason is FailureClass.CRASH
