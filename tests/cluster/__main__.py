@@ -105,13 +105,11 @@ def main() -> int:
     """One command for each thing."""
     parser = argparse.ArgumentParser(prog="python -m tests.cluster", description="A cluster of one real node.")
     parser.add_argument("command", choices=("up", "down", "status"))
-    parser.add_argument("--kubeconfig", type=Path, help="a cluster to use instead: nothing is started")
     parser.add_argument("--purge", action="store_true", help="with down: forget images and caches too")
     given = parser.parse_args()
     places = Places.default()
     if given.command == "up":
-        path = given.kubeconfig.resolve() if given.kubeconfig else up(places)
-        print(f"export {KUBECONFIG_VARIABLE}={path}")
+        print(f"export {KUBECONFIG_VARIABLE}={up(places)}")
     elif given.command == "down":
         down(places, purge=given.purge)
     else:

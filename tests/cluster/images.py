@@ -94,6 +94,10 @@ class Images:
             took = f"built in {built - begun:.0f} s, {sent / 1e6:.0f} MB imported in {time.monotonic() - built:.0f} s"
             print(f"{name}: {took}", file=sys.stderr, flush=True)
 
+    def imported(self, image: str) -> str:
+        """A digest of what the node's image of that kind was made from; another one is another image."""
+        return str(self._record()[names()[image]])
+
     # -- building -----------------------------------------------------------------------------------------------
 
     def _inputs(self, image: str) -> str:

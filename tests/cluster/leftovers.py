@@ -60,6 +60,9 @@ def prepare(places: Places) -> None:
         for name in ("cpuset.cpus", "cpuset.mems"):  # in cgroup v1 a new group has none
             if (group / name).exists() and not (group / name).read_text().strip():
                 (group / name).write_text((root / name).read_text())
+        for name, weight in (("cpu.shares", "6144"), ("cpu.weight", "600")):  # six busy processes, not one
+            if (group / name).exists():
+                (group / name).write_text(weight)
 
 
 def remove_containers(places: Places) -> None:

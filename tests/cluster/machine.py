@@ -39,9 +39,9 @@ def missing_packages() -> list[str]:
 def lacks(cache: Path) -> str | None:
     """Why no node can run on this machine, in a sentence; None if one can."""
     if platform.system() != "Linux":
-        return "Real pods need Linux: here, name a cluster with FINETUNE_TEST_KUBECONFIG."
+        return "A node that runs pods needs Linux."
     if os.geteuid() != 0:
-        return "A node that runs pods needs root: run as root, or name a cluster with FINETUNE_TEST_KUBECONFIG."
+        return "A node that runs pods needs root."
     packages = missing_packages()
     if packages and shutil.which("apt-get") is None:
         return f"A node that runs pods needs {', '.join(packages)}, and there is no apt-get to install them with."

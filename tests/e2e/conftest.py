@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from tests.cluster import machine
 from tests.cluster.__main__ import down, running, up
-from tests.cluster.images import names
+from tests.cluster.images import Images, names
 from tests.cluster.places import NODE_ADDRESS, Places
 from tests.integration.harness import binaries
 from tests.integration.harness.api import Api
+from tests.integration.harness.control_plane import is_given
 from tests.integration.harness.helm import Helm
 from tests.integration.harness.operator import ACCOUNT
 from tests.integration.harness.processes import wait_until
@@ -28,6 +29,7 @@ SYSTEM = "finetune-system"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 KEEP_VARIABLE = "FINETUNE_KEEP_CLUSTER"
 """Set it, and the cluster is still there for the next run."""
+UNDISTURBED = "finetune/undisturbed"
 _serial = itertools.count(1)
 
 
@@ -39,6 +41,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     places = Places.default()
     config.stash[_LACKING] = None if running(places) else machine.lacks(places.cache)
+    if is_given() and not running(places):
+        config.stash[_LACKING] = (
+            "A cluster is given, but these tests read volumes and signal processes on a node of their own."
+        )
     config.stash[_STARTED] = False
     if config.stash[_LACKING] is None:
         binaries.ensure("helm")
@@ -80,11 +86,11 @@ def release(places: Places, api: Api, tmp_path_factory: pytest.TempPathFactory) 
 
 def values() -> dict[str, object]:
     """What is set for tests: short waits, and the image as it is now."""
-    waits = {"FINETUNE_BACKOFF_BASE_SECONDS": "1", "FINETUNE_GRACE_SECONDS": "45", "FINETUNE_LEASE_SECONDS": "4"}
+    waits = {"FINETUNE_BACKOFF_BASE_SECONDS": "1", "FINETUNE_GRACE_SECONDS": "45"}
     return {
         "extraEnv": [{"name": name, "value": value} for name, value in waits.items()],
         "log": {"level": "debug"},
-        "podAnnotations": {"tests/built": secrets.token_hex(4)},
+        "podAnnotations": {"tests/built": Images(Places.default()).imported("operator")},
         "trainerImage": names()["trainer"],
         "resources": {"requests": {"cpu": "50m", "memory": "100Mi"}},
     }
@@ -136,6 +142,15 @@ def place(
         print(f"logs, events and timeline are kept in {EVIDENCE / request.node.name}")
         print("\n".join(made.timeline[-40:]))
     made.clear()
+
+
+@pytest.fixture
+def undisturbed(request: pytest.FixtureRequest, place: Place) -> dict[int, float]:
+    """The losses of a job to which nothing happened: as `test_what_is_published...` saw them with these images."""
+    losses = request.config.cache.get(UNDISTURBED, {}).get(Images(place.places).imported("trainer"))
+    if losses is None:
+        pytest.skip("No undisturbed job was trained before with this image: run the whole folder.")
+    return {int(step): loss for step, loss in losses.items()}
 
 
 _REPORT = pytest.StashKey[pytest.TestReport]()

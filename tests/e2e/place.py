@@ -117,13 +117,10 @@ class Place:
 
     def apply(self, **changes: Any) -> Resource:
         """`kubectl apply` of the job; parts of the spec may be replaced (`training__epochs=1`)."""
-        spec = job_spec(**changes)
+        spec = {name: value for name, value in job_spec(**changes).items() if value is not None}
         environment = hub_environment(self.hub, Path("/tmp/hf"))
-        spec.setdefault("podTemplate", {})["env"] = [
-            {"name": name, "value": value}
-            for name, value in ({"OMP_NUM_THREADS": "1"} | environment).items()
-            if name.lower() != "no_proxy"
-        ]
+        variables = ({"OMP_NUM_THREADS": "1"} | environment).items()
+        spec.setdefault("podTemplate", {})["env"] = [{"name": name, "value": value} for name, value in variables]
         job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": JOB}, "spec": spec}
         self.kubectl("apply", "-f", "-", given=json.dumps(job))
         return self.job()
@@ -171,18 +168,21 @@ class Place:
 
     def failed(self, seconds: float = TRAIN_SECONDS) -> Resource:
         """Wait until the job has failed, and return its status."""
-        return wait_until(
-            lambda: is_true(status, "Failed") and status if (status := self.status()) else None, "Failed", seconds
-        )
 
-    def at_step(self, step: int, attempt: int = 1, seconds: float = TRAIN_SECONDS) -> Resource:
-        """Wait until an attempt of Train has got to a step."""
-        running = self.attempt_is("running", attempt)
-        return self.wait(
-            lambda status: running(status) and (status.get("progress") or {}).get("step", 0) >= step,
-            f"step {step} of attempt {attempt}",
-            seconds,
-        )
+        def ended() -> Resource | None:
+            status = self.status()
+            assert not is_true(status, "Complete"), condition_of(status, "Complete")["message"]
+            return status if is_true(status, "Failed") else None
+
+        return wait_until(ended, "Failed", seconds)
+
+    def trained_to(self, step: int, seconds: float = TRAIN_SECONDS) -> None:
+        """Wait until the ranks have taken a step, as they note on the volume."""
+
+        def taken(status: Resource) -> bool:
+            return (self.run / "metrics" / "train.jsonl").exists() and max(self.losses(), default=0) >= step
+
+        self.wait(taken, f"step {step}", seconds)
 
     def attempt_is(self, outcome: str, number: int, stage: Stage = Stage.TRAIN) -> Callable[[Resource], bool]:
         """Whether an attempt is in that state, as a condition to wait for."""
@@ -196,6 +196,17 @@ class Place:
         labels = {LABEL_STAGE: str(stage)} | ({LABEL_ATTEMPT: str(attempt)} if attempt else {})
         return self.api.objects("Pod", self.namespace, labels)
 
+    def rank_process(self, pod: Resource) -> int:
+        """The process on this machine that is the rank of a training pod: the child of the pod's first process."""
+        uid = pod["metadata"]["uid"]
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                is_rank = words[-2:] == [b"train", b""] and b"launch" not in words
+                if is_rank and uid in (process / "cgroup").read_text():
+                    return int(process.name)
+        raise AssertionError(f"no rank of {pod['metadata']['name']} is running")
+
     def ended(self, stage: Stage = Stage.TRAIN) -> list[tuple[str, bool]]:
         """How the attempts of a stage ended, and whether that counted."""
         attempts = [a for a in self.status().get("attempts", []) if a["stage"] == stage]
@@ -208,8 +219,8 @@ class Place:
 
     def losses(self) -> dict[int, float]:
         """The loss of each step, as the last attempt that took it saw it."""
-        lines = (self.run / "metrics" / "train.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
+        lines = (self.run / "metrics" / "train.jsonl").read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
         return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
     # -- what is kept -------------------------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""The last stage on real pods: the Hub that fails, the token that may not, the model that got worse."""
+
+from __future__ import annotations
+
+import pytest
+from tests.support.tiny import days
+
+from finetune_api.base import Stage
+
+from .place import Place, condition_of
+
+pytestmark = pytest.mark.timeout(1200)
+ONE_NODE = {"nodes": 1, "gpusPerNode": 0}
+
+
+def test_a_hub_that_is_down_for_a_while_costs_an_upload_and_no_training(place: Place) -> None:
+    fault = place.hub.fault("*", r"/(commit|preupload)/", status=503, times=None)
+    place.apply(topology=ONE_NODE)
+    place.wait(place.attempt_is("failed", 1, Stage.PUBLISH), "the first upload to fail", 700)
+    fault.times = 0
+    place.complete()
+    assert place.ended() == [("succeeded", False)]
+    uploads = place.ended(Stage.PUBLISH)
+    assert uploads[0] == ("hub-unavailable", False)
+    assert uploads[-1] == ("succeeded", False)
+    assert "adapter_model.safetensors" in place.hub.repo("acme/days-tuned").files
+
+
+def test_without_consent_to_a_gated_model_no_pod_asks_for_a_gpu(place: Place) -> None:
+    place.hub.repo("acme/base").gated = True
+    place.hub.repo("acme/base").consented = set()
+    place.apply(topology={"nodes": 3, "gpusPerNode": 2})
+    status = place.failed()
+    assert place.ended(Stage.PREPARE) == [("no-access", False)]
+    assert "acme/base" in condition_of(status, "Failed")["message"]
+    assert place.pods(Stage.TRAIN) == []
+    assert not any("train-1" in line for line in place.timeline)
+
+
+def test_a_model_that_got_worse_is_refused_and_nothing_is_uploaded(place: Place) -> None:
+    wrong = {"good": "bad", "bad": "good"}
+    train = "\n".join(["text,label", *(f"{text},{wrong[label]}" for text, label in days(240))])
+    test = "\n".join(["text,label", *(f"{text},{label}" for text, label in days(60, seed=9))])
+    place.hub.add_repo("acme/days", {"train.csv": train + "\n", "test.csv": test + "\n"}, kind="datasets")
+    dataset = {"name": "days", "repo": "acme/days", "task": "classification", "template": "{{ text }}"}
+    place.apply(topology=ONE_NODE, datasets=[dataset | {"splits": {"train": "train", "test": "test"}}], split=None)
+    status = place.failed()
+    failed = condition_of(status, "Failed")
+    assert failed["reason"] == "GateRefused"
+    (metric,) = [m for m in status["results"]["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]
+    assert metric["tuned"] < metric["base"]
+    assert place.pods(Stage.PUBLISH) == []
+    assert not place.hub.seen("POST", r"/(commit|preupload)/")
+    assert (place.run / "export" / "adapter_model.safetensors").exists()
