@@ -1,13 +1,17 @@
 """The operator with very many jobs on a real API server: `python -m benchmarks.operator_scale --jobs 1000`.
 
 There are no controllers: this program is kubelet, Job controller and training-operator, so that what is measured is
-the operator and the API server. Every job goes through all four stages. Results go to benchmarks/results as JSON.
+the operator and the API server. Every job goes through all four stages. First all jobs are created at once, then
+others at a steady rate. Latency is the time from before the request that ends a stage's child is sent (so that the
+API server's own time is in it) until the job's status that says so has come back over a watch, for every stage of
+every job. Results go to benchmarks/results as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -20,7 +24,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +40,7 @@ from tests.integration.harness.processes import wait_until
 from tests.integration.harness.programs import Programs
 from tests.unit.finetune_operator.planning.world import job as world
 
+from finetune_api.base import Stage
 from finetune_api.crd import definition
 from finetune_api.report import Report
 from finetune_api.runconfig import Attempt
@@ -64,6 +68,11 @@ class BareControlPlane(ControlPlane):
             wait_until(lambda kind=kind: self._serves(kind), f"{kind} to be served")
         for name in ("ops", NAMESPACE):
             self.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of both."""
+        both = {"etcd": self._programs._etcd.pid, "apiserver": self._programs._api_server.pid}
+        return {name: pid for name, pid in both.items() if pid is not None}
 
     def _serves(self, kind: str) -> bool:
         try:
@@ -93,13 +102,19 @@ class Operator:
         command = [sys.executable, Path(sys.executable).parent / "finetune", "operator"]
         if profile:
             command[1:1] = ["-m", "cProfile", "-o", profile]
+        self._begun = time.monotonic()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
-    def cpu_seconds(self) -> float:
-        """Processor time so far."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was started."""
+        return time.monotonic() - self._begun
 
     def peak_megabytes(self) -> float:
         """The most memory that it had, in 10⁶ bytes."""
@@ -110,6 +125,30 @@ class Operator:
         """End it."""
         self._process.terminate()
         self._process.wait(timeout=30)
+
+
+class Clock:
+    """Seconds on the wall and on the processors, by process, since it was made."""
+
+    def __init__(self, operator: Operator, control_plane: BareControlPlane) -> None:
+        self._pids = {"operator": operator.pid, "bench": os.getpid(), **control_plane.pids()}
+        self._begun = time.monotonic()
+        self._before = {name: cpu_seconds(pid) for name, pid in self._pids.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Time on the wall."""
+        return time.monotonic() - self._begun
+
+    def cpu(self) -> dict[str, float]:
+        """Processor time of each process."""
+        return {name: round(cpu_seconds(pid) - self._before[name], 2) for name, pid in self._pids.items()}
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process since it began."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -123,21 +162,19 @@ class Cluster:
     """When a job's stage was written as Complete, by job and stage."""
     latencies: list[float] = field(default_factory=list)
     complete: set[str] = field(default_factory=set)
-    seen: set[str] = field(default_factory=set)
+    reports: dict[Stage, Object] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def watch(self, kind: str) -> None:
         """Follow a kind for ever."""
-        async for body in self._events(kind):
+        wanted = (b'{"type":"ADDED"', b'{"type":"MODIFIED"') if kind == "FineTuneJob" else (b'{"type":"ADDED"',)
+        async for body in self._events(kind, wanted):
             if kind == "FineTuneJob":
                 self._note(body)
                 continue
-            uid = body["metadata"]["uid"]
-            if uid not in self.seen:
-                self.seen.add(uid)
-                task = asyncio.create_task(self._carry(kind, body))
-                self._tasks.add(task)
-                task.add_done_callback(self._done)
+            task = asyncio.create_task(self._carry(kind, body))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -175,10 +212,12 @@ class Cluster:
             await self.ask("PATCH", path, {"status": succeeded(kind)})
 
     async def _report(self, job: str, attempt: Attempt) -> None:
-        fields = {"attempt": attempt.id, "stage": attempt.stage, "time": datetime.now(UTC), "done": True}
-        report = Report.model_validate(fields | world().product(attempt.stage))
-        path = f"/api/v1/namespaces/{NAMESPACE}/configmaps/{job}-report"
-        await self.ask("PATCH", path, {"data": {str(attempt.stage): json.dumps(report.to_wire())}})
+        if attempt.stage not in self.reports:
+            fields = {"attempt": attempt.id, "stage": attempt.stage, "time": datetime.now(UTC), "done": True}
+            report = Report.model_validate(fields | world().product(attempt.stage))
+            self.reports[attempt.stage] = report.to_wire()
+        data = {str(attempt.stage): json.dumps(self.reports[attempt.stage] | {"attempt": attempt.id, "time": now()})}
+        await self.ask("PATCH", f"/api/v1/namespaces/{NAMESPACE}/configmaps/{job}-report", {"data": data})
 
     async def ask(self, method: str, path: str, body: Object) -> Object:
         """One request."""
@@ -189,14 +228,17 @@ class Cluster:
                 raise RuntimeError(f"{method} {path}: {found.get('message')}")
             return found
 
-    async def _events(self, kind: str) -> AsyncIterator[Object]:
-        url = f"{self.server}{KINDS[kind]}/namespaces/{NAMESPACE}/{kind.lower()}s?watch=true&timeoutSeconds=3600"
-        async with self.session.get(url) as answer:
+    async def _events(self, kind: str, wanted: tuple[bytes, ...]) -> AsyncIterator[Object]:
+        """Bodies of the events that begin as wanted; the others are not even read."""
+        place = f"{self.server}{KINDS[kind]}/namespaces/{NAMESPACE}/{kind.lower()}s"
+        async with self.session.get(f"{place}?limit=1") as answer:
+            version = (await answer.json())["metadata"]["resourceVersion"]
+        async with self.session.get(f"{place}?watch=true&timeoutSeconds=3600&resourceVersion={version}") as answer:
             async for line in answer.content:
-                event = json.loads(line)
-                if event.get("type") not in ("ADDED", "MODIFIED", "DELETED"):
-                    raise RuntimeError(f"The watch of {kind} said: {event}")
-                yield event["object"]
+                if line.startswith(wanted):
+                    yield json.loads(line)["object"]
+                elif line.startswith(b'{"type":"ERROR"'):
+                    raise RuntimeError(f"The watch of {kind} said: {line.decode()}")
 
 
 def now() -> str:
@@ -239,43 +281,66 @@ def small_job(name: str) -> Object:
     return fine_tune_job(name, topology={"nodes": 1, "gpusPerNode": 1})
 
 
-def carry_all(control_plane: ControlPlane, jobs: int) -> tuple[Cluster, float]:
-    """Create the jobs and play until all are Complete; the cluster and the seconds it took."""
+@contextlib.asynccontextmanager
+async def connected(control_plane: ControlPlane) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session with the rights of the admin."""
+    configuration = kubernetes.client.Configuration()
+    kubernetes.config.load_kube_config(str(control_plane.kubeconfig), client_configuration=configuration)
+    tls = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
+    tls.load_cert_chain(configuration.cert_file, configuration.key_file)
+    timeout = aiohttp.ClientTimeout(total=None)
+    connector = aiohttp.TCPConnector(ssl=tls, limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**24) as session:
+        yield session
 
-    async def run() -> tuple[Cluster, float]:
-        configuration = kubernetes.client.Configuration()
-        kubernetes.config.load_kube_config(str(control_plane.kubeconfig), client_configuration=configuration)
-        tls = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
-        tls.load_cert_chain(configuration.cert_file, configuration.key_file)
-        timeout = aiohttp.ClientTimeout(total=None)
-        connector = aiohttp.TCPConnector(ssl=tls, limit=0)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**24) as session:
-            cluster = Cluster(session, control_plane.server)
-            watches = [asyncio.create_task(cluster.watch(kind)) for kind in KINDS]
-            begun = time.monotonic()
-            path = f"{KINDS['FineTuneJob']}/namespaces/{NAMESPACE}/finetunejobs"
 
-            async def create(number: int) -> None:
-                async with cluster.slots:
-                    await cluster.ask("POST", path, small_job(f"job-{number:05}"))
+async def carry(control_plane: ControlPlane, names: list[str], rate: float) -> Cluster:
+    """Create jobs, `rate` a second or all at once (0), and play until all are Complete."""
+    path = f"{KINDS['FineTuneJob']}/namespaces/{NAMESPACE}/finetunejobs"
+    async with connected(control_plane) as session:
+        cluster = Cluster(session, control_plane.server)
+        watches = [asyncio.create_task(cluster.watch(kind)) for kind in KINDS]
+        begun = shown = time.monotonic()
 
-            await asyncio.gather(*(create(number) for number in range(jobs)))
-            shown = begun
-            while len(cluster.complete) < jobs:
-                for watch in watches:
-                    if watch.done():
-                        watch.result()
-                        raise RuntimeError("A watch of the bench ended.")
-                await asyncio.sleep(0.1)
-                if time.monotonic() - shown > 10:
-                    shown = time.monotonic()
-                    print(f"{shown - begun:5.0f} s: {len(cluster.complete)} of {jobs} Complete", file=sys.stderr)
-            seconds = time.monotonic() - begun
+        async def create(number: int, name: str) -> None:
+            if rate:
+                await asyncio.sleep(begun + number / rate - time.monotonic())
+            async with cluster.slots:
+                await cluster.ask("POST", path, small_job(name))
+
+        await asyncio.gather(*(create(number, name) for number, name in enumerate(names)))
+        while len(cluster.complete) < len(names):
             for watch in watches:
-                watch.cancel()
-            return cluster, seconds
+                if watch.done():
+                    watch.result()
+                    raise RuntimeError("A watch of the bench ended.")
+            await asyncio.sleep(0.1)
+            if time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                print(f"{shown - begun:5.0f} s: {len(cluster.complete)} of {len(names)} Complete", file=sys.stderr)
+        for watch in watches:
+            watch.cancel()
+        return cluster
 
-    return asyncio.run(run())
+
+def carried(control_plane: BareControlPlane, operator: Operator, names: list[str], rate: float = 0.0) -> Object:
+    """Have jobs carried to Complete; how long it took, whom, and how late the statuses were."""
+    clock = Clock(operator, control_plane)
+    cluster = asyncio.run(carry(control_plane, names, rate))
+    cuts = statistics.quantiles(cluster.latencies, n=100)
+    return {
+        "jobs": len(names),
+        "jobsASecond": rate or "all at once",
+        "secondsToAllComplete": round(clock.seconds, 1),
+        "cpuSeconds": clock.cpu(),
+        "childToStatusSeconds": {
+            "p50": round(cuts[49], 3),
+            "p99": round(cuts[98], 3),
+            "max": round(max(cluster.latencies), 3),
+            "count": len(cluster.latencies),
+        },
+        "peakMegabytes": round(operator.peak_megabytes(), 1),
+    }
 
 
 def writes_by_kind(control_plane: ControlPlane, user: str) -> Counter[str]:
@@ -289,34 +354,57 @@ def writes_by_kind(control_plane: ControlPlane, user: str) -> Counter[str]:
     )
 
 
-def add_finished(control_plane: ControlPlane, count: int) -> None:
-    """Create jobs that ended long ago."""
+async def add_finished(control_plane: ControlPlane, count: int) -> None:
+    """Create jobs that ended long ago; their children were cleaned up."""
     status = control_plane.api.get("FineTuneJob", "job-00000", NAMESPACE)["status"]
+    path = f"{KINDS['FineTuneJob']}/namespaces/{NAMESPACE}/finetunejobs"
+    async with connected(control_plane) as session:
+        cluster = Cluster(session, control_plane.server)
 
-    def make(number: int) -> None:
-        job = control_plane.api.create(small_job(f"old-{number:05}"), NAMESPACE)
-        control_plane.api.patch(job, {"status": status}, "status")
+        async def make(name: str) -> None:
+            async with cluster.slots:
+                await cluster.ask("POST", path, small_job(name))
+                await cluster.ask("PATCH", f"{path}/{name}/status", {"status": status})
 
-    with ThreadPoolExecutor(8) as hands:
-        list(hands.map(make, range(count)))
+        await asyncio.gather(*(make(f"old-{number:05}") for number in range(count)))
 
 
-def start_up(control_plane: ControlPlane, kubeconfig: Path, folder: Path, idle_seconds: float) -> Object:
-    """Start an operator: seconds until it has a new job's first status, then its idle CPU and its peak memory."""
+def started(control_plane: BareControlPlane, operator: Operator) -> float:
+    """Seconds from the start of an operator until a job that was new to it has its first status."""
     name = f"fresh-{time.monotonic_ns()}"
     control_plane.api.create(small_job(name) | {"spec": small_job(name)["spec"] | {"suspend": True}}, NAMESPACE)
-    begun = time.monotonic()
-    operator = Operator(kubeconfig, folder)
     wait_until(lambda: control_plane.api.get("FineTuneJob", name, NAMESPACE).get("status"), "the first status", 300)
-    seconds, used = time.monotonic() - begun, operator.cpu_seconds()
-    time.sleep(idle_seconds)
-    idle = (operator.cpu_seconds() - used) / idle_seconds
-    found = {"startUpSeconds": seconds, "idleCpu": idle, "peakMegabytes": operator.peak_megabytes()}
-    operator.stop()
-    return found
+    return operator.age
 
 
-def measure(jobs: int, finished: int, idle_seconds: float, profile: str = "") -> Object:
+def rested(operator: Operator, seconds: float) -> Object:
+    """What an operator uses when nothing happens: after it has come to rest."""
+    before = -1.0
+    while (used := cpu_seconds(operator.pid)) - before > 0.1:
+        before = used
+        time.sleep(1)
+    caught_up = operator.age
+    time.sleep(seconds)
+    return {
+        "atRestAfterSeconds": round(caught_up, 1),
+        "cpuSecondsUntilThen": round(used, 1),
+        "idleCpu": round((cpu_seconds(operator.pid) - used) / seconds, 4),
+        "peakMegabytes": round(operator.peak_megabytes(), 1),
+    }
+
+
+def start_up(control_plane: BareControlPlane, operator: Operator, idle_seconds: float) -> Object:
+    """What a start costs an operator that was just started."""
+    return {"startUpSeconds": round(started(control_plane, operator), 1)} | rested(operator, idle_seconds)
+
+
+def say(figures: Object) -> Object:
+    """Show figures as soon as they are there; returns them."""
+    print(json.dumps(figures), file=sys.stderr, flush=True)
+    return figures
+
+
+def measure(given: argparse.Namespace) -> Object:
     """Run everything; the figures."""
     folder = Path(tempfile.mkdtemp(prefix="finetune-scale-"))
     control_plane = BareControlPlane.own()
@@ -327,32 +415,30 @@ def measure(jobs: int, finished: int, idle_seconds: float, profile: str = "") ->
         control_plane.apply(any_lease(), "ops")
         furnish(control_plane.api, NAMESPACE)
         kubeconfig = control_plane.kubeconfig_for(ACCOUNT, "ops")
-        operator = Operator(kubeconfig, folder, profile)
-        wait_until(lambda: "holds the Lease" in operator.log.read_text(), "the operator to lead", 60)
-        cluster, seconds = carry_all(control_plane, jobs)
-        used, peak = operator.cpu_seconds(), operator.peak_megabytes()
-        time.sleep(idle_seconds)
-        idle = (operator.cpu_seconds() - used) / idle_seconds
-        operator.stop()
-        writes = writes_by_kind(control_plane, f"system:serviceaccount:ops:{ACCOUNT}")
-        cuts = statistics.quantiles(cluster.latencies, n=100)
         result: Object = {
             "date": now(),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-            "load": os.getloadavg(),
-            "jobs": jobs,
-            "secondsToAllComplete": seconds,
-            "operatorCpuSeconds": used,
-            "writesPerJob": writes.total() / jobs,
-            "writes": dict(writes.most_common()),
-            "childToStatusSeconds": {"p50": cuts[49], "p99": cuts[98], "count": len(cluster.latencies)},
-            "peakMegabytes": peak,
-            "idleCpu": idle,
-            f"restartWith{jobs}Finished": start_up(control_plane, kubeconfig, folder, idle_seconds),
+            "loadBefore": os.getloadavg(),
         }
-        if finished > jobs:
-            add_finished(control_plane, finished - jobs)
-            result[f"restartWith{finished}Finished"] = start_up(control_plane, kubeconfig, folder, idle_seconds)
+        operator = Operator(kubeconfig, folder, given.profile)
+        wait_until(lambda: "holds the Lease" in operator.log.read_text(), "the operator to lead", 60)
+        names = [f"job-{number:05}" for number in range(given.jobs)]
+        result["atOnce"] = say(carried(control_plane, operator, names)) | say(rested(operator, given.idle_seconds))
+        operator.stop()
+        writes = writes_by_kind(control_plane, f"system:serviceaccount:ops:{ACCOUNT}")
+        result["writesPerJob"] = writes.total() / given.jobs
+        result["writes"] = dict(writes.most_common())
+        operator = Operator(kubeconfig, folder)
+        result[f"startWith{given.jobs}Finished"] = say(start_up(control_plane, operator, given.idle_seconds))
+        if given.steady_jobs:
+            names = [f"steady-{number:05}" for number in range(given.steady_jobs)]
+            result["steady"] = say(carried(control_plane, operator, names, given.rate))
+        operator.stop()
+        if given.finished > given.jobs:
+            asyncio.run(add_finished(control_plane, given.finished - given.jobs))
+            operator = Operator(kubeconfig, folder)
+            result[f"startWith{given.finished}Finished"] = start_up(control_plane, operator, given.idle_seconds)
+            operator.stop()
     return result
 
 
@@ -373,10 +459,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--finished", type=int, default=10_000, help="finished jobs of the last restart; 0: none")
+    parser.add_argument("--steady-jobs", type=int, default=240, help="jobs that are created at a steady rate; 0: none")
+    parser.add_argument("--rate", type=float, default=4, help="of them, a second")
     parser.add_argument("--idle-seconds", type=float, default=20)
     parser.add_argument("--profile", default="", help="write cProfile's figures of the operator to this file")
     given = parser.parse_args()
-    result = measure(given.jobs, given.finished, given.idle_seconds, given.profile)
+    result = measure(given)
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"operator-scale-{given.jobs}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -81,7 +81,8 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _rfc3339(value: datetime) -> str:
-    return value.strftime("%Y-%m-%dT%H:%M:%SZ")
+    # Some twenty times a status; strftime takes ten times as long.
+    return f"{value.isoformat()[:19]}Z"
 
 
 Time = Annotated[datetime, PlainSerializer(_rfc3339, when_used="json")]

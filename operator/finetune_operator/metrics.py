@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter as Count
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from finetune_api.status import JobStatus, Phase
-from finetune_operator.cluster.api import Object
+
+Phases = Mapping[tuple[str, str], int]
+"""How many FineTuneJobs there are, by namespace and phase."""
 
 STAGE_BUCKETS = (10, 30, 60, 300, 900, 1800, 3600, 7200, 14400, 43200, 86400, 172800)
 RECONCILE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -18,9 +19,9 @@ RECONCILE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 class Metrics:
     """All metrics in a registry of their own, so that two operators fit into one test."""
 
-    def __init__(self, jobs: Callable[[], Iterable[Object]] = lambda: ()) -> None:
+    def __init__(self, phases: Callable[[], Phases] = dict) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Jobs(jobs))
+        self.registry.register(_Jobs(phases))
         self.api_requests = Counter(
             "finetune_api_requests_total", "Requests to the API server.", ["verb", "code"], registry=self.registry
         )
@@ -67,10 +68,10 @@ class Metrics:
 
 
 class _Jobs:
-    """Counts jobs by namespace and phase when it is asked, from the store."""
+    """Jobs by namespace and phase, counted when it is asked."""
 
-    def __init__(self, jobs: Callable[[], Iterable[Object]]) -> None:
-        self._jobs = jobs
+    def __init__(self, phases: Callable[[], Phases]) -> None:
+        self._phases = phases
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: the registry need not call `collect` to learn the names."""
@@ -79,12 +80,8 @@ class _Jobs:
     def collect(self) -> Iterable[Metric]:
         """One sample a namespace and phase."""
         family = GaugeMetricFamily("finetune_jobs", "FineTuneJobs by phase.", labels=["namespace", "phase"])
-        found = Count((job["metadata"]["namespace"], _phase(job)) for job in self._jobs())
+        found = self._phases()
         for namespace in {namespace for namespace, _ in found}:
             for phase in Phase:
                 family.add_metric([namespace, phase], found.get((namespace, phase), 0))
         yield family
-
-
-def _phase(job: Object) -> str:
-    return str((job.get("status") or {}).get("phase", Phase.PENDING))

@@ -14,9 +14,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.act import Actor
 from finetune_operator.cluster.api import Api, ApiError, Object
-from finetune_operator.cluster.needs import Needs, look
+from finetune_operator.cluster.needs import Needs, Prerequisites
 from finetune_operator.cluster.observe import UNREADABLE, Seen, is_of, observe, read_spec
-from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store, slim
+from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
 from finetune_operator.metrics import Metrics
 from finetune_operator.planning import attempts, progress
 from finetune_operator.planning.conditions import next_stage, terminal
@@ -83,7 +83,8 @@ class Reconciler:
     _memories: dict[Key, Memory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._actor = Actor(self.api, self.backend)
+        self._actor = Actor(self.api, self.backend, self._made)
+        self._prerequisites = Prerequisites(self.api)
 
     async def run(self) -> None:
         """Serve the queue with as many workers as are set, until cancelled."""
@@ -136,6 +137,9 @@ class Reconciler:
         await self._act(key, seen, decision, memory)
         if await self._forget_ghosts(key, seen, decision, memory):
             return 0.0
+        if terminal(decision.status):
+            # Ten thousand specs would be a hundred megabytes, and nobody asks for them any more.
+            self._memories.pop(key, None)
         return self._again(seen, decision, memory)
 
     async def _forget_ghosts(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> bool:
@@ -160,11 +164,11 @@ class Reconciler:
     async def _observe(self, key: Key, job: Object, memory: Memory) -> Observation:
         spec, invalid = self._spec(job, memory)
         name = job["metadata"]["name"]
+        pods = self.store.of("Pod", key)
+        await self._catch_up(key, job, pods)
         needs = Needs() if invalid else await self._needs(key, job, spec)
         refused = (memory.refused,) if memory.refused is not None else ()
-        await self._catch_up(key, job)
         carriers = [*self.store.of("Job", key), *self.store.of(self.backend.kind, key)]
-        pods = self.store.of("Pod", key)
         seen = Seen(
             job=job,
             spec=spec,
@@ -194,27 +198,32 @@ class Reconciler:
             return Needs()
         if not progress.waits_on_credentials(stage) and self._has_child(key, job, status):
             return Needs()
-        return await look(self.api, key.namespace, spec, stage)
+        return await self._prerequisites.look(key.namespace, spec, stage, self.clock())
 
     def _has_child(self, key: Key, job: Object, status: JobStatus) -> bool:
         record = attempts.live(status)
-        return record is not None and self.store.named(*self._child(key, job, record)) is not None
+        return record is not None and self.store.holds(*self._child(key, job, record))
 
     def _child(self, key: Key, job: Object, record: AttemptRecord) -> tuple[str, Key, str]:
         """Kind, key and name of an attempt's child."""
         kind = self.backend.kind if record.stage is Stage.TRAIN else "Job"
         return kind, key, child_name(job["metadata"]["name"], record.stage, record.number)
 
-    async def _catch_up(self, key: Key, job: Object) -> None:
+    async def _catch_up(self, key: Key, job: Object, pods: tuple[Object, ...]) -> None:
         """Pods of the running attempt may be heard of before their owner is: it is then asked for, not given up."""
         record = attempts.live(JobStatus.parse(job.get("status")))
-        if record is None or not any(is_of(pod, job, record) for pod in self.store.of("Pod", key)):
+        if record is None or not any(is_of(pod, job, record) for pod in pods):
             return
         kind, _, name = self._child(key, job, record)
-        if self.store.named(kind, key, name) is None:
+        if not self.store.holds(kind, key, name):
             body = await self.api.find(kind, key.namespace, name)
             if body is not None:
-                self.store.put(kind, slim(body))
+                self.store.put(kind, body)
+
+    def _made(self, body: Object) -> None:
+        """What we made ourselves is known at once: its pods may be seen before its own watch has told it."""
+        if body["kind"] in ("Job", self.backend.kind, "ConfigMap"):
+            self.store.put(body["kind"], body)
 
     async def _out_of_service(self, pods: tuple[Object, ...]) -> frozenset[str]:
         """Nodes of terminating pods that are declared dead; not to be allowed to read nodes means none are known."""
@@ -255,8 +264,8 @@ class Reconciler:
                 # Deleted while the watch was broken.
                 self.store.drop(FINE_TUNE_JOB, job)
             raise
-        # The watch may be slow: what we wrote ourselves is known at once.
-        self.store.put(FINE_TUNE_JOB, slim(answer))
+        # The watch may be slow: what we wrote ourselves is known at once, and its echo is no news.
+        self.store.put(FINE_TUNE_JOB, answer)
         memory.written = seen.now
         self.metrics.count_transition(seen.namespace, seen.status, decision.status)
         for event in decision.events:
@@ -265,11 +274,11 @@ class Reconciler:
         return True
 
     async def _act(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> None:
-        config = self.store.named("ConfigMap", key, shared_name(seen.name, "config"))
         before, memory.refused = memory.refused, None
         for action in decision.actions:
             match action:
                 case StartAttempt(attempt):
+                    config = self.store.named("ConfigMap", key, shared_name(seen.name, "config"))
                     refused = await self._actor.start(seen, attempt, config)
                     memory.refused = before if _same(before, refused) else refused
                     log.info("starts %s%s", attempt.id, " in vain" if refused else "", extra=_about(key, attempt.id))
@@ -284,6 +293,9 @@ class Reconciler:
 
     def _again(self, seen: Observation, decision: Decision, memory: Memory) -> float | None:
         wants = [seconds for seconds in (decision.requeue_after,) if seconds is not None]
+        if memory.refused is None and any(isinstance(action, StartAttempt) for action in decision.actions):
+            # What was made is in the store already, so that its event is no news: the deadlines run from now.
+            wants.append(1.0)
         if memory.refused is not None and not any(missing == memory.refused for missing in seen.missing):
             # Newly refused: say so now.
             wants.append(0.05)

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from urllib.request import getproxies
 
 import kopf
 from aiohttp import web
@@ -19,6 +20,7 @@ from finetune_operator import handlers
 from finetune_operator.cluster.api import Api
 from finetune_operator.cluster.lease import Lease
 from finetune_operator.cluster.store import Store
+from finetune_operator.cluster.watch import Watch
 from finetune_operator.metrics import Metrics
 from finetune_operator.planning.decide import Planner
 from finetune_operator.planning.manifests.backends import BACKENDS
@@ -31,34 +33,38 @@ log = logging.getLogger(__name__)
 async def serve(settings: Settings, planner: Planner | None = None, stop: asyncio.Event | None = None) -> None:
     """Run until a signal, or until `stop`. Raises LeaseLostError if the Lease is lost."""
     backend, store = BACKENDS[settings.backend], Store()
-    metrics = Metrics(store.jobs)
+    metrics = Metrics(store.phases)
     ready = asyncio.Event()
     async with _client() as client:
         api = Api(client, metrics.count_request)
         lease = Lease(api, settings.lease_namespace, settings.lease_name, settings.identity, settings.lease_seconds)
         reconciler = Reconciler(api, store, settings, metrics, planner, backend)
-        watching = asyncio.create_task(
+        watches = handlers.watches(api, store, reconciler.queue, backend, settings.namespaces)
+        resyncs = handlers.resyncs(api, store, reconciler.queue, settings.namespaces)
+        watching = asyncio.create_task(_watch(watches, resyncs), name="watches")
+        kopf_watching = asyncio.create_task(
             kopf.operator(
-                registry=handlers.registry(store, reconciler.queue, backend),
-                settings=handlers.settings(backend, clusterwide=not settings.namespaces),
+                registry=handlers.registry(store, reconciler.queue),
+                settings=handlers.settings(clusterwide=not settings.namespaces),
                 namespaces=settings.namespaces,
                 clusterwide=not settings.namespaces,
                 stop_flag=stop,
                 ready_flag=ready,
             ),
-            name="watches",
+            name="kopf",
         )
-        leading = asyncio.create_task(_lead(lease, reconciler, metrics), name="lease")
+        leading = asyncio.create_task(_lead(lease, reconciler, metrics, watches), name="lease")
+        tasks = [leading, kopf_watching, watching]
         runners = [
             await _listen(_metrics_app(metrics), settings.metrics_port),
-            await _listen(_health_app(watching, ready), settings.health_port),
+            await _listen(_health_app(tasks, lambda: ready.is_set() and _listed(watches)), settings.health_port),
         ]
         try:
-            done, _ = await asyncio.wait({watching, leading}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            await _end([leading, watching])
+            await _end(tasks)
             await asyncio.gather(*(runner.cleanup() for runner in runners if runner is not None))
 
 
@@ -69,17 +75,37 @@ async def _client() -> AsyncIterator[ApiClient]:
         config.load_incluster_config(client_configuration=configuration)
     except config.ConfigException:
         await config.load_kube_config(client_configuration=configuration)
-    configuration.connection_pool_maxsize = 64
+    # No limit: each watch holds a connection, and requests are as many as workers.
+    configuration.connection_pool_maxsize = 0
+    # With it, aiohttp asks a thread for the proxy and for ~/.netrc at every request.
+    configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
     async with ApiClient(configuration) as client:
         yield client
 
 
-async def _lead(lease: Lease, reconciler: Reconciler, metrics: Metrics) -> None:
+async def _watch(watches: list[Watch], resyncs: list[Watch]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for work in (*(watch.run() for watch in watches), *(resync.resync() for resync in resyncs)):
+            group.create_task(work)
+
+
+def _listed(watches: list[Watch]) -> bool:
+    return all(watch.listed.is_set() for watch in watches)
+
+
+async def _serve_queue(reconciler: Reconciler, watches: list[Watch]) -> None:
+    """Serve the queue, but not before all children are known: a job whose child is not seen would start another."""
+    for watch in watches:
+        await watch.listed.wait()
+    await reconciler.run()
+
+
+async def _lead(lease: Lease, reconciler: Reconciler, metrics: Metrics, watches: list[Watch]) -> None:
     """Wait for the Lease, serve the queue while it is held, give it back at the end."""
     await lease.acquire()
     log.info("holds the Lease %s/%s", lease.namespace, lease.name)
     metrics.leader.set(1)
-    tasks = [asyncio.create_task(lease.keep()), asyncio.create_task(reconciler.run())]
+    tasks = [asyncio.create_task(lease.keep()), asyncio.create_task(_serve_queue(reconciler, watches))]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -107,12 +133,15 @@ async def _listen(app: web.Application, port: int) -> web.AppRunner | None:
     return runner
 
 
-def _health_app(watching: asyncio.Task[None], ready: asyncio.Event) -> web.Application:
+def _health_app(tasks: list[asyncio.Task[None]], ready: Callable[[], bool]) -> web.Application:
+    def is_alive() -> bool:
+        return not any(task.done() for task in tasks)
+
     async def alive(_: web.Request) -> web.Response:
-        return web.Response(status=500 if watching.done() else 200)
+        return web.Response(status=200 if is_alive() else 500)
 
     async def is_ready(_: web.Request) -> web.Response:
-        return web.Response(status=200 if ready.is_set() and not watching.done() else 503)
+        return web.Response(status=200 if ready() and is_alive() else 503)
 
     app = web.Application()
     app.add_routes([web.get("/healthz", alive), web.get("/readyz", is_ready)])

@@ -1,4 +1,8 @@
-"""One queue of keys: each at most once in it, one worker a key at a time, delays, and a backoff for each key."""
+"""One queue of keys: each at most once in it, one worker a key at a time, delays, and a backoff for each key.
+
+What is at work goes before what is new, so that under load jobs are finished rather than all begun: then the time
+from a child's event to its job's status does not grow with the number of jobs.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +10,56 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Hashable
+from enum import IntEnum
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
 BASE_SECONDS = 0.2
 CAP_SECONDS = 60.0
+FAIR = 64
+"""Every so many keys the least urgent one is served first: none waits for ever. More often, and new jobs would be
+begun faster than those at work, some thirty keys each, are finished."""
+
+
+class Urgency(IntEnum):
+    """Which key comes first; among equals, the one that was added first."""
+
+    NOW = 0
+    """Something happened to a job that is at work."""
+    NEW = 1
+    """A new job, or one that was there when the process started."""
+    LAST = 2
+    """A job that had ended when the process started."""
 
 
 class WorkQueue(Generic[K]):
     """A key that is added while it is worked on comes again afterwards; the earliest of several delays counts."""
 
     def __init__(self) -> None:
-        self._ready: deque[K] = deque()
-        self._waiting: set[K] = set()
+        self._ready: dict[Urgency, deque[K]] = {urgency: deque() for urgency in Urgency}
+        self._waiting: dict[K, Urgency] = {}
         self._working: set[K] = set()
         self._again: set[K] = set()
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._failures: dict[K, int] = {}
         self._wake = asyncio.Event()
+        self._served = 0
 
     @property
     def depth(self) -> int:
         """Keys that are ready to be worked on."""
-        return len(self._ready)
+        return len(self._waiting)
 
-    def add(self, key: K) -> None:
+    def add(self, key: K, urgency: Urgency = Urgency.NOW) -> None:
         """Have a key worked on as soon as possible."""
         self._forget_timer(key)
         if key in self._working:
             self._again.add(key)
-        elif key not in self._waiting:
-            self._waiting.add(key)
-            self._ready.append(key)
+        elif urgency < self._waiting.get(key, len(Urgency)):
+            # If it waits already, less urgently, then its older place is passed over.
+            self._waiting[key] = urgency
+            self._ready[urgency].append(key)
             self._wake.set()
 
     def add_after(self, key: K, seconds: float) -> None:
@@ -65,13 +86,24 @@ class WorkQueue(Generic[K]):
 
     async def get(self) -> K:
         """The next key; the caller has it alone until `done`."""
-        while not self._ready:
+        while not self._waiting:
             self._wake.clear()
             await self._wake.wait()
-        key = self._ready.popleft()
-        self._waiting.discard(key)
+        self._served += 1
+        order = reversed(Urgency) if self._served % FAIR == 0 else Urgency
+        key = next(key for urgency in order if (key := self._first(urgency)) is not None)
+        del self._waiting[key]
         self._working.add(key)
         return key
+
+    def _first(self, urgency: Urgency) -> K | None:
+        """Take the first key of an urgency that still waits with it."""
+        ready = self._ready[urgency]
+        while ready:
+            key = ready.popleft()
+            if self._waiting.get(key) is urgency:
+                return key
+        return None
 
     def done(self, key: K) -> None:
         """Give a key back."""

@@ -184,8 +184,7 @@ def test_alerts_and_dashboard_ask_for_what_the_operator_exports(helm: Helm) -> N
 
 def exported_series() -> dict[str, set[str]]:
     """Names of all series of the operator, with their labels."""
-    present = {"metadata": {"namespace": "ml"}, "status": {"phase": "Training"}}
-    metrics = Metrics(lambda: [present])
+    metrics = Metrics(lambda: {("ml", "Training"): 1})
     metrics.count_request("get", 200)
     metrics.count_transition("ml", job().status, job().complete().status)
     text = generate_latest(metrics.registry).decode()

@@ -27,13 +27,15 @@ def test_a_job_is_carried_to_complete(
     assert status["observedGeneration"] == done["metadata"]["generation"]
     assert "finalizers" not in done["metadata"]
     assert not any(key.startswith("kopf") for key in done["metadata"].get("annotations", {}))
+    user = f"system:serviceaccount:{operator.ops}:{operator.account}"
+    # Before it is stopped: what is under way then, its Lease's renewal, is broken off, and the server calls that a 500.
+    answers = {e["responseStatus"]["code"] for e in control_plane.audit_events(user)}
+    assert answers <= {200, 201, 404, 409}
     assert operator.stop() == 0
     assert "Traceback" not in operator.words()
-    user = f"system:serviceaccount:{operator.ops}:{operator.account}"
     writes = [e for e in control_plane.audit_events(user) if e["verb"] in ("create", "update", "patch", "delete")]
     counted = [e for e in writes if e["objectRef"]["resource"] != "leases"]
     assert len(counted) <= 30, sorted((e["verb"], e["objectRef"]["resource"]) for e in counted)
-    assert {e["responseStatus"]["code"] for e in control_plane.audit_events(user)} <= {200, 201, 404, 409}
 
 
 def test_children_are_gone_with_their_job_and_the_kept_claim_stays(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from datetime import datetime
 
 from finetune_api.base import API_VERSION, KIND, Stage
@@ -24,10 +25,10 @@ REPORTING_CONTROLLER = "finetune.dev/operator"
 
 
 class Actor:
-    """Carries decisions out for one job at a time; knows no job by itself."""
+    """Carries decisions out for one job at a time; knows no job by itself. `made` is told what was created."""
 
-    def __init__(self, api: Api, backend: Backend) -> None:
-        self._api, self._backend = api, backend
+    def __init__(self, api: Api, backend: Backend, made: Callable[[Object], None]) -> None:
+        self._api, self._backend, self._made = api, backend, made
 
     async def start(self, seen: Observation, attempt: Attempt, config: Object | None) -> Missing | None:
         """Make what all stages share, then the child of an attempt. Says what is in the way, if anything."""
@@ -69,7 +70,7 @@ class Actor:
     async def _make(self, manifest: Object, uid: str) -> None:
         """Create an object; one of our own that exists is success, a claim that is kept as well."""
         try:
-            await self._api.create(manifest)
+            self._made(await self._api.create(manifest))
         except ApiError as error:
             if error.code != 409 or error.reason != "AlreadyExists":
                 raise
@@ -82,6 +83,7 @@ class Actor:
         if existing is None:
             raise LeftoverError(name, f"{kind} {name} of an older job has just gone.")
         if "ownerReferences" not in meta or owner_uid(existing) == uid:
+            self._made(existing)
             return
         raise LeftoverError(name, f"Waits until {kind} {name}, which this job does not own, is gone.")
 

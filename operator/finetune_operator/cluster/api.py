@@ -5,8 +5,9 @@ Objects are dicts as they are on the wire; nothing is retried here, the queue of
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from kubernetes.aio.client import ApiClient
 Object = dict[str, Any]
 Watch = Callable[[str, int], None]
 REQUEST_TIMEOUT_SECONDS = 30.0
+WATCH_SECONDS = 600
+"""How long the server is asked to keep a watch."""
+SILENCE_SECONDS = 90.0
+"""A watch that says nothing for so long is dead: the server sends a bookmark a minute."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,54 @@ class Api:
         found = await self._request("list", "GET", KINDS[kind].path(namespace), query={"labelSelector": labels})
         return list(found.get("items", []))
 
+    async def pages(self, kind: str, namespace: str, labels: str, size: int) -> AsyncIterator[Object]:
+        """All objects that carry labels, as lists of at most `size`, so that few are held at a time."""
+        query = {"labelSelector": labels, "limit": str(size)}
+        while True:
+            page = await self._request("list", "GET", KINDS[kind].path(namespace), query=query)
+            yield page
+            token = page["metadata"].get("continue")
+            if not token:
+                return
+            query = query | {"continue": token}
+
+    async def watch(self, kind: str, namespace: str, labels: str, version: str) -> AsyncIterator[Object]:
+        """What happens to the objects that carry labels after a version, until the server ends it.
+
+        Raises ApiError with code 410 if the version is too old, with code 0 if the connection breaks or falls silent.
+        """
+        path = KINDS[kind].path(namespace)
+        query = {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(WATCH_SECONDS)}
+        query |= {"labelSelector": labels, "resourceVersion": version}
+        answer = await self._begin_watch(path, query)
+        try:
+            async for line in _lines(answer.content):
+                event: Object = json.loads(line)
+                if event["type"] == "ERROR":
+                    status = event["object"]
+                    raise ApiError(int(status.get("code", 500)), status.get("reason", ""), status.get("message", ""))
+                yield event
+        except (OSError, TimeoutError, ValueError, aiohttp.ClientError) as error:
+            raise ApiError(0, "Unreachable", f"{type(error).__name__} while watching {path}") from error
+        finally:
+            answer.close()
+
+    async def _begin_watch(self, path: str, query: dict[str, str]) -> aiohttp.ClientResponse:
+        code = 0
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
+                answer: aiohttp.ClientResponse = (
+                    await self._send("GET", path, None, query, 2.0 * WATCH_SECONDS)
+                ).response
+                code = answer.status
+                if code >= 400:
+                    raise _error(code, await answer.read(), answer.headers.get("Retry-After"))
+        except (OSError, TimeoutError, aiohttp.ClientError) as error:
+            raise ApiError(0, "Unreachable", f"{type(error).__name__} on watching {path}") from error
+        finally:
+            self._watch("watch", code)
+        return answer
+
     async def create(self, made: Object) -> Object:
         """Create an object. Raises ApiError, with code 409 and reason AlreadyExists if there is one of its name."""
         path = KINDS[made["kind"]].path(made["metadata"]["namespace"])
@@ -115,32 +168,54 @@ class Api:
     ) -> Object:
         code = 0
         try:
-            prepared = await self._client.param_serialize(
-                method,
-                path,
-                query_params=list((query or {}).items()),
-                header_params={"Accept": "application/json", "Content-Type": "application/json"},
-                auth_settings=["BearerToken"],
-            )
-            url, headers = prepared[1], prepared[2]
-            answer = await self._client.rest_client.request(
-                method, url, headers=headers, body=body, _request_timeout=REQUEST_TIMEOUT_SECONDS
-            )
+            answer = await self._send(method, path, body, query or {}, REQUEST_TIMEOUT_SECONDS)
             code = answer.status
-            data = await answer.read()
+            data: bytes = await answer.read()
         except (OSError, TimeoutError, aiohttp.ClientError) as error:
             raise ApiError(0, "Unreachable", f"{type(error).__name__} on {method} {path}") from error
         finally:
             self._watch(verb, code)
-        return _read(code, data, answer.headers.get("Retry-After"))
+        if code >= 400:
+            raise _error(code, data, answer.headers.get("Retry-After"))
+        return _read(data)
+
+    async def _send(self, method: str, path: str, body: Object | None, query: dict[str, str], seconds: float) -> Any:
+        prepared = await self._client.param_serialize(
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json", "Content-Type": "application/json"},
+            auth_settings=["BearerToken"],
+        )
+        return await self._client.rest_client.request(
+            method, prepared[1], headers=prepared[2], body=body, _request_timeout=seconds
+        )
 
 
-def _read(code: int, data: bytes, retry_after: str | None) -> Object:
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Lines of any length, as they come."""
+    rest = b""
+    chunks = aiter(content.iter_any())
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+
+
+def _read(data: bytes) -> Object:
     try:
         answer: Object = json.loads(data)
     except ValueError:
         answer = {"message": data[:200].decode(errors="replace")}
-    if code < 400:
-        return answer
+    return answer
+
+
+def _error(code: int, data: bytes, retry_after: str | None) -> ApiError:
+    answer = _read(data)
     seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
-    raise ApiError(code, str(answer.get("reason", "")), str(answer.get("message", "")), seconds)
+    return ApiError(code, str(answer.get("reason", "")), str(answer.get("message", "")), seconds)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from finetune_api.base import Stage
 from finetune_api.spec import FineTuneJobSpec, SecretKey
-from finetune_operator.cluster.api import Api, Object
+from finetune_operator.cluster.api import Api
 from finetune_operator.planning.model import Missing
+
+FRESH = timedelta(seconds=2)
+"""So long after it was seen something is taken to be there still: many jobs ask for the same Secret and claim."""
 
 
 @dataclass(frozen=True)
@@ -19,22 +23,50 @@ class Needs:
     credentials_version: str = ""
 
 
-async def look(api: Api, namespace: str, spec: FineTuneJobSpec, stage: Stage) -> Needs:
-    """Ask for every Secret and claim that the stage's pods would mount."""
-    missing: list[Missing] = []
-    versions: list[str] = []
-    for field, secret in secrets_of(spec, stage).items():
-        body = await api.find("Secret", namespace, secret.name)
-        versions.append(body["metadata"]["resourceVersion"] if body else "")
-        lacking = _lacking(field, secret, body)
-        if lacking is not None:
-            missing.append(lacking)
-    for field, claim in claims_of(spec, stage).items():
-        if await api.find("PersistentVolumeClaim", namespace, claim) is None:
-            sentence = f"PersistentVolumeClaim {claim} ({field}) does not exist in {namespace}: create it."
-            missing.append(Missing("PersistentVolumeClaim", claim, sentence))
-    version = hashlib.sha256("/".join(versions).encode()).hexdigest()[:16] if versions else ""
-    return Needs(tuple(missing), version)
+@dataclass(frozen=True)
+class _Sight:
+    """Something that was there; of a Secret, which keys it had and nothing of what they hold."""
+
+    seen: datetime
+    version: str
+    keys: frozenset[str]
+
+
+@dataclass
+class Prerequisites:
+    """Asks for Secrets and claims by name; what is not there is asked for again each time."""
+
+    api: Api
+    _sights: dict[tuple[str, str, str], _Sight] = field(default_factory=dict)
+
+    async def look(self, namespace: str, spec: FineTuneJobSpec, stage: Stage, now: datetime) -> Needs:
+        """Ask for every Secret and claim that the stage's pods would mount."""
+        missing: list[Missing] = []
+        versions: list[str] = []
+        for where, secret in secrets_of(spec, stage).items():
+            sight = await self._find("Secret", namespace, secret.name, now)
+            versions.append(sight.version if sight else "")
+            lacking = _lacking(where, secret, sight)
+            if lacking is not None:
+                missing.append(lacking)
+        for where, claim in claims_of(spec, stage).items():
+            if await self._find("PersistentVolumeClaim", namespace, claim, now) is None:
+                sentence = f"PersistentVolumeClaim {claim} ({where}) does not exist in {namespace}: create it."
+                missing.append(Missing("PersistentVolumeClaim", claim, sentence))
+        version = hashlib.sha256("/".join(versions).encode()).hexdigest()[:16] if versions else ""
+        return Needs(tuple(missing), version)
+
+    async def _find(self, kind: str, namespace: str, name: str, now: datetime) -> _Sight | None:
+        known = self._sights.get((kind, namespace, name))
+        if known is not None and now - known.seen < FRESH:
+            return known
+        body = await self.api.find(kind, namespace, name)
+        self._sights = {thing: sight for thing, sight in self._sights.items() if now - sight.seen < FRESH}
+        if body is None:
+            return None
+        sight = _Sight(now, body["metadata"]["resourceVersion"], frozenset(body.get("data") or {}))
+        self._sights[kind, namespace, name] = sight
+        return sight
 
 
 def secrets_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, SecretKey]:
@@ -66,11 +98,11 @@ def claims_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
     return {field: claim for field, claim in wanted.items() if claim}
 
 
-def _lacking(field: str, secret: SecretKey, body: Object | None) -> Missing | None:
-    if body is None:
-        sentence = f"Secret {secret.name} ({field}) does not exist: create it with the key {secret.key}."
+def _lacking(where: str, secret: SecretKey, sight: _Sight | None) -> Missing | None:
+    if sight is None:
+        sentence = f"Secret {secret.name} ({where}) does not exist: create it with the key {secret.key}."
         return Missing("Secret", secret.name, sentence)
-    if secret.key not in (body.get("data") or {}):
-        sentence = f"Secret {secret.name} ({field}) has no key {secret.key}."
+    if secret.key not in sight.keys:
+        sentence = f"Secret {secret.name} ({where}) has no key {secret.key}."
         return Missing("Secret", secret.name, sentence)
     return None

@@ -1,14 +1,30 @@
-"""What the watches have seen: jobs and their children by job. Filled by the handlers, read by the reconciler."""
+"""What the watches have seen: jobs and their children by job. Filled by the watches, read by the reconciler.
+
+Ten thousand bodies as dictionaries would be most of the process's memory. So what nobody reads is dropped and the
+rest is kept as JSON, unpacked when its job is worked on.
+"""
 
 from __future__ import annotations
 
+import json
+import zlib
+from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
+from finetune_api.runconfig import RUN_CONFIG_FILE
+from finetune_api.status import Phase
 from finetune_operator.cluster.api import Object
 from finetune_operator.planning.labels import JOB
 from finetune_operator.planning.names import label_value
 
 FINE_TUNE_JOB = "FineTuneJob"
+COMPRESSED_FROM = 16384
+"""Bytes of JSON from which compressing is worth its time in a body that changes."""
+ENDED = frozenset({Phase.COMPLETE, Phase.FAILED})
+APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+READ = ("apiVersion", "kind", "spec", "status")
+UNREAD = frozenset({"managedFields", "finalizers", "generateName", "selfLink"})
 
 
 class Key(NamedTuple):
@@ -18,21 +34,38 @@ class Key(NamedTuple):
     label: str
 
 
+class _Packed(NamedTuple):
+    """One body."""
+
+    uid: str
+    version: int
+    phase: str
+    """Of a FineTuneJob."""
+    data: bytes
+
+
 class Store:
-    """Newest known bodies, by kind and job. A body that is older than the known one is passed over."""
+    """Newest known bodies, by kind and job. A body that is no newer than the known one is passed over."""
 
     def __init__(self) -> None:
-        self._bodies: dict[tuple[str, Key], dict[str, Object]] = {}
+        self._bodies: dict[tuple[str, Key], dict[str, _Packed]] = {}
 
     def put(self, kind: str, body: Object) -> Key | None:
-        """Take a body over; returns the job it is about, or None if it is about none."""
+        """Take a body over; returns the job it is about, or None if it is about none or nothing new."""
         key = key_of(kind, body)
         if key is None:
             return None
-        name = body["metadata"]["name"]
+        name, version, uid = body["metadata"]["name"], _version(body), _uid(body)
         known = self._bodies.setdefault((kind, key), {})
-        if name not in known or _version(body) >= _version(known[name]) or _uid(body) != _uid(known[name]):
-            known[name] = body
+        before = known.get(name)
+        if before is not None and before.uid == uid and before.version >= version:
+            return None
+        phase = str((body.get("status") or {}).get("phase", Phase.PENDING)) if kind == FINE_TUNE_JOB else ""
+        data = json.dumps(slim(kind, body), separators=(",", ":"), ensure_ascii=False).encode()
+        # What is at work is read again at once, a job that has ended hardly ever.
+        if phase in ENDED or len(data) >= COMPRESSED_FROM:
+            data = zlib.compress(data, 1)
+        known[name] = _Packed(uid, version, phase, data)
         return key
 
     def drop(self, kind: str, body: Object) -> Key | None:
@@ -40,43 +73,68 @@ class Store:
         key = key_of(kind, body)
         if key is None:
             return None
-        known = self._bodies.get((kind, key), {})
         name = body["metadata"]["name"]
-        if name in known and _uid(known[name]) == _uid(body):
-            del known[name]
-        if not known:
-            self._bodies.pop((kind, key), None)
+        before = self._bodies.get((kind, key), {}).get(name)
+        if before is not None and before.uid == _uid(body):
+            self._forget(kind, key, name)
         return key
 
     def drop_all_but(self, kind: str, key: Key, suspects: frozenset[str], there: frozenset[str]) -> bool:
-        """Forget those of the suspects (uids) that are not there; whether there were any.
-
-        kopf lists again after a watch has broken, and does not say what was deleted meanwhile.
-        """
-        ghosts = [body for body in self.of(kind, key) if _uid(body) in suspects - there]
-        for body in ghosts:
-            self.drop(kind, body)
+        """Forget those of the suspects (uids) that are not there; whether there were any."""
+        known = self._bodies.get((kind, key), {})
+        ghosts = [name for name, packed in known.items() if packed.uid in suspects - there]
+        for name in ghosts:
+            self._forget(kind, key, name)
         return bool(ghosts)
 
     def uids(self, kind: str, key: Key) -> frozenset[str]:
         """Uids of all bodies of a kind that belong to a job."""
-        return frozenset(_uid(body) for body in self.of(kind, key))
+        return frozenset(packed.uid for packed in self._bodies.get((kind, key), {}).values())
+
+    def keep_only(self, kind: str, namespace: str, uids: Collection[str], version: int) -> list[Key]:
+        """Forget bodies of a kind that a list of that version (of a namespace, or all) lacks; returns their jobs."""
+        gone = [
+            (key, name)
+            for (known, key), bodies in self._bodies.items()
+            if known == kind and namespace in ("", key.namespace)
+            for name, packed in bodies.items()
+            if packed.uid not in uids and packed.version <= version
+        ]
+        for key, name in gone:
+            self._forget(kind, key, name)
+        return [key for key, _ in gone]
+
+    def _forget(self, kind: str, key: Key, name: str) -> None:
+        bodies = self._bodies[kind, key]
+        del bodies[name]
+        if not bodies:
+            del self._bodies[kind, key]
 
     def job(self, key: Key) -> Object | None:
         """The FineTuneJob itself."""
-        return next(iter(self._bodies.get((FINE_TUNE_JOB, key), {}).values()), None)
+        return next(iter(self.of(FINE_TUNE_JOB, key)), None)
 
     def of(self, kind: str, key: Key) -> tuple[Object, ...]:
         """All bodies of a kind that belong to a job."""
-        return tuple(self._bodies.get((kind, key), {}).values())
+        return tuple(_unpack(packed.data) for packed in self._bodies.get((kind, key), {}).values())
 
     def named(self, kind: str, key: Key, name: str) -> Object | None:
         """One body of a kind that belongs to a job."""
-        return self._bodies.get((kind, key), {}).get(name)
+        packed = self._bodies.get((kind, key), {}).get(name)
+        return None if packed is None else _unpack(packed.data)
 
-    def jobs(self) -> list[Object]:
-        """Every FineTuneJob."""
-        return [job for (kind, _), known in self._bodies.items() if kind == FINE_TUNE_JOB for job in known.values()]
+    def holds(self, kind: str, key: Key, name: str) -> bool:
+        """Whether a body of that name belongs to a job."""
+        return name in self._bodies.get((kind, key), {})
+
+    def phases(self) -> Counter[tuple[str, str]]:
+        """How many FineTuneJobs there are, by namespace and phase."""
+        return Counter(
+            (key.namespace, packed.phase)
+            for (kind, key), bodies in self._bodies.items()
+            if kind == FINE_TUNE_JOB
+            for packed in bodies.values()
+        )
 
 
 def key_of(kind: str, body: Object) -> Key | None:
@@ -88,10 +146,49 @@ def key_of(kind: str, body: Object) -> Key | None:
     return Key(meta["namespace"], label) if label else None
 
 
-def slim(body: Object) -> Object:
+def slim(kind: str, body: Object) -> Object:
     """A body without what nobody reads here and what is most of its size."""
-    meta = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
-    return {**body, "metadata": meta}
+    meta = {name: value for name, value in body["metadata"].items() if name not in UNREAD}
+    annotations = meta.pop("annotations", None) or {}
+    kept = {name: value for name, value in annotations.items() if name != APPLIED}
+    made = {name: body[name] for name in READ if name in body} | {"metadata": meta}
+    if kind == FINE_TUNE_JOB:
+        meta["annotations"] = kept
+    elif kind == "ConfigMap":
+        data = body.get("data") or {}
+        made["data"] = {name: _image(text) if name == RUN_CONFIG_FILE else text for name, text in data.items()}
+    elif "spec" in body:
+        made["spec"] = _pod_spec(body["spec"]) if kind == "Pod" else _without_pods(body["spec"])
+    return made
+
+
+def _pod_spec(spec: Object) -> Object:
+    """Where a pod runs and what its first container may use."""
+    containers = [{"resources": container.get("resources") or {}} for container in spec.get("containers", [])[:1]]
+    return {name: spec[name] for name in ("nodeName",) if name in spec} | {"containers": containers}
+
+
+def _without_pods(spec: Object) -> Object:
+    """The spec of what makes pods, without how it makes them."""
+    left_out = ("template", "podTemplateOverrides", "env", "command")
+    return {
+        name: _without_pods(value) if isinstance(value, dict) else value
+        for name, value in spec.items()
+        if name not in left_out
+    }
+
+
+def _image(run_config: str) -> str:
+    """Of a run config, what is read again: the image."""
+    try:
+        return json.dumps({"image": json.loads(run_config).get("image", "")})
+    except (ValueError, AttributeError):
+        return run_config
+
+
+def _unpack(data: bytes) -> Object:
+    body: Object = json.loads(data if data.startswith(b"{") else zlib.decompress(data))
+    return body
 
 
 def _version(body: Object) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from datetime import datetime, timedelta
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -13,6 +14,9 @@ from finetune_api.status import AttemptRecord, JobStatus, Origin
 from finetune_operator.planning.conditions import cut
 
 WRITE_INTERVAL_SECONDS = 60
+WORDS_INTERVAL_SECONDS = 2
+"""A status whose words alone are new (starting, running, ending) waits so long after the last write: each write costs
+the API server more than anything else here, and a stage that is quick passes through several such states at once."""
 WARNINGS_KEPT = 30
 PROGRESS_FIELDS = frozenset(
     {
@@ -116,19 +120,36 @@ def _headline(metrics: list[MetricResult]) -> MetricResult | None:
 
 def material(status: JobStatus) -> dict[str, object]:
     """The wire form without what only moves on: two equal ones hold the same conclusions."""
-    return {name: value for name, value in status.to_wire().items() if name not in PROGRESS_FIELDS}
+    return _material(status.to_wire())
+
+
+def _material(wire: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in wire.items() if name not in PROGRESS_FIELDS}
+
+
+def _settled(wire: dict[str, Any]) -> dict[str, object]:
+    """What programs and the next decision go by: what is concluded, and not how it is put."""
+    words, moments = ("phase", "conditions", "attempts"), ("runningSince", "exited")
+    conditions = [(c["type"], c["status"], c["observedGeneration"]) for c in wire.get("conditions", ())]
+    attempts = [{n: v for n, v in record.items() if n not in moments} for record in wire.get("attempts", ())]
+    rest = {name: value for name, value in wire.items() if name not in words}
+    return rest | {"conditions": conditions, "attempts": attempts}
 
 
 def worth_writing(old: JobStatus, new: JobStatus, written: datetime | None, now: datetime) -> bool:
     """Whether `new` is to be written over the persisted `old`, last written by this process at `written`.
 
-    Equal: no. Another conclusion: at once. Progress alone: when the last write is a minute old. A fresh process
-    (`written` is None) waits as well, from `activeUntil`, so that a restart with a thousand jobs is no storm.
+    Equal: no. Another conclusion: at once. Other words: two seconds after the last write. Progress alone: when the
+    last write is a minute old. A fresh process (`written` is None) waits that minute as well, from `activeUntil`, so
+    that a restart with a thousand jobs is no storm.
     """
-    if new.to_wire() == old.to_wire():
+    was, becomes = old.to_wire(), new.to_wire()
+    if was == becomes:
         return False
-    if material(new) != material(old):
-        return True
+    was, becomes = _material(was), _material(becomes)
+    if was != becomes:
+        age = None if written is None else (now - written).total_seconds()
+        return age is None or age >= WORDS_INTERVAL_SECONDS or _settled(was) != _settled(becomes)
     last = written or old.active_until
     return last is None or now - last >= timedelta(seconds=WRITE_INTERVAL_SECONDS)
 

@@ -1,26 +1,79 @@
-"""The handlers that kopf calls: in the operator's own loop, and without what kopf would keep for itself."""
+"""What kopf watches: in the operator's own loop, and without what kopf would keep for itself."""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import kopf
+import pytest
 
 from finetune_operator import handlers
 from finetune_operator.cluster.store import Store
 from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
-from finetune_operator.workqueue import WorkQueue
+from finetune_operator.workqueue import Urgency, WorkQueue
 
 
-def test_handlers_run_in_the_loop_that_store_and_queue_belong_to() -> None:
-    made = handlers.registry(Store(), WorkQueue(), PyTorchJobBackend())
-    found = [*made._watching.get_all_handlers(), *made._indexing.get_all_handlers()]
-    assert len(found) == 2 * len(handlers.watched(PyTorchJobBackend()))
-    assert all(inspect.iscoroutinefunction(handler.fn) for handler in found)
+def job(name: str, phase: str = "") -> dict[str, Any]:
+    meta = {"name": name, "namespace": "ml", "uid": name, "resourceVersion": "1"}
+    return {"metadata": meta} | ({"status": {"phase": phase}} if phase else {})
+
+
+def handler(store: Store, queue: Any) -> Any:
+    (found,) = handlers.registry(store, queue)._watching.get_all_handlers()
+    return found.fn
+
+
+def test_kopf_watches_the_jobs_in_the_loop_that_store_and_queue_belong_to() -> None:
+    made = handlers.registry(Store(), WorkQueue())
+    assert inspect.iscoroutinefunction(handler(Store(), WorkQueue()))
+    assert made._indexing.get_all_handlers() == []
+
+
+def test_every_kind_of_child_is_watched_in_every_namespace_and_ours_alone() -> None:
+    made = handlers.watches(None, Store(), WorkQueue(), PyTorchJobBackend(), ("a", "b"))  # type: ignore[arg-type]
+    assert {watch.kind for watch in made} == {"Job", "PyTorchJob", "Pod", "ConfigMap"}
+    assert len({(watch.kind, watch.namespace) for watch in made}) == 8
+    assert {watch.labels for watch in made} == {"app.kubernetes.io/managed-by=finetune-operator"}
+
+
+@pytest.mark.parametrize(
+    ("type", "phase", "urgency"),
+    [
+        (None, "Complete", Urgency.LAST),
+        (None, "Failed", Urgency.LAST),
+        (None, "Training", Urgency.NEW),
+        (None, "", Urgency.NEW),
+        ("ADDED", "", Urgency.NEW),
+        ("MODIFIED", "Training", Urgency.NOW),
+        ("MODIFIED", "Complete", Urgency.NOW),
+    ],
+)
+async def test_jobs_at_work_come_first_and_those_that_had_ended_last(
+    type: str | None, phase: str, urgency: Urgency
+) -> None:
+    class Queue:
+        added: list[Urgency] = []
+
+        def add(self, key: object, urgency: Urgency) -> None:
+            self.added.append(urgency)
+
+    queue = Queue()
+    await handler(Store(), queue)(type=type, body=kopf.Body(job("support", phase)))
+    assert queue.added == [urgency]
+
+
+async def test_a_job_that_the_store_knows_already_is_not_worked_on_again() -> None:
+    store, queue = Store(), WorkQueue[Any]()
+    for kind in (None, "MODIFIED"):
+        await handler(store, queue)(type=kind, body=kopf.Body(job("support")))
+    assert queue.depth == 1
+    await handler(store, queue)(type="DELETED", body=kopf.Body(job("support")))
+    assert store.phases() == {}
 
 
 def test_kopf_neither_compares_nor_remembers() -> None:
-    persistence = handlers.settings(PyTorchJobBackend(), clusterwide=False).persistence
+    persistence = handlers.settings(clusterwide=False).persistence
     body, patch = kopf.Body({"metadata": {"annotations": {}}, "spec": {"a": 1}}), kopf.Patch()
     essence = persistence.diffbase_storage.build(body=body)
     persistence.diffbase_storage.store(body=body, patch=patch, essence=essence)

@@ -147,3 +147,45 @@ async def test_pods_that_are_heard_of_before_their_owner_end_nothing(stage: Stag
     cluster.late = {"Job": 3, "PyTorchJob": 3}
     await cluster.carry_on()
     assert [r.outcome for r in cluster.status.attempts if r.stage is stage] == ["succeeded"]
+
+
+async def test_a_pod_that_is_seen_before_what_made_it_ends_no_attempt() -> None:
+    cluster = FakeCluster()
+    operator = cluster.operator()
+    while not cluster.of("Job"):
+        cluster.show(operator.store)
+        await operator.reconcile(KEY)
+    assert operator.store.of("Job", KEY), "what was made is known without a watch"
+    cluster.tick()
+    # Another replica made the Job; of its events only the pod's have come.
+    fresh = cluster.operator()
+    fresh.store.keep_only("Job", "", set(), 1_000_000)
+    assert fresh.store.of("Pod", KEY)
+    assert not fresh.store.of("Job", KEY)
+    await fresh.reconcile(KEY)
+    assert [record.outcome for record in cluster.status.attempts] == ["running"]
+
+
+async def test_pods_whose_owner_was_deleted_from_outside_end_their_attempt() -> None:
+    cluster = FakeCluster()
+    operator = cluster.operator()
+    while not cluster.of("Pod"):
+        cluster.show(operator.store)
+        await operator.reconcile(KEY)
+        cluster.tick()
+    (job,) = cluster.of("Job")
+    del cluster.objects["Job", job["metadata"]["name"]]
+    cluster.show(operator.store)
+    await operator.reconcile(KEY)
+    assert [(record.outcome, record.reason) for record in cluster.status.attempts] == [("failed", "deleted")]
+
+
+async def test_a_job_whose_deletion_was_missed_is_let_go() -> None:
+    cluster = FakeCluster()
+    operator = cluster.operator()
+    cluster.fault = lambda number, verb, when: ApiError(404, "NotFound", "") if verb == "update" else None
+    with pytest.raises(ApiError):
+        await operator.reconcile(KEY)
+    cluster.requests.clear()
+    assert await operator.reconcile(KEY) is None
+    assert cluster.requests == []

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from finetune_operator.workqueue import WorkQueue
+from finetune_operator.workqueue import FAIR, Urgency, WorkQueue
 
 
 async def test_a_key_is_at_most_once_in_the_queue() -> None:
@@ -71,3 +71,34 @@ async def test_what_the_server_asks_for_is_waited_at_least(monkeypatch: pytest.M
     monkeypatch.setattr(queue, "add_after", lambda key, seconds: waits.append(seconds))
     queue.add_failed("a", at_least=7)
     assert waits == [7]
+
+
+async def test_what_is_at_work_goes_before_what_is_new_and_that_before_what_has_ended() -> None:
+    queue = WorkQueue[str]()
+    queue.add("old", Urgency.LAST)
+    queue.add("new", Urgency.NEW)
+    queue.add("newer", Urgency.NEW)
+    queue.add("now")
+    assert [await queue.get() for _ in range(4)] == ["now", "new", "newer", "old"]
+
+
+async def test_what_becomes_urgent_comes_at_once_and_once() -> None:
+    queue = WorkQueue[str]()
+    for key in ("a", "b", "c"):
+        queue.add(key, Urgency.NEW)
+    queue.add("c")
+    queue.add("c", Urgency.LAST)
+    assert queue.depth == 3
+    assert [await queue.get() for _ in range(3)] == ["c", "a", "b"]
+    assert queue.depth == 0
+
+
+async def test_none_waits_for_ever_however_busy_the_others_are() -> None:
+    queue = WorkQueue[str]()
+    queue.add("old", Urgency.LAST)
+    served = []
+    for _ in range(FAIR):
+        queue.add("busy")
+        served.append(await queue.get())
+        queue.done(served[-1])
+    assert served.count("old") == 1

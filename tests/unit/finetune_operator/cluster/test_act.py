@@ -1,15 +1,19 @@
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from tests.unit.finetune_operator.fake_cluster import FakeCluster
 from tests.unit.finetune_operator.planning.world import job
 
 from finetune_operator.cluster.act import event_manifest, in_the_way, snapshot_image
-from finetune_operator.cluster.api import ApiError
-from finetune_operator.cluster.store import Key, Store
+from finetune_operator.cluster.api import ApiError, Object
+from finetune_operator.cluster.observe import Seen, observe, read_spec
+from finetune_operator.cluster.store import APPLIED, Key, Store, slim
 from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.planning.manifests.trainjob import TrainJobBackend
-from finetune_operator.planning.model import Event
+from finetune_operator.planning.model import Event, Observation
 
 REFUSALS = [
     (403, 'jobs "a" is forbidden: exceeded quota: gpus, requested: 8', "Quota"),
@@ -103,3 +107,41 @@ def test_a_job_is_found_by_the_label_of_its_children(name: str) -> None:
     assert key is not None
     assert len(key.label) <= 63
     assert store.job(key) is not None
+
+
+async def test_of_what_the_store_leaves_out_an_observation_needs_nothing() -> None:
+    cluster, backend = FakeCluster(), PyTorchJobBackend()
+    await cluster.carry_on()
+    job = cluster.objects["FineTuneJob", "support"]
+    job["metadata"]["annotations"] = {"finetune.dev/retry": "1", APPLIED: "x" * 10_000}
+    for pod in cluster.of("Pod"):
+        pod["metadata"]["managedFields"] = [{}]
+        pod["spec"]["nodeName"] = "node-a"
+
+    def seen(read: Callable[[str, Object], Object]) -> Observation:
+        carriers = [read(kind, body) for kind in ("Job", "PyTorchJob") for body in cluster.of(kind)]
+        report = read("ConfigMap", cluster.objects["ConfigMap", "support-report"])
+        pods = tuple(read("Pod", pod) for pod in cluster.of("Pod"))
+        spec, _ = read_spec(job)
+        whole = Seen(read("FineTuneJob", job), spec, carriers=tuple(carriers), pods=pods, report=report)
+        return observe(whole, backend, cluster.now)
+
+    small, whole = seen(slim), seen(lambda _, body: body)
+    assert replace(small, annotations={}) == replace(whole, annotations={})
+    assert small.annotations == {"finetune.dev/retry": "1"}
+    config = cluster.objects["ConfigMap", "support-config"]
+    uid = job["metadata"]["uid"]
+    assert snapshot_image(slim("ConfigMap", config), uid) == snapshot_image(config, uid) is not None
+    sizes = {
+        kind: len(json.dumps(slim(kind, body))) / len(json.dumps(body, default=str))
+        for kind in ("Job", "Pod", "PyTorchJob")
+        for body in cluster.of(kind)
+    }
+    assert max(sizes.values()) < 0.5
+
+
+def test_a_body_comes_out_of_the_store_as_it_went_in_however_long_it_is() -> None:
+    store = Store()
+    long = body("long", 1) | {"status": {"conditions": [{"message": f"Grüße {n}"} for n in range(500)]}}
+    store.put("Pod", long)
+    assert store.of("Pod", KEY) == (long,)

@@ -1,3 +1,5 @@
+from collections import Counter
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ from finetune_api.base import STAGES, Stage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.cluster.api import ApiError
 from finetune_operator.cluster.lease import Lease, LeaseLostError
-from finetune_operator.cluster.needs import claims_of, look, secrets_of
+from finetune_operator.cluster.needs import FRESH, Prerequisites, claims_of, secrets_of
 
 CREDENTIALS = {"hub": {"name": "read"}, "publish": {"name": "write"}, "wandb": {"name": "wb", "key": "key"}}
 
@@ -20,8 +22,10 @@ class Cluster:
             (kind, name): {"metadata": {"name": name, "resourceVersion": "1"}, **rest} for kind, name, rest in objects
         }
         self.down = False
+        self.asked: list[str] = []
 
     async def find(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        self.asked.append(name)
         if self.down:
             raise ApiError(0, "Unreachable", "")
         found = self.objects.get((kind, name))
@@ -68,8 +72,12 @@ def test_a_job_without_credentials_needs_none(stage: Stage) -> None:
     assert secrets_of(spec(credentials={}), stage) == {}
 
 
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
 async def test_what_is_missing_is_named_with_its_field() -> None:
-    needs = await look(Cluster(secret("read", key="other")), "ml", spec(), Stage.PREPARE)  # type: ignore[arg-type]
+    prerequisites = Prerequisites(Cluster(secret("read", key="other")))  # type: ignore[arg-type]
+    needs = await prerequisites.look("ml", spec(), Stage.PREPARE, NOON)
     sentences = [missing.sentence for missing in needs.missing]
     assert sentences == [
         "Secret read (credentials.hub) has no key token.",
@@ -80,11 +88,22 @@ async def test_what_is_missing_is_named_with_its_field() -> None:
 
 async def test_the_version_changes_with_a_secret() -> None:
     cluster = Cluster(secret("write"), CACHE)
-    before = await look(cluster, "ml", spec(), Stage.PUBLISH)  # type: ignore[arg-type]
+    prerequisites = Prerequisites(cluster)  # type: ignore[arg-type]
+    before = await prerequisites.look("ml", spec(), Stage.PUBLISH, NOON)
     cluster.objects["Secret", "write"]["metadata"]["resourceVersion"] = "2"
-    after = await look(cluster, "ml", spec(), Stage.PUBLISH)  # type: ignore[arg-type]
+    after = await prerequisites.look("ml", spec(), Stage.PUBLISH, NOON + FRESH)
     assert before.missing == after.missing == ()
     assert before.credentials_version != after.credentials_version
+
+
+async def test_many_jobs_ask_once_for_what_is_there_and_each_time_for_what_is_not() -> None:
+    cluster = Cluster(secret("read"))
+    prerequisites = Prerequisites(cluster)  # type: ignore[arg-type]
+    for _ in range(5):
+        await prerequisites.look("ml", spec(), Stage.PREPARE, NOON)
+    assert Counter(cluster.asked) == {"read": 1, "write": 5, "finetune-cache": 5}
+    cluster.objects |= Cluster(secret("write"), CACHE).objects
+    assert (await prerequisites.look("ml", spec(), Stage.PREPARE, NOON)).missing == ()
 
 
 def test_given_claims_have_to_be_there_and_made_ones_not() -> None:

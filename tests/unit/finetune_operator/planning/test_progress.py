@@ -1,8 +1,10 @@
 from datetime import timedelta
 
+import pytest
 from tests.unit.finetune_operator.planning.world import job, steps
 
 from finetune_api.base import Stage
+from finetune_api.status import Phase
 from finetune_operator.planning.progress import eta_text, material, progress_text, worth_writing
 
 
@@ -14,6 +16,38 @@ def test_an_equal_status_is_not_written() -> None:
 def test_a_new_conclusion_is_written_at_once() -> None:
     world = job().training().finishes()
     assert worth_writing(world.status, world.decide().status, world.now, world.now)
+
+
+def test_other_words_for_the_same_conclusions_wait_two_seconds_after_a_write() -> None:
+    world = job().training()
+    starting = world.status.model_copy(update={"phase": Phase.PREPARING}, deep=True)
+    starting.conditions[0].reason, starting.attempts[-1].running_since = "Starting", None
+    assert material(starting) != material(world.status)
+    written = world.now
+    assert not worth_writing(starting, world.status, written, world.now + timedelta(seconds=1))
+    assert worth_writing(starting, world.status, written, world.now + timedelta(seconds=2))
+    assert worth_writing(starting, world.status, None, world.now)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"observed_generation": 7},
+        {"attempts_started": {"train": 9}},
+        {"observed_retry": "again"},
+        {"credentials_seen": "=1"},
+    ],
+)
+def test_what_is_decided_by_is_written_at_once(change: dict[str, object]) -> None:
+    world = job().training()
+    assert worth_writing(world.status, world.status.model_copy(update=change), world.now, world.now)
+
+
+def test_a_condition_that_comes_true_is_written_at_once() -> None:
+    world = job().training()
+    new = world.status.model_copy(deep=True)
+    new.conditions[0].status = "True"
+    assert worth_writing(world.status, new, world.now, world.now)
 
 
 def test_progress_alone_is_written_at_most_once_a_minute() -> None:

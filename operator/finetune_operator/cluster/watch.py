@@ -1,0 +1,117 @@
+"""One kind of children in one namespace (or all): listed, then watched for ever, as the store is kept by it.
+
+Nothing is handled object by object as kopf would: an event costs its JSON and a place in the store, no task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from finetune_operator.cluster.api import Api, ApiError, Object
+from finetune_operator.cluster.store import Key, Store
+
+log = logging.getLogger(__name__)
+
+PAGE_SIZE = 50
+"""Bodies that are held whole at a time, before the store has made them small."""
+RESYNC_SECONDS = 3600.0
+"""How often everything is listed again, whatever the watch has said: an event that was missed is made up for."""
+BACKOFF_SECONDS = (0.2, 30.0)
+UNKNOWN_KIND_SECONDS = 30.0
+"""How often a kind is asked for that the cluster does not know: its CRD may be installed later."""
+
+
+@dataclass
+class Watch:
+    """Keeps the store's bodies of a kind; `changed` is told the job of each body that is new to it."""
+
+    api: Api
+    store: Store
+    kind: str
+    namespace: str
+    """Empty for all."""
+    labels: str
+    changed: Callable[[Key], None]
+    listed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set as soon as the store holds what was there at the start."""
+    _version: str = ""
+    """What is known up to; empty when everything has to be listed."""
+    _failures: int = 0
+    _complained: str = ""
+
+    async def run(self) -> None:
+        """List and watch until cancelled; whatever goes wrong, it begins again."""
+        clock, resync = asyncio.get_running_loop().time, 0.0
+        while True:
+            try:
+                if not self._version or clock() >= resync:
+                    await self._list()
+                    resync = clock() + RESYNC_SECONDS * random.uniform(0.8, 1.2)
+                    self.listed.set()
+                await self._follow()
+                await asyncio.sleep(BACKOFF_SECONDS[0])
+            except ApiError as error:
+                if error.code == 410 or self._unknown(error):
+                    self._version = ""
+                await asyncio.sleep(self._pause(error))
+
+    async def resync(self) -> None:
+        """List again and again until cancelled, and nothing else: for a kind that something else watches."""
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS * random.uniform(0.8, 1.2))
+            try:
+                await self._list()
+            except ApiError as error:
+                log.warning("cannot list %s: %s", self.kind, error)
+
+    async def _list(self) -> None:
+        """Bring the store up to date with everything that is there."""
+        there: set[str] = set()
+        version = ""
+        async for page in self.api.pages(self.kind, self.namespace, self.labels, PAGE_SIZE):
+            version = page["metadata"]["resourceVersion"]
+            for body in page.get("items") or []:
+                there.add(body["metadata"]["uid"])
+                self._tell(self.store.put(self.kind, body))
+        for key in self.store.keep_only(self.kind, self.namespace, there, int(version)):
+            self.changed(key)
+        self._version, self._failures = version, 0
+
+    async def _follow(self) -> None:
+        """Take over what happens until the watch ends."""
+        async for event in self.api.watch(self.kind, self.namespace, self.labels, self._version):
+            self._failures = 0
+            body: Object = event["object"]
+            if event["type"] == "DELETED":
+                self._tell(self.store.drop(self.kind, body))
+            elif event["type"] != "BOOKMARK":
+                self._tell(self.store.put(self.kind, body))
+            self._version = body["metadata"]["resourceVersion"]
+
+    def _tell(self, key: Key | None) -> None:
+        if key is not None:
+            self.changed(key)
+
+    def _unknown(self, error: ApiError) -> bool:
+        """Whether the cluster does not know the kind: then there is none of it, and nothing has to wait for it."""
+        if error.code != 404:
+            return False
+        self.listed.set()
+        return True
+
+    def _pause(self, error: ApiError) -> float:
+        """Seconds until the next try; complains once about each thing that stays wrong."""
+        self._failures += 1
+        unusual = error.code not in (0, 410, 429) or self._failures > 3
+        if unusual and self._complained != error.reason:
+            self._complained = error.reason
+            log.warning("cannot watch %s in %s: %s", self.kind, self.namespace or "all namespaces", error)
+        if error.code == 404:
+            return UNKNOWN_KIND_SECONDS
+        base, cap = BACKOFF_SECONDS
+        seconds: float = min(base * 2.0 ** (self._failures - 1), cap) * random.uniform(0.75, 1.25)
+        return max(seconds, error.retry_after or 0.0)
