@@ -107,7 +107,7 @@ def table_of(samples: dict[str, list[float]], title: str, unit: str) -> Table:
 
 def run(size: Size) -> Result:
     """Both on the model that the other benchmarks train."""
-    model_file, rounds = jobs.smollm2(), size.pick(1, 2, 5)
+    model_file, rounds = jobs.smollm2(), size.pick(1, 1, 5)
     labels = jobs.INTENTS[: size.pick(5, 77)]
     with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
         workload = jobs.intents(4 * len(labels), labels=labels)

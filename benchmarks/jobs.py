@@ -145,14 +145,14 @@ def tweet_rows() -> list[dict[str, str]]:
     return rows
 
 
-def tweets(count: int, examples_a_step: int = 12) -> Workload:
+def tweets(count: int, examples_a_step: int = 9) -> Workload:
     """Tweets with a feeling: short documents of one task, of which only the answer is learnt."""
     chosen = [row for row in tweet_rows() if 20 <= len(row["text"]) <= 280][:count]
     dataset = {"task": "classification", "columns": {"text": "text", "label": "label"}}
     return Workload("tweets", chosen, dataset, examples_a_step)
 
 
-def chats(count: int, examples_a_step: int = 4) -> Workload:
+def chats(count: int, examples_a_step: int = 3) -> Workload:
     """Chats of mixed length, of which every answer is learnt."""
     rows = []
     with assets().fetch("chitchat").open(encoding="utf-8") as file:

@@ -187,7 +187,7 @@ def best_of(found: Figures, unit: str = "tokens") -> tuple[str, float]:
 def workload_of(name: str, size: Size) -> tuple[jobs.Workload, str, Sequence[str]]:
     """What is compared, in which unit, with which settings of TRL (none: all)."""
     if name == "intents":
-        one_task = jobs.intents(1200, examples_a_step=size.pick(4, 12, 32))
+        one_task = jobs.intents(1200, examples_a_step=size.pick(4, 8, 32))
         return one_task, "documents", ("TRL, padded", "TRL, padding-free")
     return (jobs.tweets(600) if name == "tweets" else jobs.chats(400)), "tokens", ()
 
