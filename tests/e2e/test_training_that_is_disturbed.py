@@ -65,6 +65,21 @@ def test_a_suspended_job_holds_no_pod_and_goes_on_where_it_was(place: Place, und
     assert place.losses() == undisturbed
 
 
+def test_a_stopped_rank_is_named_with_its_peers_stacks_and_the_attempt_is_retried(
+    place: Place, undisturbed: dict[int, float]
+) -> None:
+    place.apply(publish=None, timeouts={"startup": "5m", "hang": "1m"})
+    place.trained_to(STEP)
+    os.kill(place.rank_process(place.pods()[1]), signal.SIGSTOP)
+    status = place.complete()
+    assert place.ended() == [("hang", True), ("succeeded", False)]
+    hang = next(a for a in status["attempts"] if a["stage"] == Stage.TRAIN)
+    assert "rank 1" in hang["message"].lower()
+    for rank in (0, 2):
+        assert "train" in (place.run / "logs" / "train-1" / f"stacks-rank{rank}.txt").read_text()
+    assert place.losses() == undisturbed
+
+
 def test_a_deleted_job_takes_its_pods_with_it_and_leaves_the_volume(place: Place) -> None:
     place.apply(publish=None)
     place.trained_to(1)
