@@ -19,6 +19,8 @@ from finetune_api.runconfig import ATTEMPT_VARIABLE, Attempt, JobRef, Paths, Run
 from finetune_api.spec import FineTuneJobSpec
 
 UID = "benchmark"
+ROW_TOKENS = 1024
+"""Tokens of a row: what the plan gives a CPU."""
 CHAT_CHARACTERS = (100, 2500)
 """Chats between a line and a page: mixed lengths that fit a row."""
 PROBLEMS = ("declined", "delayed", "missing", "charged twice", "reversed", "limit", "exchange rate", "fee", "pending",
@@ -62,9 +64,9 @@ class PreparedJob:
         return self.run / "prepared"
 
     def environment_of(self, stage: Stage = Stage.TRAIN, **fields: Any) -> dict[str, str]:
-        """What a new attempt at a stage is given."""
+        """What a new attempt at a stage is given; `fields` are more of its fields, in snake_case."""
         self.attempts += 1
-        attempt = Attempt(uid=UID, stage=stage, number=self.attempts, **fields)
+        attempt = Attempt(uid=UID, stage=stage, number=self.attempts, **{"micro_batch_tokens": ROW_TOKENS, **fields})
         return {
             "FINETUNE_RUN_CONFIG": str(self.run / "run-config.json"),
             ATTEMPT_VARIABLE: attempt.model_dump_json(by_alias=True),
@@ -152,7 +154,7 @@ def tweets(count: int, examples_a_step: int = 9) -> Workload:
     return Workload("tweets", chosen, dataset, examples_a_step)
 
 
-def chats(count: int, examples_a_step: int = 3) -> Workload:
+def chats(count: int, examples_a_step: int = 4) -> Workload:
     """Chats of mixed length, of which every answer is learnt."""
     rows = []
     with assets().fetch("chitchat").open(encoding="utf-8") as file:

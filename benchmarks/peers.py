@@ -34,8 +34,7 @@ TRL = "1.16.0"
 OURS = "finetune-operator"
 STEPS_OF_ROWS = 40
 """Steps' worth of rows handed to TRL: more than are measured."""
-PACKED_TOKENS = 1024
-MEGABYTES_A_WORKER = 3500
+MEGABYTES_A_WORKER = 4500
 """Memory that must be free for each process: what finds no room is left out, and the table says so."""
 
 
@@ -61,9 +60,12 @@ def environment_of_trl() -> Path:
 
 def settings_of_trl(examples: int, step_tokens: float, longest: int, precision: str) -> dict[str, dict[str, Any]]:
     """What is tried, by name. Each optimiser step has the documents (or, packed, the tokens) of one of ours."""
-    whole = {"per_device_train_batch_size": examples, "bf16": precision == "bfloat16"}
+    row = max(jobs.ROW_TOKENS, longest)
+    # Longer rows cost TRL more: its mask is dense and quadratic in the row, and its memory grows with the batch.
+    together = next(size for size in range(examples, 0, -1) if examples % size == 0 and size * longest <= 2 * row)
+    whole = {"per_device_train_batch_size": together, "gradient_accumulation_steps": examples // together}
+    whole |= {"bf16": precision == "bfloat16"}
     best = {**whole, "gradient_checkpointing": False, "model_dtype": precision}
-    row = max(PACKED_TOKENS, longest)
     in_rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": max(1, round(step_tokens / row))}
     return {
         "TRL, padding-free": {**best, "padding_free": True, "max_length": None},

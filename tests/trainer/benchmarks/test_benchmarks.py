@@ -160,3 +160,13 @@ def test_a_result_is_kept_with_its_machine_and_versions(tmp_path: Path) -> None:
 
 def test_ratios_are_of_pairs() -> None:
     assert ratios([4.0, 9.0], [2.0, 3.0]) == [2.0, 3.0]
+
+
+def test_trl_gets_batches_that_are_no_longer_than_two_rows_and_ours_in_all() -> None:
+    for examples, longest in ((9, 150), (4, 700), (8, 480)):
+        for settings in peers.settings_of_trl(examples, examples * longest, longest, "bfloat16").values():
+            together, parts = (
+                settings[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+            )
+            assert settings.get("packing") or together * parts == examples
+            assert together == 1 or together * longest <= 2 * jobs.ROW_TOKENS
