@@ -35,6 +35,8 @@ from .harness.processes import wait_until
 
 NAMESPACES = 6
 """Jobs that are carried at a time: most of the time of each is waiting for the real controllers."""
+ENDS_WITHIN_SECONDS = 240
+"""Some ten seconds on an idle machine; two busy cores take a multiple."""
 MANAGED = "app.kubernetes.io/managed-by=finetune-operator"
 MEASURED = frozenset({"activeSeconds", "gpuHours", "price"})
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z")
@@ -176,13 +178,13 @@ class Place:
         life = self.life(plan, fresh=fresh, **options)
         begin = len(life.proxy.history)
         job = self.api.create(small_job(name), self.namespace)
-        wait_until(lambda: life.proxy.killed.is_set() or self._ended(name), f"{name} to end", 120)
+        wait_until(lambda: life.proxy.killed.is_set() or self._ended(name), f"{name} to end", ENDS_WITHIN_SECONDS)
         if to_the_last_word:
             wait_until(lambda: "Complete" in told(name, life.proxy.history[begin:]), f"{name} to be told complete")
         history, killed = life.proxy.history[begin:], life.proxy.killed.is_set()
         if killed:
             life = self.life(fresh=True)
-            wait_until(lambda: self._ended(name), f"{name} to end after a kill", 120)
+            wait_until(lambda: self._ended(name), f"{name} to end after a kill", ENDS_WITHIN_SECONDS)
             history += life.proxy.history
         status = self.api.get("FineTuneJob", name, self.namespace)["status"]
         broken, self._script.broken = self._script.broken, []
@@ -440,7 +442,9 @@ def test_an_api_server_that_fails_in_any_way_is_survived(arena: Arena) -> None:
 
     def survives(fault: str) -> Task:
         name = f"retried-{fault}"
-        return name, lambda place, name: place.carry(name, FAULTS[fault], fresh=True, request_timeout=1.0)
+        # Only where no answer comes is the client to give up soon: on a busy machine answers take their time.
+        patience = 1.0 if fault == "silent-acted" else 30.0
+        return name, lambda place, name: place.carry(name, FAULTS[fault], fresh=True, request_timeout=patience)
 
     stories = arena.each([survives(fault) for fault in FAULTS])
     assert {s.name: found for s in stories if (found := s.complaints(pattern))} == {}

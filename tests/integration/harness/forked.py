@@ -84,6 +84,8 @@ class Nursery:
             "FINETUNE_TRAINER_IMAGE": "trainer.example/trainer@sha256:" + "0" * 64,
             "FINETUNE_LEASE_NAME": lease or f"life-{number}",
             "FINETUNE_LEASE_NAMESPACE": self.ops,
+            # Nobody restarts an operator that ends because a busy machine kept it from renewing its Lease.
+            "FINETUNE_LEASE_SECONDS": "120",
             "FINETUNE_HEALTH_PORT": "0",
             "FINETUNE_METRICS_PORT": "0",
             "FINETUNE_BACKOFF_BASE_SECONDS": "0.1",
