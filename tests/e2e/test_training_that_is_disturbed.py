@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.integration.harness.processes import wait_until
 
 from finetune_api.base import Stage
 
-from .place import JOB, Place, is_true
+from .place import JOB, Place, condition_of, is_true
 
 pytestmark = pytest.mark.timeout(1200)
 STEP = 6
@@ -52,6 +55,32 @@ def test_a_pod_at_its_memory_limit_is_told_from_a_crash_and_the_limit_is_named(p
     assert "podTemplate.resources.limits.memory" in train["message"]
 
 
+@pytest.fixture
+def small_volume(place: Place) -> Iterator[Path]:
+    """The run's volume, with room for 64 MB."""
+    folder = place.places.volumes / place.namespace / "run"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "finetune-test", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_volume_that_is_full_ends_the_job_with_a_sentence_and_a_retry_goes_on(
+    place: Place, small_volume: Path, undisturbed: dict[int, float]
+) -> None:
+    place.apply(publish=None)
+    place.trained_to(STEP)
+    filler = small_volume / "filler"
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, check=False)
+    status = place.failed()
+    assert place.ended()[-1] == ("storage-full", False)
+    assert "volume" in condition_of(status, "Failed")["message"]
+    filler.unlink()
+    place.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
+    wait_until(lambda: is_true(place.status(), "Complete"), "Complete", 600)
+    assert place.ended()[-1] == ("succeeded", False)
+    assert place.losses() == undisturbed
+
+
 def test_a_suspended_job_holds_no_pod_and_goes_on_where_it_was(place: Place, undisturbed: dict[int, float]) -> None:
     place.apply(publish=None)
     place.trained_to(STEP)
@@ -89,3 +118,25 @@ def test_a_deleted_job_takes_its_pods_with_it_and_leaves_the_volume(place: Place
     assert list((kept / "checkpoints").glob("step-*"))
     claim = place.api.get("PersistentVolumeClaim", f"{JOB}-run", place.namespace)
     assert "deletionTimestamp" not in claim["metadata"]
+
+
+def test_a_job_that_is_applied_again_under_its_name_waits_for_the_old_pods_and_starts_afresh(place: Place) -> None:
+    short = {"epochs": 1, "learningRate": 5e-3, "globalBatchSize": 12, "maxSequenceLength": 128, "precision": "fp32"}
+    place.apply(publish=None)
+    place.trained_to(1)
+    before, old = place.run, place.job()["metadata"]["uid"]
+    place.kubectl("delete", "finetunejob", JOB, "--wait=false")
+    wait_until(lambda: place.api.find("FineTuneJob", JOB, place.namespace) is None, "the old job to go")
+    place.apply(publish=None, training=short)
+    met = []
+
+    def finished() -> bool:
+        uids = {pod["metadata"]["labels"]["finetune.dev/uid"] for pod in place.pods()}
+        met.append(len(uids) > 1)
+        return is_true(place.status(), "Complete")
+
+    wait_until(finished, "Complete", 800)
+    assert not any(met), "pods of both jobs ran at once"
+    assert place.job()["metadata"]["uid"] != old
+    assert place.run != before
+    assert max(place.losses()) == 15
