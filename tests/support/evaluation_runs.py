@@ -229,7 +229,7 @@ def _export(directory: Path, base: Path, training: list[dict[str, Any]], steps: 
             optimizer.step()
             optimizer.zero_grad()
     tuned.peft_config["default"].base_model_name_or_path = "acme/tiny-base"
-    tuned.save_pretrained(directory)
+    tuned.save_pretrained(directory, save_embedding_layers=False)  # else the Hub is asked for the base's config
     (directory / "README.md").unlink(missing_ok=True)
     _tokenizer(base).save_pretrained(directory)
     exporting._seal(directory)
