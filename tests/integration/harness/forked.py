@@ -22,7 +22,7 @@ from .helm import Helm
 from .operator import ACCOUNT
 
 _FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload(["pytest", "tests.support.forked_operator"])
+_PRELOADED = ["pytest", "tests.support.forked_operator"]
 
 
 class Life:
@@ -92,6 +92,8 @@ class Nursery:
             "FINETUNE_GRACE_SECONDS": "1",
             **self.environment,
         }
+        # The server is one for the whole process: said here, and not at import, this is what its first user wants.
+        _FORKING.set_forkserver_preload(_PRELOADED)
         process = _FORKING.Process(target=operate, args=(environment, str(log), request_timeout), daemon=True)
         process.start()
         pid = process.pid

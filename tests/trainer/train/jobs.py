@@ -28,7 +28,7 @@ PAD, END = 3, 2
 VOCABULARY = 260
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the server: a fork keeps no threads
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["tests.trainer.train.preloaded"])
+PRELOADED = ["tests.trainer.train.preloaded"]
 
 
 @dataclass
@@ -230,6 +230,8 @@ def start(job: Job, ranks: int = 1, hook: Hook | None = None, ranks_a_node: int 
     fields = {"startupSeconds": 60, "hangSeconds": 60, "microBatchTokens": 96, **job.attempt_fields, **attempt}
     wire = Attempt(uid="uid-1", stage=Stage.TRAIN, number=job.attempts, **_snake(fields)).model_dump_json(by_alias=True)
     port = free_port()
+    # The server is one for the whole process: said here, and not at import, this is what its first user wants.
+    FORKED.set_forkserver_preload(PRELOADED)
     processes = []
     for rank in range(ranks):
         environment = {
