@@ -62,7 +62,8 @@ def score_labels(model: Any, rows: Sequence[Closed], rounds: int) -> Figures:
 
         return run
 
-    tree_scores(model, few)  # warms up
+    for score in (tree_scores, plain_scores, label_by_label):  # warms up
+        score(model, [Closed(few[0].prompt, few[0].candidates[:2])])
     ways = {
         "shared prefix and label tree": way("tree", tree_scores, rows),
         "labels in padded batches": way("plain", plain_scores, few),
