@@ -69,6 +69,8 @@ class Batch:
     """Tokens that are not padding, as they are computed: a shared prefix counts once."""
     shared: tuple[tuple[int, int, int], ...] = ()
     """(a, b, c) for every shared prefix: its tokens are [a, b) of the row, the own parts of its documents [b, c)."""
+    bounds: tuple[int, ...] = ()
+    """`cu_seqlens` where it can be read without waiting for a device; only with shared prefixes."""
 
     @property
     def packed(self) -> bool:
@@ -245,6 +247,7 @@ def collate_packed(
         max_length=int(np.diff(bounds).max()),
         tokens=used,
         shared=shared,
+        bounds=tuple(bounds.tolist()) if shared else (),
         **_targets(documents, slots, weights, _target_places(documents, segments, starts)),
     )
 

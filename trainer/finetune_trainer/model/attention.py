@@ -48,7 +48,7 @@ def attention_arguments(batch: Batch, implementation: str) -> dict[str, Any]:
     if batch.shared:
         if implementation not in KNOW_SHARED_PREFIXES:
             raise ValueError(f"{implementation} does not know of shared prefixes")
-        return {"shared_prefixes": Layout.of(batch.cu_seqlens.tolist(), batch.shared)}
+        return {"shared_prefixes": Layout.of(batch.bounds or batch.cu_seqlens.tolist(), batch.shared)}
     if implementation == DOCUMENTS:
         return {"document_bounds": batch.cu_seqlens.cpu()}
     if implementation in (VARLEN, FLASH):
