@@ -31,7 +31,13 @@ SYSCTLS = (
 )
 """What kubelet, kube-proxy and the bridge plugin change."""
 _FOLDERS = (
-    *("/run/containerd/s", "/run/containerd/runc/k8s.io", "/run/containerd/runc", "/run/containerd"),
+    *(
+        "/run/containerd/s",
+        "/run/containerd/fifo",
+        "/run/containerd/runc/k8s.io",
+        "/run/containerd/runc",
+        "/run/containerd",
+    ),
     *("/var/lib/kubelet/device-plugins", "/var/lib/kubelet", "/var/log/containers"),
     *("/var/lib/cni/results", "/var/lib/cni/cache", "/var/lib/cni"),
 )
@@ -48,7 +54,7 @@ def another_node() -> bool:
 
 def prepare(places: Places) -> None:
     """Note the machine's settings, and make addresses and control groups."""
-    noted = places.state / "sysctl.json"
+    noted = _noted(places)
     if not noted.exists():  # else they are those from before a cluster that was killed
         paths = {name: Path("/proc/sys", name) for name in SYSCTLS}
         noted.write_text(json.dumps({name: path.read_text().strip() for name, path in paths.items() if path.exists()}))
@@ -75,7 +81,12 @@ def remove_containers(places: Places) -> None:
 
 
 def remove(places: Places) -> None:
-    """Remove everything that is not a file in a folder of ours; the programs have ended."""
+    """Remove everything that is not a file in a folder of ours; the programs have ended.
+
+    Only where a cluster of ours was prepared: packet rules and some files have the names that every node gives them.
+    """
+    if not _noted(places).exists():
+        return
     _end_processes()
     _end_shims(places)
     _unmount(places)
@@ -84,16 +95,18 @@ def remove(places: Places) -> None:
         _run("ip", "address", "delete", f"{address}/32", "dev", "lo")
     _remove_packet_rules()
     _remove_control_groups()
-    _restore_settings(places)
     for link in Path("/var/log/containers").glob("*.log"):
         if link.is_symlink() and str(link.readlink()).startswith(str(places.state)):
             link.unlink()
-    for result in Path("/var/lib/cni/results").glob(f"{NETWORK}-*"):
-        result.unlink()
+    # Nobody else's: a machine that is a node of another cluster is refused.
+    for pattern in (f"cni/results/{NETWORK}-*", "cni/results/cni-loopback-*", "kubelet/device-plugins/kubelet.sock"):
+        for path in Path("/var/lib").glob(pattern):
+            path.unlink()
     shutil.rmtree(places.state / "addresses", ignore_errors=True)
     for folder in _FOLDERS:
         with contextlib.suppress(OSError):  # only those that nobody else has put anything into
             Path(folder).rmdir()
+    _restore_settings(places)
 
 
 def _hierarchies() -> list[Path]:
@@ -159,13 +172,16 @@ def _remove_control_groups() -> None:
             group.rmdir()
 
 
+def _noted(places: Places) -> Path:
+    """The machine's settings from before; it exists while there is something to remove."""
+    return places.state / "sysctl.json"
+
+
 def _restore_settings(places: Places) -> None:
-    noted = places.state / "sysctl.json"
-    if noted.exists():
-        for name, value in json.loads(noted.read_text()).items():
-            with contextlib.suppress(OSError):
-                Path("/proc/sys", name).write_text(value)
-        noted.unlink()
+    for name, value in json.loads(_noted(places).read_text()).items():
+        with contextlib.suppress(OSError):
+            Path("/proc/sys", name).write_text(value)
+    _noted(places).unlink()
 
 
 def _iptables(*words: str) -> str:
