@@ -297,7 +297,8 @@ class _Layer:
             return len(trained) * (self._element + (1 if self.run.cuda else self._element)) * width
         if self.run.autocast and not self.run.fused:
             return len(trained) * self._element * width
-        shares_the_attentions_output = is_output and self.run.cuda
+        # On a CPU attention in float32 keeps an output of its own: the documents' outputs are joined into another.
+        shares_the_attentions_output = is_output and (self.run.cuda or self.run.compute_bytes == 2)
         return 0 if shares_the_attentions_output else self._element * width
 
     @property

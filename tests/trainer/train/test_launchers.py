@@ -97,4 +97,4 @@ def test_a_machine_that_does_not_know_its_place_says_so(tmp_path: Path, model: P
     command = [sys.executable, "-m", "finetune_trainer", "launch", "train"]
     run = launched(job, command, **runpod_variables(0, 3, 1) | {"NODE_RANK": "7"})
     assert run.returncode == 64
-    assert run.stderr.strip() == "NODE_RANK is 7, but NUM_NODES is 3: machines are numbered from 0."
+    assert run.stderr.strip() == "error: NODE_RANK is 7, but NUM_NODES is 3: machines are numbered from 0."
