@@ -8,6 +8,9 @@ READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 # Real servers on a busy machine: a wait that timed out is tried once more, a wrong answer never is.
 RETRY_WAITS := --reruns 1 --only-rerun TimedOutError
+# Seen once in some thousands of trainings, cause unknown: a rank ends by SIGABRT (glibc: double free) while gloo gathers
+# the export, its peer with 72. A job would be retried, and so is a test, once and visibly; after no other failure.
+RETRY_ABORTS := --reruns 1 --only-rerun 'assert \[(-6, 72|72, -6)\]'
 BENCH_ARGS ?=
 IMAGE_ARGS ?=
 export UV_SYSTEM_CERTS ?= 1
@@ -34,7 +37,7 @@ run: $(READY) ## fine-tune a small model end to end on this machine, and show th
 	$(BIN)/finetune run examples/quickstart.yaml
 
 test: $(READY) ## all tests; ends with the list of what this machine could not run
-	$(BIN)/python -m pytest tests/unit tests/trainer tests/local -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/trainer tests/local -n 2 --dist loadgroup $(RETRY_ABORTS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(RETRY_WAITS) $(PYTEST_ARGS)
 
 e2e: $(READY) ## real pods on this machine: the chart, the images, and what happens when things die (root, some 40 GB)
