@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import pytest
+
 from finetune_api.base import Stage
 from finetune_api.report import CheckpointRef
 
@@ -25,6 +27,57 @@ def test_the_root_cause_on_another_rank_is_recorded_before_the_child_goes(story:
     assert (record["rank"], record["counted"]) == (2, True)
     done = story.carry_on()
     assert [a["number"] for a in done["attempts"] if a["stage"] == "train"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("failure_class", "ends_as"),
+    [
+        ("bad-spec", "BadSpec"),
+        ("bad-data", "BadData"),
+        ("no-access", "NoAccess"),
+        ("does-not-fit", "DoesNotFit"),
+        ("storage-full", "StorageFull"),
+        ("diverged", "Diverged"),
+        ("config-changed", "ConfigChanged"),
+    ],
+)
+def test_what_only_a_user_can_mend_ends_the_job_although_other_ranks_spoke_first(
+    story: Story, failure_class: str, ends_as: str
+) -> None:
+    story.apply()
+    first, second, third = story.until_train()
+    story.kubelet.end(first, failing("peer", 0))
+    story.kubelet.end(third, failing(failure_class, 2, "What to do about it."))
+    story.kubelet.end(second, failing("peer", 1))
+    status = story.wait(is_true("Failed"), "Failed")
+    (failed,) = [c for c in status["conditions"] if c["type"] == "Failed"]
+    assert (failed["reason"], "What to do about it." in failed["message"]) == (ends_as, True)
+    (record,) = [a for a in status["attempts"] if a["stage"] == "train"]
+    assert (record["reason"], record["rank"], record.get("counted", False)) == (failure_class, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("failure_class", "counted"),
+    [
+        ("host-oom", True),
+        ("crash", True),
+        ("hang", True),
+        ("fenced", True),
+        ("preempted", False),
+        ("hub-unavailable", False),
+    ],
+)
+def test_what_may_pass_is_retried_and_counted_if_it_may_be_the_jobs_own_fault(
+    story: Story, failure_class: str, counted: bool
+) -> None:
+    story.apply()
+    first, second, third = story.until_train()
+    story.kubelet.end(first, failing("peer", 0))
+    story.kubelet.end(third, failing(failure_class, 2))
+    story.kubelet.end(second, failing("peer", 1))
+    status = story.wait(lambda s: s.get("attemptsStarted", {}).get("train") == 2, "tried again")
+    record = next(a for a in status["attempts"] if a["stage"] == "train")
+    assert (record["reason"], record["rank"], record.get("counted", False)) == (failure_class, 2, counted)
 
 
 def test_bad_data_ends_the_job_with_the_sentence(story: Story) -> None:
