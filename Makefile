@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 # Real servers on a busy machine: a wait that timed out is tried once more, a wrong answer never is.
 RETRY_WAITS := --reruns 1 --only-rerun TimedOutError
-# Seen once in some thousands of trainings, cause unknown: a rank ends by SIGABRT (glibc: double free) while gloo gathers
+# Seen once, how often and why is not known: a rank ended by SIGABRT (glibc: double free) while gloo gathered
 # the export, its peer with 72. A job would be retried, and so is a test, once and visibly; after no other failure.
 RETRY_ABORTS := --reruns 1 --only-rerun 'assert \[(-6, 72|72, -6)\]'
 BENCH_ARGS ?=
