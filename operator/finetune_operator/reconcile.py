@@ -164,9 +164,10 @@ class Reconciler:
     async def _observe(self, key: Key, job: Object, memory: Memory) -> Observation:
         spec, invalid = self._spec(job, memory)
         name = job["metadata"]["name"]
+        status = JobStatus.parse(job.get("status"))
         pods = self.store.of("Pod", key)
-        await self._catch_up(key, job, pods)
-        needs = Needs() if invalid else await self._needs(key, job, spec)
+        await self._catch_up(key, job, status, pods)
+        needs = Needs() if invalid else await self._needs(key, job, status, spec)
         refused = (memory.refused,) if memory.refused is not None else ()
         carriers = [*self.store.of("Job", key), *self.store.of(self.backend.kind, key)]
         seen = Seen(
@@ -190,9 +191,8 @@ class Reconciler:
             memory.spec = (version, *read_spec(job))
         return memory.spec[1], memory.spec[2]
 
-    async def _needs(self, key: Key, job: Object, spec: FineTuneJobSpec) -> Needs:
+    async def _needs(self, key: Key, job: Object, status: JobStatus, spec: FineTuneJobSpec) -> Needs:
         """Ask for Secrets and claims, where the answer may matter: before a child is made, and while publishing."""
-        status = JobStatus.parse(job.get("status"))
         stage = next_stage(status, spec)
         if stage is None or terminal(status) or spec.suspend or "deletionTimestamp" in job["metadata"]:
             return Needs()
@@ -209,9 +209,9 @@ class Reconciler:
         kind = self.backend.kind if record.stage is Stage.TRAIN else "Job"
         return kind, key, child_name(job["metadata"]["name"], record.stage, record.number)
 
-    async def _catch_up(self, key: Key, job: Object, pods: tuple[Object, ...]) -> None:
+    async def _catch_up(self, key: Key, job: Object, status: JobStatus, pods: tuple[Object, ...]) -> None:
         """Pods of the running attempt may be heard of before their owner is: it is then asked for, not given up."""
-        record = attempts.live(JobStatus.parse(job.get("status")))
+        record = attempts.live(status)
         if record is None or not any(is_of(pod, job, record) for pod in pods):
             return
         kind, _, name = self._child(key, job, record)
