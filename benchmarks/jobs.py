@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import itertools
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.support.scripts import load_script
 
 from finetune_api.base import Stage
 from finetune_api.runconfig import ATTEMPT_VARIABLE, Attempt, JobRef, Paths, RunConfig, resolve
@@ -123,14 +123,7 @@ def prepare(folder: Path, model: Model, workload: Workload, **blocks: Mapping[st
 
 def assets() -> ModuleType:
     """examples/fetch_assets.py, which knows where the model and the rows come from."""
-    path = Path(__file__).parent.parent / "examples" / "fetch_assets.py"
-    spec = importlib.util.spec_from_file_location("fetch_assets", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fetch_assets"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/fetch_assets.py", "fetch_assets")
 
 
 def smollm2() -> Model:

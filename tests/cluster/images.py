@@ -7,7 +7,6 @@ there unpacked only; what stands for it afterwards are its name and its size.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from tests.integration.harness import binaries
+from tests.support.scripts import load_script
 
 from .node import PAUSE_IMAGE, ctr
 from .places import Places
@@ -42,13 +42,7 @@ _MANIFEST, _CONFIG, _LAYER = (
 @cache
 def _builder() -> ModuleType:
     """images/build.py, which is a script and not a package."""
-    spec = importlib.util.spec_from_file_location("images_build", ROOT / "images" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["images_build"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("images/build.py", "images_build")
 
 
 def names() -> dict[str, str]:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.support.scripts import load_script
 
 
 @cache
 def _fetcher() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_assets", EXAMPLES / "fetch_assets.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["fetch_assets"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/fetch_assets.py", "fetch_assets")
 
 
 def fetch(name: str) -> Path:

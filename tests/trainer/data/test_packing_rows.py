@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from tests.support.batches import Example
 
 from finetune_trainer.data.packing import (
     Batch,
@@ -26,18 +25,10 @@ lengths_lists = st.lists(st.integers(1, 120), min_size=1, max_size=60)
 worlds = st.integers(1, 5)
 
 
-@dataclass
-class Made:
-    ids: NDArray[np.int32]
-    target_position: NDArray[np.int32]
-    target_id: NDArray[np.int32]
-    target_weight: NDArray[np.float32]
-
-
-def document(length: int, start: int = 0) -> Made:
+def document(length: int, start: int = 0) -> Example:
     ids = np.arange(start, start + length, dtype=np.int32)
     positions = np.arange(length // 2, max(length - 1, length // 2), dtype=np.int32)
-    return Made(ids, positions, ids[positions + 1], np.ones(len(positions), np.float32))
+    return Example(ids, positions, ids[positions + 1], np.ones(len(positions), np.float32))
 
 
 @settings(max_examples=150, deadline=None)

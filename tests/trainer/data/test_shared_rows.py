@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from tests.support.batches import Example
 
 from finetune_trainer.data.packing import Batch, collate_packed, pack, share_out
 from finetune_trainer.data.prefixes import (
@@ -24,23 +23,15 @@ from finetune_trainer.data.prefixes import (
 PAD = 99
 
 
-@dataclass
-class Made:
-    ids: NDArray[np.int32]
-    target_position: NDArray[np.int32]
-    target_id: NDArray[np.int32]
-    target_weight: NDArray[np.float32]
-
-
-def made(tokens: list[int], labels: list[int]) -> Made:
+def made(tokens: list[int], labels: list[int]) -> Example:
     """A document whose tokens at `labels` (not the first) are labelled."""
     ids = np.array(tokens, dtype=np.int32)
     position = np.array(sorted({label - 1 for label in labels if 0 < label < len(ids)}), dtype=np.int32)
-    return Made(ids, position, ids[position + 1], np.arange(1, len(position) + 1, dtype=np.float32))
+    return Example(ids, position, ids[position + 1], np.arange(1, len(position) + 1, dtype=np.float32))
 
 
 @st.composite
-def documents(draw: st.DrawFn) -> list[Made]:
+def documents(draw: st.DrawFn) -> list[Example]:
     """Documents of few different tokens behind a few beginnings, which may begin alike themselves."""
     base = draw(st.lists(st.integers(0, 3), max_size=20))
     beginnings = [base + draw(st.lists(st.integers(0, 3), max_size=12)) for _ in range(draw(st.integers(1, 3)))]
@@ -51,7 +42,7 @@ def documents(draw: st.DrawFn) -> list[Made]:
     return found
 
 
-def batches(found: list[Made], capacity: int, world: int) -> tuple[list[list[int]], list[Batch]]:
+def batches(found: list[Example], capacity: int, world: int) -> tuple[list[list[int]], list[Batch]]:
     """The rows of a step and their tensors."""
     groups = shared_prefixes(found)
     rows = pack([len(d.ids) for d in found], capacity, world, groups)
@@ -72,7 +63,7 @@ def places_of(batch: Batch, document: int) -> list[int]:
 @settings(max_examples=200, deadline=None)
 @given(documents(), st.integers(40, 200), st.integers(1, 4))
 def test_every_document_comes_back_and_every_target_stands_once_where_it_is_predicted(
-    found: list[Made], capacity: int, world: int
+    found: list[Example], capacity: int, world: int
 ) -> None:
     rows, made_of_rows = batches(found, capacity, world)
     assert Counter(i for row in rows for i in row) == Counter(range(len(found)))
@@ -97,7 +88,7 @@ def test_every_document_comes_back_and_every_target_stands_once_where_it_is_pred
 @settings(max_examples=200, deadline=None)
 @given(documents(), st.integers(40, 200), st.integers(1, 4))
 def test_the_tokens_of_a_step_are_those_of_its_documents_less_the_repetitions(
-    found: list[Made], capacity: int, world: int
+    found: list[Example], capacity: int, world: int
 ) -> None:
     lengths = [len(d.ids) for d in found]
     groups = shared_prefixes(found)
@@ -111,7 +102,7 @@ def test_the_tokens_of_a_step_are_those_of_its_documents_less_the_repetitions(
 
 @settings(max_examples=200, deadline=None)
 @given(documents())
-def test_a_prefix_is_common_to_its_documents_and_holds_none_of_their_labelled_tokens(found: list[Made]) -> None:
+def test_a_prefix_is_common_to_its_documents_and_holds_none_of_their_labelled_tokens(found: list[Example]) -> None:
     groups = shared_prefixes(found)
     members = [i for group in groups for i in group.members]
     assert len(members) == len(set(members))
@@ -126,7 +117,7 @@ def test_a_prefix_is_common_to_its_documents_and_holds_none_of_their_labelled_to
 
 @settings(max_examples=100, deadline=None)
 @given(documents())
-def test_no_other_division_into_neighbours_saves_more(found: list[Made]) -> None:
+def test_no_other_division_into_neighbours_saves_more(found: list[Example]) -> None:
     """Against every way to cut the sorted documents."""
     found = found[:8]
     beginnings = [d.ids[: min(len(d.ids) - 1, *(int(p) + 1 for p in d.target_position), 10**6)] for d in found]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import jsonschema
 import promql_parser
 import pytest
 import yaml
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).parents[3]
 CHART = ROOT / "charts" / "finetune-operator"
@@ -27,11 +27,7 @@ def test_values_and_readme_are_what_the_schema_says() -> None:
 
 
 def test_a_stale_values_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    specification = importlib.util.spec_from_file_location("chart_generate", ROOT / "charts" / "generate.py")
-    assert specification is not None
-    assert specification.loader is not None
-    generate = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(generate)
+    generate = load_script("charts/generate.py", "chart_generate")
     for name in ("values.schema.json", "values.yaml", "README.md"):
         (tmp_path / name).write_text((CHART / name).read_text())
     generate.CHART = tmp_path

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.support.scripts import load_script
 
 from finetune_operator.planning.manifests.pod import USER
 
@@ -19,13 +18,7 @@ CONTAINERFILES = sorted((ROOT / "images").glob("*/Containerfile"))
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("images_build", ROOT / "images" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["images_build"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("images/build.py", "images_build")
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
