@@ -16,12 +16,17 @@ from .harness.processes import wait_until
 from .harness.story import NAME, Story, failing
 
 
-def test_the_root_cause_on_another_rank_is_recorded_before_the_child_goes(story: Story) -> None:
+def third_rank_fails(story: Story, failure_class: str) -> None:
+    """Apply the job, and end its training by rank 2, whose peers blame each other before and after it."""
     story.apply()
     first, second, third = story.until_train()
     story.kubelet.end(first, failing("peer", 0))
-    story.kubelet.end(third, failing("cuda-oom", 2))
+    story.kubelet.end(third, failing(failure_class, 2, "What to do about it."))
     story.kubelet.end(second, failing("peer", 1))
+
+
+def test_the_root_cause_on_another_rank_is_recorded_before_the_child_goes(story: Story) -> None:
+    third_rank_fails(story, "cuda-oom")
     status = story.wait(lambda s: any(a.get("reason") == "cuda-oom" for a in s["attempts"]), "recorded")
     (record,) = [a for a in status["attempts"] if a["stage"] == "train" and a["number"] == 1]
     assert (record["rank"], record["counted"]) == (2, True)
@@ -44,11 +49,7 @@ def test_the_root_cause_on_another_rank_is_recorded_before_the_child_goes(story:
 def test_what_only_a_user_can_mend_ends_the_job_although_other_ranks_spoke_first(
     story: Story, failure_class: str, ends_as: str
 ) -> None:
-    story.apply()
-    first, second, third = story.until_train()
-    story.kubelet.end(first, failing("peer", 0))
-    story.kubelet.end(third, failing(failure_class, 2, "What to do about it."))
-    story.kubelet.end(second, failing("peer", 1))
+    third_rank_fails(story, failure_class)
     status = story.wait(is_true("Failed"), "Failed")
     (failed,) = [c for c in status["conditions"] if c["type"] == "Failed"]
     assert (failed["reason"], "What to do about it." in failed["message"]) == (ends_as, True)
@@ -70,11 +71,7 @@ def test_what_only_a_user_can_mend_ends_the_job_although_other_ranks_spoke_first
 def test_what_may_pass_is_retried_and_counted_if_it_may_be_the_jobs_own_fault(
     story: Story, failure_class: str, counted: bool
 ) -> None:
-    story.apply()
-    first, second, third = story.until_train()
-    story.kubelet.end(first, failing("peer", 0))
-    story.kubelet.end(third, failing(failure_class, 2))
-    story.kubelet.end(second, failing("peer", 1))
+    third_rank_fails(story, failure_class)
     status = story.wait(lambda s: s.get("attemptsStarted", {}).get("train") == 2, "tried again")
     record = next(a for a in status["attempts"] if a["stage"] == "train")
     assert (record["reason"], record["rank"], record.get("counted", False)) == (failure_class, 2, counted)
