@@ -16,6 +16,7 @@ from benchmarks.harness import matmul_flops
 from benchmarks.pace import Pace
 
 from finetune_trainer.context import context_from_environment
+from finetune_trainer.model.device import choose_device
 from finetune_trainer.train import processes, stage
 from finetune_trainer.train.interrupt import Interrupt
 from finetune_trainer.train.loop import Loop
@@ -39,7 +40,7 @@ COLLECTIVES = ("gloo:", "nccl:")
 def build() -> Loop:
     """The loop as the Train stage builds it."""
     context = context_from_environment()
-    device = processes.choose_device(context.local_rank, context.config.spec.topology.gpus_per_node)
+    device = choose_device(context.local_rank, context.gpus_per_node)
     group = processes.meet(device, context.rank, context.world_size, 600)
     if context.rank == 0:
         context.take_fence()

@@ -16,6 +16,8 @@ from finetune_api.report import attempt_id
 from finetune_api.spec import Columns, Dataset, FineTuneJobSpec, Method, Splits, Task
 
 ATTEMPT_VARIABLE = "FINETUNE_ATTEMPT"
+GPUS_VARIABLE = "FINETUNE_GPUS_PER_NODE"
+"""How many GPUs the pod was given: the topology may have changed since the run config was written."""
 RUN_CONFIG_FILE = "run-config.json"
 FENCE_FILE = "fence.json"
 

@@ -14,39 +14,37 @@ from pathlib import Path
 from tests.integration.harness.api import Api
 from tests.integration.harness.control_plane import KUBECONFIG_VARIABLE
 
-from . import machine
+from . import leftovers, machine
 from .images import Images
 from .places import Places
 
 ROOT = Path(__file__).parents[2]
-_POLL_SECONDS = 0.2
+UP_SECONDS = 40 * 60
+"""On two cores with nothing cached: the programs take some 20 minutes, the images 8."""
+_POLL_SECONDS, _DOWN_SECONDS = 0.2, 180
 
 
-def up(places: Places) -> str:
+def up(places: Places, owner: int | None = None, seconds: float = UP_SECONDS) -> str:
     """Start the cluster, or bring a running one the images of this checkout; returns when pods can be run.
 
-    Raises SystemExit with a sentence if that cannot be.
+    A cluster that is started ends with the process `owner`. Raises SystemExit with a sentence if there can be none.
     """
+    begun = time.monotonic()
     if running(places):
         Images(places).bring()
-        return str(places.kubeconfig)
-    lacking = machine.lacks(places.cache)
-    if lacking:
-        raise SystemExit(lacking)
-    _start_supervisor(places)
+    else:
+        lacking = machine.lacks(places.cache)
+        if lacking:
+            raise SystemExit(lacking)
+        _start_supervisor(places, owner, begun + seconds)
+    print(f"the cluster was up after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     return str(places.kubeconfig)
 
 
 def down(places: Places, *, purge: bool = False) -> None:
     """Stop the cluster and remove what it left; `purge` forgets the images too."""
-    pid = _supervisor(places)
-    if pid is not None:
-        os.kill(pid, signal.SIGTERM)
-        while _supervisor(places) is not None:
-            time.sleep(_POLL_SECONDS)
-    elif places.state.exists():
-        from . import leftovers
-
+    _end_supervisor(places)
+    if places.state.exists():
         leftovers.remove(places)
     if purge:
         for folder in (places.state, places.cache):
@@ -67,7 +65,19 @@ def _supervisor(places: Places) -> int | None:
     return pid if b"tests.cluster.supervisor" in words else None
 
 
-def _start_supervisor(places: Places) -> None:
+def _end_supervisor(places: Places) -> None:
+    """Let it clean up; one that does not come to an end is killed, and its programs die with it."""
+    deadline = time.monotonic() + _DOWN_SECONDS
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        pid = _supervisor(places)
+        if pid is None:
+            return
+        os.kill(pid, number)
+        while _supervisor(places) is not None and (number == signal.SIGKILL or time.monotonic() < deadline):
+            time.sleep(_POLL_SECONDS)
+
+
+def _start_supervisor(places: Places, owner: int | None, deadline: float) -> None:
     for folder in (places.state, places.cache):
         folder.mkdir(parents=True, exist_ok=True)
     places.state.chmod(0o711)  # pods look through it at their volumes
@@ -76,6 +86,7 @@ def _start_supervisor(places: Places) -> None:
     if _supervisor(places) is None:
         places.ready_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tests.cluster.supervisor", str(places.state), str(places.cache)]
+        command += [str(owner)] if owner is not None else []
         with log.open("wb") as output:
             started = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -86,7 +97,11 @@ def _start_supervisor(places: Places) -> None:
         print(text[said:], end="", file=sys.stderr, flush=True)
         said = len(text)
         if _supervisor(places) is None and (started is None or started.poll() is not None):
-            raise SystemExit(f"The cluster did not start; what its programs said is in {places.state}.")
+            last = " ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
+            raise SystemExit(f"The cluster did not start: {last} (What its programs said is in {places.state}.)")
+        if time.monotonic() > deadline:
+            down(places)
+            raise SystemExit("The cluster was not up in time: programs or images take too long to build here.")
         time.sleep(_POLL_SECONDS)
 
 

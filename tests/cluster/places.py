@@ -51,6 +51,11 @@ class Places:
         return self.state / "ready"
 
     @property
+    def kubelet_away_file(self) -> Path:
+        """While it exists, the kubelet is stopped."""
+        return self.state / "kubelet-away"
+
+    @property
     def socket(self) -> Path:
         """Where containerd listens."""
         return self.state / "containerd.sock"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,15 +20,26 @@ from .images import Images
 from .node import NodeControlPlane, NodePrograms
 from .places import Places
 
+_POLL_SECONDS = 0.2
 _KEPT_ON_START = ("sysctl.json", "supervisor.log")
 
 
-def serve(places: Places) -> None:
-    """Bring everything up, stay until SIGTERM, and take everything down again."""
+class _Ended(BaseException):
+    """SIGTERM came: whatever is under way is left."""
+
+
+def serve(places: Places, owner: int | None = None) -> None:
+    """Bring everything up, stay until SIGTERM or the end of the process `owner`, and take everything down again."""
     stop = threading.Event()
+
+    def end(*_: object) -> None:
+        if not stop.is_set():
+            stop.set()
+            raise _Ended
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with _alone(places):
+        signal.signal(number, end)
+    with contextlib.suppress(_Ended), _alone(places):
         machine.install_packages()
         os.environ["PATH"] += ":/usr/sbin:/sbin"
         leftovers.remove(places)
@@ -40,8 +52,9 @@ def serve(places: Places) -> None:
         try:
             _start(places, programs, plane)
             places.ready_file.touch()
-            stop.wait()
+            _stay(places, programs, owner)
         finally:
+            stop.set()  # the clean-up is not left half way
             places.ready_file.unlink(missing_ok=True)
             _end(places, programs, plane)
 
@@ -53,6 +66,17 @@ def _start(places: Places, programs: NodePrograms, plane: NodeControlPlane) -> N
     plane.start()
     programs.start_node(plane.api)
     _serve_class_of_volumes(plane.api)
+
+
+def _stay(places: Places, programs: NodePrograms, owner: int | None) -> None:
+    """Until the owner has ended; stop and start the kubelet as the tests say."""
+    while owner is None or Path(f"/proc/{owner}").exists():
+        away = places.kubelet_away_file.exists()
+        if away and programs.kubelet.pid is not None:
+            programs.kubelet.stop()
+        elif not away and programs.kubelet.pid is None:
+            programs.kubelet.start()
+        time.sleep(_POLL_SECONDS)
 
 
 def _serve_class_of_volumes(api: Api) -> None:
@@ -104,4 +128,4 @@ def _empty(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Places(Path(sys.argv[1]), Path(sys.argv[2])))
+    serve(Places(Path(sys.argv[1]), Path(sys.argv[2])), int(sys.argv[3]) if len(sys.argv) > 3 else None)

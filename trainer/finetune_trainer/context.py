@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from finetune_api.report import FailureClass
-from finetune_api.runconfig import ATTEMPT_VARIABLE, FENCE_FILE, Attempt, RunConfig
+from finetune_api.runconfig import ATTEMPT_VARIABLE, FENCE_FILE, GPUS_VARIABLE, Attempt, RunConfig
 from finetune_trainer.failures import TrainerError, register_secret, write_json
 from finetune_trainer.reporter import Reporter
 
@@ -34,10 +34,14 @@ class RunContext:
     world_size: int = 1
     local_rank: int = 0
     tokens: Path | None = None
+    gpus_per_node: int | None = None
+    """GPUs that this node should have, 0 for none; None: whatever is there."""
     run: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.run = Path(self.config.paths.run)
+        if self.gpus_per_node is None:
+            self.gpus_per_node = self.config.spec.topology.gpus_per_node
 
     @property
     def cache(self) -> Path:
@@ -168,4 +172,5 @@ def context_from_environment(environ: Mapping[str, str] = os.environ) -> RunCont
         world_size=world_size,
         local_rank=int(environ.get("LOCAL_RANK", "0")),
         tokens=Path(tokens) if tokens else None,
+        gpus_per_node=int(environ[GPUS_VARIABLE]) if GPUS_VARIABLE in environ else None,
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune_trainer.model.device import choose_compile, choose_precision
+from finetune_api.report import FailureClass
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.model.device import choose_compile, choose_device, choose_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -47,3 +49,27 @@ def test_layers_are_compiled_on_gpus_unless_the_spec_says_otherwise(
     requested: bool | None, device: torch.device, expected: bool
 ) -> None:
     assert choose_compile(requested, device)[0] is expected
+
+
+@pytest.mark.parametrize(("local_rank", "asked", "found", "device"), [(0, 0, 2, "cpu"), (0, None, 0, "cpu")])
+def test_without_gpus_in_the_spec_or_on_the_machine_the_cpu_is_taken(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, asked: int | None, found: int, device: str
+) -> None:
+    _pretend_gpus(monkeypatch, found)
+    assert choose_device(local_rank, asked).type == device
+
+
+@pytest.mark.parametrize(("local_rank", "found"), [(0, 0), (1, 1), (3, 2)])
+def test_gpus_that_were_asked_for_and_are_not_there_are_no_reason_to_train_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, found: int
+) -> None:
+    _pretend_gpus(monkeypatch, found)
+    with pytest.raises(TrainerError, match=rf"4 GPUs \(topology.gpusPerNode\), and CUDA finds {found}") as refused:
+        choose_device(local_rank, 4)
+    assert refused.value.failure_class is FailureClass.CRASH
+
+
+def _pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)

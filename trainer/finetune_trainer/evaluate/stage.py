@@ -36,7 +36,7 @@ from finetune_trainer.evaluate.page.build import Prompted, Story, write_page
 from finetune_trainer.evaluate.ranks import Ranks
 from finetune_trainer.export import export_digest
 from finetune_trainer.failures import TrainerError, write_json
-from finetune_trainer.model.device import choose_precision
+from finetune_trainer.model.device import choose_device, choose_precision
 from finetune_trainer.publish.card import CardFacts, base_license, model_card
 from finetune_trainer.reports import read_metrics, read_reports
 from finetune_trainer.versions import versions
@@ -134,7 +134,7 @@ def _digest_of_export(context: RunContext) -> str:
 
 def _source(context: RunContext, manifest: PreparedManifest, ranks: Ranks) -> Source:
     spec = context.config.spec
-    device = torch.device("cuda", context.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = choose_device(context.local_rank, context.gpus_per_node)
     dtype, choice = choose_precision(spec.training.precision, device)
     context.reporter.choose("evaluation.precision", choice.value, choice.why)
     asked = spec.tuning.quantization.compute_dtype

@@ -4,7 +4,38 @@ from __future__ import annotations
 
 import torch
 
-from finetune_api.report import Choice
+from finetune_api.report import Choice, FailureClass
+from finetune_trainer.failures import TrainerError
+
+
+def choose_device(local_rank: int, gpus_per_node: int | None) -> torch.device:
+    """This rank's GPU; the CPU where the node shall have none, or where nobody said (None) and none is there.
+
+    Raises TrainerError (crash: another node may be sound) where GPUs were asked for and CUDA does not find them:
+    a training on the CPU would hold them for weeks.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus_per_node == 0 or (gpus_per_node is None and not found):
+        return torch.device("cpu")
+    if gpus_per_node is not None and local_rank >= found:
+        raise TrainerError(
+            FailureClass.CRASH,
+            f"This node should have {gpus_per_node} GPUs (topology.gpusPerNode), and CUDA finds {found}{_why_none()}. "
+            "Look at its driver and device plugin; with topology.gpusPerNode: 0 a job trains on the CPU.",
+            "topology.gpusPerNode",
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _why_none() -> str:
+    """What CUDA says where it does not start; empty if it does."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({str(error).strip().splitlines()[0].split('. ')[0]})"
+    return ""
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[torch.dtype, Choice]:

@@ -11,15 +11,6 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-def choose_device(local_rank: int, gpus_per_node: int | None) -> torch.device:
-    """This rank's GPU, or the CPU where there is none or the spec says 0."""
-    if gpus_per_node == 0 or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 def meet(device: torch.device, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
     """Join the default group (NCCL for GPU tensors, gloo for the rest); returns a gloo group for checkpoints.
 

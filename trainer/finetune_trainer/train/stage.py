@@ -29,7 +29,7 @@ from finetune_trainer.data.order import Order
 from finetune_trainer.export import Base, export_model
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.build import CausalModel, load_model
-from finetune_trainer.model.device import choose_compile, choose_precision
+from finetune_trainer.model.device import choose_compile, choose_device, choose_precision
 from finetune_trainer.train import processes
 from finetune_trainer.train.batches import Batcher
 from finetune_trainer.train.checkpoint import Checkpoints
@@ -65,7 +65,7 @@ def run(context: RunContext) -> None:
     watchdog.start()
     watchdog.expect("meeting the other ranks", attempt.startup_seconds)
     context.reporter.activity("meeting the other ranks")
-    device = processes.choose_device(context.local_rank, context.config.spec.topology.gpus_per_node)
+    device = choose_device(context.local_rank, context.gpus_per_node)
     patience = 2 * (attempt.startup_seconds + attempt.hang_seconds)
     group = processes.meet(device, context.rank, context.world_size, patience)
     if context.rank == 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune_api.base import Stage
-from finetune_api.runconfig import ATTEMPT_VARIABLE, RUN_CONFIG_FILE, Attempt
+from finetune_api.runconfig import ATTEMPT_VARIABLE, GPUS_VARIABLE, RUN_CONFIG_FILE, Attempt
 from finetune_api.spec import SecretKey
 from finetune_operator.planning.manifests.job import CACHE_VOLUME, RUN_VOLUME, Job, Manifest, labels
 
@@ -21,8 +21,8 @@ RESUME_DIRECTORY = "/resume"
 """Where the claim of `training.resumeFrom` is mounted."""
 USER = 1000
 """User and group of the trainer image."""
-NODE_LOSS_SECONDS = 30
-"""How long a node may be not ready or unreachable before its pods are given up."""
+NODE_LOSS_SECONDS = 120
+"""How long a node may be not ready or unreachable before its pods are given up: docs/decisions/0018."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def _environment(job: Job, attempt: Attempt) -> list[Manifest]:
         "FINETUNE_TOKENS": TOKENS_DIRECTORY,
         "FINETUNE_REPORT_CONFIGMAP": f"{job.namespace}/{job.report_name}",
         ATTEMPT_VARIABLE: attempt.model_dump_json(by_alias=True, exclude_none=True),
+        **({GPUS_VARIABLE: str(job.gpus_per_node)} if attempt.stage in (Stage.TRAIN, Stage.EVALUATE) else {}),
     }
     given = [{"name": v.name, "value": v.value} for v in job.spec.pod_template.env if v.name not in values]
     return [*given, *({"name": name, "value": value} for name, value in values.items())]

@@ -250,11 +250,19 @@ def test_the_pod_template_adds_what_it_may_and_overrides_nothing_of_ours(stage: 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_pods_leave_a_lost_node_after_half_a_minute_and_may_checkpoint_before_they_go(stage: Stage) -> None:
+def test_pods_bear_two_minutes_without_their_node_and_may_checkpoint_before_they_go(stage: Stage) -> None:
     spec = pod(child(stage))
     taints = {t["key"]: t.get("tolerationSeconds") for t in spec["tolerations"]}
-    assert taints["node.kubernetes.io/not-ready"] == taints["node.kubernetes.io/unreachable"] == 30
+    assert taints["node.kubernetes.io/not-ready"] == taints["node.kubernetes.io/unreachable"] == 120
     assert spec["terminationGracePeriodSeconds"] == 120
+
+
+@pytest.mark.parametrize(("topology", "gpus"), [({}, "1"), ({"gpusPerNode": 4}, "4"), ({"gpusPerNode": 0}, "0")])
+def test_pods_that_compute_are_told_how_many_gpus_they_were_given(topology: dict[str, int], gpus: str) -> None:
+    asked = job(topology=topology)
+    for stage in (Stage.TRAIN, Stage.EVALUATE):
+        assert environment(child(stage, asked))["FINETUNE_GPUS_PER_NODE"] == gpus
+    assert "FINETUNE_GPUS_PER_NODE" not in environment(child(Stage.PREPARE, asked))
 
 
 def test_the_attempt_is_told_to_every_container() -> None:
