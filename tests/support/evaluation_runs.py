@@ -22,6 +22,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.evaluation_rows import BaselineRow, EvaluationRow, write_rows
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, PreparedModel, Span
+from finetune_trainer.digest import export_digest
 from finetune_trainer.failures import write_json
 from finetune_trainer.reporter import Reporter
 
@@ -259,7 +260,7 @@ def _history(run: EvaluationRun) -> None:
                 memory_bytes=400_000,
             )
         else:
-            digest = exporting.export_digest(run.path / "export")
+            digest = export_digest(run.path / "export")
             fields["export"] = ExportRef(digest=digest, format="adapter", size_bytes=1, step=40)
             fields["choices"] = {"attention": Choice(value="sdpa", why="no GPU")}
             fields["origin"] = {"seed": 42}

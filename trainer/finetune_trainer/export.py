@@ -1,13 +1,11 @@
 """The trained model as a directory that Evaluate loads, Publish uploads and a user can load: never more, never less.
 
-Written aside, flushed to disk, read again, then renamed. `digest.json` names every file; `export_digest` is the only
-way to learn the digest of an export, and it reads every byte.
+Written aside, flushed to disk, read again, then renamed. `digest.json` names every file.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import shutil
@@ -24,14 +22,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Method
+from finetune_trainer.digest import export_digest, files_of, write_digest
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.files import flush, sha256_of
+from finetune_trainer.files import flush
 from finetune_trainer.model import adapters
 from finetune_trainer.model.build import CausalModel, base_name
 from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config, whole
 from finetune_trainer.model.writer import ShardWriter, save_tensors
-
-DIGEST_FILE = "digest.json"
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def export_model(
         digest = _seal(aside)
         check_fence()
         _publish(aside, directory)
-        exported[0] = Exported(digest, kind, sum(path.stat().st_size for path in _files(directory)))
+        exported[0] = Exported(digest, kind, sum(path.stat().st_size for path in files_of(directory)))
     if dist.is_initialized():
         dist.broadcast_object_list(exported, src=0)
     assert exported[0] is not None
@@ -275,35 +272,13 @@ def _write_companions(
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
 
 
-# --- durability and digest -------------------------------------------------------------------------------------------
-
-
-def export_digest(directory: Path) -> str:
-    """The digest of an export, from every byte of it.
-
-    Raises TrainerError if a file is missing, unknown or not what `digest.json` says.
-    """
-    try:
-        recorded: dict[str, Any] = json.loads((directory / DIGEST_FILE).read_text())
-        known: dict[str, Any] = recorded["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainerError(
-            FailureClass.CRASH, f"{directory} is not a complete export: {DIGEST_FILE} is missing or damaged."
-        ) from error
-    found = _digests(directory)
-    for name in sorted(known.keys() | found.keys()):
-        if known.get(name) != found.get(name):
-            what = "is missing" if name not in found else "was added" if name not in known else "was changed"
-            raise TrainerError(FailureClass.CRASH, f"The export was altered: {directory / name} {what}.")
-    return _total(found)
+# --- durability -------------------------------------------------------------------------------------------------------
 
 
 def _seal(directory: Path) -> str:
     """Write `digest.json`, flush everything to disk, and read it all again."""
-    digests = _digests(directory)
-    content = {"digest": _total(digests), "files": digests}
-    (directory / DIGEST_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    for path in _files(directory):
+    write_digest(directory)
+    for path in files_of(directory):
         flush(path)
     flush(directory)
     with SafetensorsDirectory(directory) as files:
@@ -320,20 +295,3 @@ def _publish(aside: Path, directory: Path) -> None:
     aside.rename(directory)
     flush(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _digests(directory: Path) -> dict[str, dict[str, Any]]:
-    return {
-        path.relative_to(directory).as_posix(): {"sha256": sha256_of(path), "size": path.stat().st_size}
-        for path in _files(directory)
-        if path.name != DIGEST_FILE
-    }
-
-
-def _total(digests: dict[str, dict[str, Any]]) -> str:
-    lines = "".join(f"{name}\0{digests[name]['sha256']}\n" for name in sorted(digests))
-    return hashlib.sha256(lines.encode()).hexdigest()

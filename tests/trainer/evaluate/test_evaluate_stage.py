@@ -13,8 +13,8 @@ from tests.support.ranks import run_ranks
 
 from finetune_api.report import FailureClass, MetricResult, Results
 from finetune_trainer.context import context_from_environment
+from finetune_trainer.digest import export_digest
 from finetune_trainer.evaluate import stage
-from finetune_trainer.export import export_digest
 from finetune_trainer.failures import TrainerError
 
 Changed = Callable[..., EvaluationRun]

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune_api.report import FailureClass
 from finetune_api.spec import Quantization, Tuning
 from finetune_trainer import export
-from finetune_trainer.export import Base, Exported, export_digest, export_model
+from finetune_trainer.digest import export_digest
+from finetune_trainer.export import Base, Exported, export_model
 from finetune_trainer.failures import TrainerError, classify
 from finetune_trainer.model import writer
 from finetune_trainer.model.build import CausalModel

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -316,3 +318,9 @@ def test_a_directory_half_written_by_a_killed_attempt_is_not_in_the_way(publishe
     place = Path(str(publish(run, None).path))
     assert not left.exists()
     assert not (place / "junk").exists()
+
+
+def test_publish_and_the_check_of_write_access_start_without_torch() -> None:
+    program = "import sys, finetune_trainer.publish.stage; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -23,6 +23,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.evaluation_rows import EvaluationRow, read_baseline, read_evaluation
 from finetune_trainer.data.manifest import MANIFEST_FILE, PreparedManifest
+from finetune_trainer.digest import export_digest
 from finetune_trainer.evaluate import baselines
 from finetune_trainer.evaluate.answers import Settings, answer_rows, closed
 from finetune_trainer.evaluate.bootstrap import STATEMENT
@@ -34,7 +35,6 @@ from finetune_trainer.evaluate.metrics import EXTRA, OWN, Answer
 from finetune_trainer.evaluate.models import Source, Variant, fits_on_one_device, manifest_source, opened_both
 from finetune_trainer.evaluate.page.build import Prompted, Story, write_page
 from finetune_trainer.evaluate.ranks import Ranks
-from finetune_trainer.export import export_digest
 from finetune_trainer.failures import TrainerError, write_json
 from finetune_trainer.model.device import choose_device, choose_precision
 from finetune_trainer.publish.card import CardFacts, base_license, model_card

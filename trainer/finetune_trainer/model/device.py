@@ -32,7 +32,7 @@ def choose_device(local_rank: int, gpus_per_node: int | None) -> torch.device:
 def _why_none() -> str:
     """What CUDA says where it does not start; empty if it does."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return f" ({str(error).strip().splitlines()[0].split('. ')[0]})"
     return ""

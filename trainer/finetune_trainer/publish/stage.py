@@ -18,8 +18,8 @@ from finetune_api.report import FailureClass, Published, Results
 from finetune_api.spec import Publish
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.manifest import PreparedManifest
+from finetune_trainer.digest import export_digest
 from finetune_trainer.evaluate.gate import decide_gate
-from finetune_trainer.export import export_digest
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.publish import directory
 from finetune_trainer.publish.card import CARD_FILE, CardFacts, base_license, model_card

@@ -1,0 +1,62 @@
+"""What `digest.json` says of an export, which every stage that reads one checks: without torch, quick to import.
+
+`export_digest` is the only way to learn the digest of an export, and it reads every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune_api.report import FailureClass
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import sha256_of
+
+DIGEST_FILE = "digest.json"
+
+
+def export_digest(directory: Path) -> str:
+    """The digest of an export, from every byte of it.
+
+    Raises TrainerError if a file is missing, unknown or not what `digest.json` says.
+    """
+    try:
+        recorded: dict[str, Any] = json.loads((directory / DIGEST_FILE).read_text())
+        known: dict[str, Any] = recorded["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainerError(
+            FailureClass.CRASH, f"{directory} is not a complete export: {DIGEST_FILE} is missing or damaged."
+        ) from error
+    found = _digests(directory)
+    for name in sorted(known.keys() | found.keys()):
+        if known.get(name) != found.get(name):
+            what = "is missing" if name not in found else "was added" if name not in known else "was changed"
+            raise TrainerError(FailureClass.CRASH, f"The export was altered: {directory / name} {what}.")
+    return _total(found)
+
+
+def write_digest(directory: Path) -> None:
+    """Write `digest.json` for the files that are there."""
+    digests = _digests(directory)
+    content = {"digest": _total(digests), "files": digests}
+    (directory / DIGEST_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def files_of(directory: Path) -> list[Path]:
+    """All files of an export."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _digests(directory: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(directory).as_posix(): {"sha256": sha256_of(path), "size": path.stat().st_size}
+        for path in files_of(directory)
+        if path.name != DIGEST_FILE
+    }
+
+
+def _total(digests: dict[str, dict[str, Any]]) -> str:
+    lines = "".join(f"{name}\0{digests[name]['sha256']}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
