@@ -38,7 +38,7 @@ run: $(READY) ## fine-tune a small model end to end on this machine, and show th
 
 test: $(READY) ## all tests; ends with the list of what this machine could not run
 	$(BIN)/python -m pytest tests/unit tests/trainer tests/local -n 2 --dist loadgroup $(RETRY_ABORTS) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/integration $(RETRY_WAITS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/integration -n 2 --dist loadgroup --no-loadscope-reorder $(RETRY_WAITS) $(PYTEST_ARGS)
 
 e2e: $(READY) ## real pods on this machine: the chart, the images, and what happens when things die (root, some 40 GB)
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)

@@ -27,7 +27,6 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FIRST = ("unit", "trainer", "local", "integration", "e2e")
-CLUSTER = ("integration", "e2e")
 
 NEVER_RUN_WITHOUT = (
     "no test covers CUDA: NCCL, fused AdamW, varlen and flash attention, memory and speed on a GPU",
@@ -38,12 +37,12 @@ WITHOUT_E2E = "no test runs real pods: a played kubelet writes their status (`ma
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first; one worker a file, and one worker for everything that shares the control plane."""
+    """Fast tests first; one worker a file, unless a folder says otherwise; one for all that share the real node."""
     root = Path(__file__).parent
     for item in items:
-        top = item.path.relative_to(root).parts[0]
-        group = "cluster" if top in CLUSTER else str(item.path.relative_to(root))
-        item.add_marker(pytest.mark.xdist_group(group))
+        path = item.path.relative_to(root)
+        if item.get_closest_marker("xdist_group") is None and path.parts[0] != "integration":
+            item.add_marker(pytest.mark.xdist_group("e2e" if path.parts[0] == "e2e" else str(path)))
     items.sort(key=lambda item: _rank(item.path.relative_to(root).parts[0]))
 
 

@@ -246,16 +246,15 @@ class Reconciler:
 
     async def _record(self, key: Key, job: Object, seen: Observation, decision: Decision, memory: Memory) -> bool:
         """Write the status if that is worth it, tell its Events; whether it was written."""
-        if not progress.worth_writing(seen.status, decision.status, memory.written, seen.now):
+        if not progress.worth_writing(seen, decision, memory.written):
             return False
-        wire = decision.status.to_wire()
         meta = {name: job["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
         body = {
             "apiVersion": "finetune.dev/v1alpha1",
             "kind": FINE_TUNE_JOB,
             "metadata": meta,
             "spec": job["spec"],
-            "status": wire,
+            "status": decision.wire,
         }
         try:
             answer = await self.api.replace_status(body)
@@ -301,7 +300,7 @@ class Reconciler:
             wants.append(0.05)
         if seen.missing or decision.status.credentials_seen:
             wants.append(SECRET_POLL_SECONDS)
-        if decision.status.to_wire() != seen.status.to_wire():
+        if decision.wire != seen.wire:
             wants.append(float(progress.WRITE_INTERVAL_SECONDS))
         if not terminal(decision.status):
             wants.append(DOUBT_SECONDS if attempts.waits_for_the_old(seen, decision.status) else RESYNC_SECONDS)

@@ -1,4 +1,4 @@
-"""Fixtures of the integration tests: one control plane a session, one namespace a test."""
+"""Fixtures of the integration tests: one control plane a worker of pytest-xdist, one namespace a test."""
 
 from __future__ import annotations
 
@@ -17,10 +17,26 @@ from .harness.helm import Helm
 from .harness.operator import OperatorProcess
 from .harness.story import Story
 
+LONG_FIRST = ("test_killed_between_calls", "test_trainjob", "test_disturbances", "test_failures")
+"""Files whose tests take longest: begun last, they would keep one worker busy while the others have ended."""
+TOGETHER = ("test_killed_between_calls", "test_trainjob", "test_chart", "test_command_line_on_a_cluster")
+"""Files whose tests share what is made for the file: one worker for all of each; a given cluster has but one."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Build the programs before the first test: a build takes minutes, and a test's time-out would end it."""
-    fixtures = {name for item in items for name in getattr(item, "fixturenames", ())}
+    """Say what runs where and in which order; build the programs before the first test.
+
+    A build takes minutes, and a test's time-out would end it. Of several workers one builds, the others wait for it.
+    """
+    ours = [item for item in items if item.path.parent == Path(__file__).parent]
+    for item in ours:
+        if is_given() or item.path.stem in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group("given" if is_given() else item.path.stem))
+    items.sort(key=lambda item: LONG_FIRST.index(item.path.stem) if item.path.stem in LONG_FIRST else len(LONG_FIRST))
+    _build({name for item in ours for name in getattr(item, "fixturenames", ())}, config)
+
+
+def _build(fixtures: set[str], config: pytest.Config) -> None:
     if config.option.collectonly or not binaries.can_build():
         return
     if fixtures & {"helm", "operator"}:

@@ -62,7 +62,9 @@ def test_a_second_replica_waits_and_takes_over_when_the_first_dies(
     furnish(api, namespace)
     api.create(fine_tune_job(NAME), namespace)
     wait_for_job(api, NAME, namespace, lambda status: status.get("phase") == "Preparing", "Preparing")
-    second = operator.twin().start()
+    # The replica that is left is the program itself; other tests fork theirs.
+    second = operator.twin()
+    program = second.program()
     try:
         wait_until(lambda: second.get("/readyz", second.health_port)[0] == 200, "the second replica to be ready")
         assert "finetune_leader 0.0" in second.get("/metrics", second.metrics_port)[1]
@@ -73,5 +75,8 @@ def test_a_second_replica_waits_and_takes_over_when_the_first_dies(
         metrics = second.get("/metrics", second.metrics_port)[1]
         assert "finetune_leader 1.0" in metrics
         assert f'finetune_jobs{{namespace="{namespace}",phase="Complete"}} 1.0' in metrics
+        program.terminate()
+        assert program.wait(timeout=30) == 0
     finally:
-        second.kill()
+        program.kill()
+        program.wait(timeout=10)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
+from collections.abc import Mapping
 
 from kubernetes.aio.config import kube_config
 
 from finetune_operator import reconcile, service, workqueue  # noqa: F401 - imported before the fork, once for all
+from finetune_operator.cli import run_command_line
 from finetune_operator.cluster import api
-from finetune_operator.commands.operator import operator
+from finetune_operator.commands import operator  # noqa: F401 - as above
+
+_PR_SET_PDEATHSIG = 1
+_TUNABLE = {
+    "REQUEST_TIMEOUT_SECONDS": api,
+    "BASE_SECONDS": workqueue,
+    "CAP_SECONDS": workqueue,
+    "DOUBT_SECONDS": reconcile,
+    "SECRET_POLL_SECONDS": reconcile,
+}
 
 
-def operate(environment: dict[str, str], log: str, request_timeout: float) -> None:
-    """`finetune operator` in this environment, its words at the end of a log; impatient, because tests wait for it."""
+def operate(environment: dict[str, str], log: str, tuned: Mapping[str, float]) -> None:
+    """`finetune operator` in this environment, its words at the end of a log, with some constants (seconds) changed."""
+    if sys.platform == "linux":
+        # With the fork server, which ends with the tests, however they end.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()
     os.environ.update(environment)
     # Read from the environment when it was imported.
@@ -20,7 +37,6 @@ def operate(environment: dict[str, str], log: str, request_timeout: float) -> No
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    api.REQUEST_TIMEOUT_SECONDS = request_timeout
-    workqueue.BASE_SECONDS, workqueue.CAP_SECONDS = 0.1, 0.5
-    reconcile.DOUBT_SECONDS = 1.0
-    operator(namespaces=None, image="", backend="", log_format="text")
+    for name, seconds in tuned.items():
+        setattr(_TUNABLE[name], name, seconds)
+    sys.exit(run_command_line(["operator"]))

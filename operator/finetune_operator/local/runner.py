@@ -137,8 +137,9 @@ class Runner:
 
     def _step(self) -> Decision:
         record = self._record
-        decision = decide(self._observe(), self._setting.planner)
-        if decision.status.to_wire() != record.status.to_wire():
+        seen = self._observe()
+        decision = decide(seen, self._setting.planner)
+        if decision.wire != seen.wire:
             record.status = decision.status
             record.save()
         for event in decision.events:

@@ -29,17 +29,19 @@ RETRY_ANNOTATION = "finetune.dev/retry"
 
 def decide(seen: Observation, planner: Planner | None = None) -> Decision:
     """What to record of a job and what to do about it. The same observation gives the same decision."""
-    seen = replace(seen, now=seen.now.replace(microsecond=0))
     if seen.deleting:
-        return Decision(seen.status)
+        return Decision(seen.status, seen.wire)
+    before = seen.wire
+    seen = replace(seen, now=seen.now.replace(microsecond=0))
     # A deep copy that pydantic makes in a fifth of the time of model_copy(deep=True).
     draft = Draft(seen, JobStatus.model_validate(seen.status.model_dump()), planner)
     _touch(draft)
     verdict = _judge(draft)
     conditions.write(draft.status, verdict, seen.spec, seen.now)
-    if progress.material(draft.status) != progress.material(seen.status):
-        return Decision(draft.status, events=events.between(seen.status, draft.status), requeue_after=0.0)
-    return Decision(draft.status, actions(draft), requeue_after=requeue(draft))
+    wire = draft.status.to_wire()
+    if progress.material(wire) != progress.material(before):
+        return Decision(draft.status, wire, events=events.between(seen.status, draft.status), requeue_after=0.0)
+    return Decision(draft.status, wire, actions(draft), requeue_after=requeue(draft))
 
 
 def _touch(draft: Draft) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 from finetune_api.base import Stage
 from finetune_api.report import Failure, Report
@@ -136,6 +137,11 @@ class Observation:
     """Changes when a referenced Secret changes: a job that waits for a better token goes on."""
     environment: Environment = Environment()
 
+    @cached_property
+    def wire(self) -> dict[str, Any]:
+        """The persisted status as it is on the wire; made once, and not to be changed."""
+        return self.status.to_wire()
+
 
 @dataclass(frozen=True)
 class EnsureShared:
@@ -180,6 +186,8 @@ class Decision:
     """What to record, and then what to do."""
 
     status: JobStatus
+    wire: dict[str, Any]
+    """The status as it is on the wire."""
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None

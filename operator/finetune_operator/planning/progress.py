@@ -12,6 +12,7 @@ from finetune_api.base import Stage
 from finetune_api.report import MetricResult, Progress, Report, Results
 from finetune_api.status import AttemptRecord, JobStatus, Origin
 from finetune_operator.planning.conditions import cut
+from finetune_operator.planning.model import Decision, Observation
 
 WRITE_INTERVAL_SECONDS = 60
 WORDS_INTERVAL_SECONDS = 2
@@ -118,12 +119,8 @@ def _headline(metrics: list[MetricResult]) -> MetricResult | None:
     return next(iter(mean or primary or metrics), None)
 
 
-def material(status: JobStatus) -> dict[str, object]:
-    """The wire form without what only moves on: two equal ones hold the same conclusions."""
-    return _material(status.to_wire())
-
-
-def _material(wire: dict[str, object]) -> dict[str, object]:
+def material(wire: dict[str, Any]) -> dict[str, Any]:
+    """A status on the wire without what only moves on: two equal ones hold the same conclusions."""
     return {name: value for name, value in wire.items() if name not in PROGRESS_FIELDS}
 
 
@@ -136,22 +133,21 @@ def _settled(wire: dict[str, Any]) -> dict[str, object]:
     return rest | {"conditions": conditions, "attempts": attempts}
 
 
-def worth_writing(old: JobStatus, new: JobStatus, written: datetime | None, now: datetime) -> bool:
-    """Whether `new` is to be written over the persisted `old`, last written by this process at `written`.
+def worth_writing(seen: Observation, decision: Decision, written: datetime | None) -> bool:
+    """Whether the decision's status is to be written over the persisted one, last written by this process at `written`.
 
     Equal: no. Another conclusion: at once. Other words: two seconds after the last write. Progress alone: when the
     last write is a minute old. A fresh process (`written` is None) waits that minute as well, from `activeUntil`, so
     that a restart with a thousand jobs is no storm.
     """
-    was, becomes = old.to_wire(), new.to_wire()
-    if was == becomes:
+    if seen.wire == decision.wire:
         return False
-    was, becomes = _material(was), _material(becomes)
+    was, becomes = material(seen.wire), material(decision.wire)
     if was != becomes:
-        age = None if written is None else (now - written).total_seconds()
+        age = None if written is None else (seen.now - written).total_seconds()
         return age is None or age >= WORDS_INTERVAL_SECONDS or _settled(was) != _settled(becomes)
-    last = written or old.active_until
-    return last is None or now - last >= timedelta(seconds=WRITE_INTERVAL_SECONDS)
+    last = written or seen.status.active_until
+    return last is None or seen.now - last >= timedelta(seconds=WRITE_INTERVAL_SECONDS)
 
 
 def waits_on_credentials(stage: Stage) -> bool:

@@ -53,6 +53,8 @@ class ControlPlane:
         self.owned = owned
         self.keep_folder = False
         self._serial = itertools.count(1)
+        self._collected: set[str] = set()
+        """Uids of the CRDs that the garbage collector knows."""
         self._api: Api | None = None
         self._programs: Programs | None = None
 
@@ -136,13 +138,16 @@ class ControlPlane:
         """Apply CRDs, and return when objects of these kinds are served *and* garbage-collected.
 
         The garbage collector looks for new kinds every 30 s only, and until then the deletion of
-        an owner goes unnoticed, so the controller manager is restarted, which takes about a second.
+        an owner goes unnoticed, so for new ones the controller manager is restarted, which takes about a second.
         """
+        served = set()
         for definition in self.apply(source):
             self._wait_until_established(definition)
-        if self._programs:
+            served.add(definition["metadata"]["uid"])
+        if self._programs and not served <= self._collected:
             self._programs.restart_controller_manager()
             self._wait_for_garbage_collector()
+            self._collected |= served
 
     def create_namespace(self, prefix: str = "test", labels: Mapping[str, str] | None = None) -> str:
         """Create a namespace with a name of its own and return it once pods can be created in it."""

@@ -5,7 +5,6 @@ its own, killed for real.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -14,15 +13,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 
-from tests.support.forked_operator import operate
-
 from .control_plane import ControlPlane
 from .fault_proxy import FaultProxy, Loop, Plan, trusting
+from .forking import fork_operator
 from .helm import Helm
 from .operator import ACCOUNT
 
-_FORKING = multiprocessing.get_context("forkserver")
-_PRELOADED = ["pytest", "tests.support.forked_operator"]
+_IMPATIENT = {"BASE_SECONDS": 0.1, "CAP_SECONDS": 0.5, "DOUBT_SECONDS": 1.0}
 
 
 class Life:
@@ -92,10 +89,7 @@ class Nursery:
             "FINETUNE_GRACE_SECONDS": "1",
             **self.environment,
         }
-        # The server is one for the whole process: said here, and not at import, this is what its first user wants.
-        _FORKING.set_forkserver_preload(_PRELOADED)
-        process = _FORKING.Process(target=operate, args=(environment, str(log), request_timeout), daemon=True)
-        process.start()
+        process = fork_operator(environment, log, _IMPATIENT | {"REQUEST_TIMEOUT_SECONDS": request_timeout})
         pid = process.pid
         assert pid is not None
         proxy.on_kill = lambda: os.kill(pid, signal.SIGKILL)

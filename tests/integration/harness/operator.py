@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from tests.unit.finetune_operator.planning.world import job as world
@@ -21,12 +22,17 @@ from finetune_api.runconfig import Attempt
 from .api import Api, ApiError, Resource
 from .control_plane import ControlPlane
 from .fake_kubelet import Exit
+from .forking import fork_operator
 from .helm import Helm
-from .processes import free_ports, wait_until
+from .processes import TimedOutError, free_ports, wait_until
 
 ACCOUNT = "finetune-finetune-operator"
 Right = tuple[str, str, str]
 """API group, resource or resource/subresource, verb."""
+
+
+SECRET_POLL_SECONDS = 2.0
+"""Tests do not wait half a minute until a Secret is looked for again."""
 
 
 class OperatorProcess:
@@ -57,7 +63,7 @@ class OperatorProcess:
             "FINETUNE_GRACE_SECONDS": "5",
             "FINETUNE_LEASE_SECONDS": "3",
         }
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkServerProcess | None = None
 
     def twin(self, kubeconfig: Path | None = None) -> OperatorProcess:
         """A second replica, not started; it may have a way to the API server of its own."""
@@ -82,27 +88,35 @@ class OperatorProcess:
 
     def start(self) -> OperatorProcess:
         """Start it; whatever it says goes to its log."""
+        self._process = fork_operator(self._environment, self.log, {"SECRET_POLL_SECONDS": SECRET_POLL_SECONDS})
+        return self
+
+    def program(self) -> subprocess.Popen[bytes]:
+        """Start it as its users do, not forked; the caller ends it."""
         with self.log.open("ab") as log:
             command = [str(Path(sys.executable).parent / "finetune"), "operator"]
-            self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
-        return self
+            return subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
 
     def stop(self) -> int:
         """End it as Kubernetes does; returns its exit code."""
         assert self._process is not None
         self._process.terminate()
-        return self._process.wait(timeout=30)
+        return self.ends()
 
     def ends(self, seconds: float = 30) -> int:
         """Wait until it ends by itself; returns its exit code."""
         assert self._process is not None
-        return self._process.wait(timeout=seconds)
+        self._process.join(seconds)
+        code = self._process.exitcode
+        if code is None:
+            raise TimedOutError(f"After {seconds:g} s the operator still runs.")
+        return code
 
     def kill(self) -> None:
         """End it without a word."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None:
             self._process.kill()
-            self._process.wait(timeout=10)
+            self._process.join()
 
     def words(self) -> str:
         """Everything that it logged."""

@@ -7,6 +7,7 @@ import ctypes
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ _PR_SET_PDEATHSIG = 1
 # Below the range from which the kernel picks source ports of outgoing connections, so that no
 # connection opened between choosing and listening can take the port away.
 _PORTS = range(20000, 32000)
+_WORKER = re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", ""))
 
 
 class ProcessDiedError(RuntimeError):
@@ -47,11 +49,16 @@ def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds
 
 def free_ports(count: int) -> list[int]:
     """Return that many different TCP ports on loopback on which nobody listens."""
-    candidates = random.sample(_PORTS, k=100 * count)
+    candidates = random.sample(_own_ports(), k=min(100 * count, len(_own_ports())))
     free = list(itertools.islice((port for port in candidates if _is_free(port)), count))
     if len(free) < count:
         raise RuntimeError(f"Of {len(candidates)} random ports on loopback fewer than {count} are free.")
     return free
+
+
+def _own_ports() -> range:
+    """A fifth of the ports for each of the test processes that run side by side: none takes what another has chosen."""
+    return _PORTS[int(_WORKER) % 5 :: 5] if _WORKER else _PORTS
 
 
 def _is_free(port: int) -> bool:

@@ -1,32 +1,39 @@
-from datetime import timedelta
+from dataclasses import replace
+from datetime import datetime, timedelta
 
 import pytest
 from tests.unit.finetune_operator.planning.world import job, steps
 
 from finetune_api.base import Stage
-from finetune_api.status import Phase
+from finetune_api.status import JobStatus, Phase
+from finetune_operator.planning.model import Decision
 from finetune_operator.planning.progress import eta_text, material, progress_text, worth_writing
+
+
+def is_written(old: JobStatus, new: JobStatus, written: datetime | None, now: datetime) -> bool:
+    seen = replace(job().observe(), status=old, now=now)
+    return worth_writing(seen, Decision(new, new.to_wire()), written)
 
 
 def test_an_equal_status_is_not_written() -> None:
     world = job().training()
-    assert not worth_writing(world.status, world.decide().status, None, world.now)
+    assert not is_written(world.status, world.decide().status, None, world.now)
 
 
 def test_a_new_conclusion_is_written_at_once() -> None:
     world = job().training().finishes()
-    assert worth_writing(world.status, world.decide().status, world.now, world.now)
+    assert is_written(world.status, world.decide().status, world.now, world.now)
 
 
 def test_other_words_for_the_same_conclusions_wait_two_seconds_after_a_write() -> None:
     world = job().training()
     starting = world.status.model_copy(update={"phase": Phase.PREPARING}, deep=True)
     starting.conditions[0].reason, starting.attempts[-1].running_since = "Starting", None
-    assert material(starting) != material(world.status)
+    assert material(starting.to_wire()) != material(world.status.to_wire())
     written = world.now
-    assert not worth_writing(starting, world.status, written, world.now + timedelta(seconds=1))
-    assert worth_writing(starting, world.status, written, world.now + timedelta(seconds=2))
-    assert worth_writing(starting, world.status, None, world.now)
+    assert not is_written(starting, world.status, written, world.now + timedelta(seconds=1))
+    assert is_written(starting, world.status, written, world.now + timedelta(seconds=2))
+    assert is_written(starting, world.status, None, world.now)
 
 
 @pytest.mark.parametrize(
@@ -40,36 +47,36 @@ def test_other_words_for_the_same_conclusions_wait_two_seconds_after_a_write() -
 )
 def test_what_is_decided_by_is_written_at_once(change: dict[str, object]) -> None:
     world = job().training()
-    assert worth_writing(world.status, world.status.model_copy(update=change), world.now, world.now)
+    assert is_written(world.status, world.status.model_copy(update=change), world.now, world.now)
 
 
 def test_a_condition_that_comes_true_is_written_at_once() -> None:
     world = job().training()
     new = world.status.model_copy(deep=True)
     new.conditions[0].status = "True"
-    assert worth_writing(world.status, new, world.now, world.now)
+    assert is_written(world.status, new, world.now, world.now)
 
 
 def test_progress_alone_is_written_at_most_once_a_minute() -> None:
     world = job().training()
     written = world.now
     world.later(59).says(progress=steps(7))
-    assert not worth_writing(world.status, world.decide().status, written, world.now)
+    assert not is_written(world.status, world.decide().status, written, world.now)
     world.later(1)
-    assert worth_writing(world.status, world.decide().status, written, world.now)
+    assert is_written(world.status, world.decide().status, written, world.now)
 
 
 def test_a_fresh_process_waits_a_minute_as_well() -> None:
     world = job().training().later(10).settled()
     new = world.says(progress=steps(7)).later(30).decide().status
-    assert not worth_writing(world.status, new, None, world.now)
-    assert worth_writing(world.status, new, None, world.now + timedelta(seconds=31))
+    assert not is_written(world.status, new, None, world.now)
+    assert is_written(world.status, new, None, world.now + timedelta(seconds=31))
 
 
 def test_conclusions_are_what_does_not_move_all_the_time() -> None:
     world = job().training()
     moved = world.later(500).says(progress=steps(9), activity="compiling").decide().status
-    assert material(moved) == material(world.status)
+    assert material(moved.to_wire()) == material(world.status.to_wire())
     assert moved.active_seconds > world.status.active_seconds
 
 
