@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -17,11 +17,11 @@ from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.needs import Needs, Prerequisites
 from finetune_operator.cluster.observe import UNREADABLE, Seen, is_of, observe, read_spec
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
+from finetune_operator.cluster.watch import Watch
 from finetune_operator.metrics import Metrics
 from finetune_operator.planning import attempts, progress
 from finetune_operator.planning.conditions import next_stage, terminal
 from finetune_operator.planning.decide import Planner, decide
-from finetune_operator.planning.labels import JOB
 from finetune_operator.planning.manifests.backend import Backend
 from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.planning.model import (
@@ -45,8 +45,8 @@ SECRET_POLL_SECONDS = 30.0
 RESYNC_SECONDS = 600.0
 """How often a job that has not ended is looked at although nothing was heard of it."""
 DOUBT_SECONDS = 30.0
-"""How long a job waits for something to go away before the API server is asked whether it has; and whether the node
-of a pod that does not go has been declared dead, since nodes are not watched."""
+"""How long a job waits for something to go away before it is listed again, in case it went unheard; and before it is
+asked again whether the node of a pod that does not go has been declared dead, since nodes are not watched."""
 OUT_OF_SERVICE_TAINT = "node.kubernetes.io/out-of-service"
 
 
@@ -60,8 +60,8 @@ class Memory:
     """What this process remembers of a job; a fresh process does without."""
 
     written: datetime | None = None
-    checked: datetime | None = None
-    """When the API server was last asked whether the children that the store knows are there."""
+    doubted: datetime | None = None
+    """Since when it waits for something to go, or when that was last listed."""
     refused: Missing | None = None
     spec: tuple[str, FineTuneJobSpec, str] = ("", UNREADABLE, "")
     """Uid and generation that it was read from, the spec, and why it could not be read."""
@@ -80,6 +80,8 @@ class Reconciler:
     backend: Backend = field(default_factory=PyTorchJobBackend)
     clock: Callable[[], datetime] = utc_now
     queue: WorkQueue[Key] = field(default_factory=WorkQueue)
+    watches: Sequence[Watch] = ()
+    """What keeps the store."""
     _memories: dict[Key, Memory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,31 +137,23 @@ class Reconciler:
         if decision.requeue_after == 0.0:
             return 0.0 if wrote else 1.0
         await self._act(key, seen, decision, memory)
-        if await self._forget_ghosts(key, seen, decision, memory):
+        if await self._look_again(key, seen, decision, memory):
             return 0.0
         if terminal(decision.status):
             # Ten thousand specs would be a hundred megabytes, and nobody asks for them any more.
             self._memories.pop(key, None)
         return self._again(seen, decision, memory)
 
-    async def _forget_ghosts(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> bool:
-        """Forget children that went away unheard; whether there were any. Asked rarely, sooner if the job waits."""
-        if terminal(decision.status) or seen.deleting or not seen.children:
-            memory.checked = None
+    async def _look_again(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> bool:
+        """List what a job waits for to go, after a while and now and then; whether any of it had gone unheard."""
+        if terminal(decision.status) or seen.deleting or not attempts.waits_for_the_old(seen, decision.status):
+            memory.doubted = None
             return False
-        memory.checked = memory.checked or seen.now
-        patience = DOUBT_SECONDS if attempts.waits_for_the_old(seen, decision.status) else RESYNC_SECONDS
-        if (seen.now - memory.checked).total_seconds() < patience:
+        memory.doubted = memory.doubted or seen.now
+        if (seen.now - memory.doubted).total_seconds() < DOUBT_SECONDS:
             return False
-        memory.checked = seen.now
-        found = False
-        for kind in ("Job", self.backend.kind, "Pod"):
-            # Only what was known before asking: what is made meanwhile is no ghost.
-            known = self.store.uids(kind, key)
-            listed = await self.api.list(kind, key.namespace, f"{JOB}={key.label}") if known else []
-            there = frozenset(body["metadata"]["uid"] for body in listed)
-            found = self.store.drop_all_but(kind, key, known, there) or found
-        return found
+        memory.doubted = seen.now
+        return any([await watch.look_again(key) for watch in self.watches])
 
     async def _observe(self, key: Key, job: Object, memory: Memory) -> Observation:
         spec, invalid = self._spec(job, memory)

@@ -19,13 +19,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from finetune_operator import handlers
 from finetune_operator.cluster.api import Api
 from finetune_operator.cluster.lease import Lease
-from finetune_operator.cluster.store import Store
+from finetune_operator.cluster.store import Key, Store
 from finetune_operator.cluster.watch import Watch
 from finetune_operator.metrics import Metrics
 from finetune_operator.planning.decide import Planner
 from finetune_operator.planning.manifests.backends import BACKENDS
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
+from finetune_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,14 @@ async def serve(settings: Settings, planner: Planner | None = None, stop: asynci
     async with _client() as client:
         api = Api(client, metrics.count_request)
         lease = Lease(api, settings.lease_namespace, settings.lease_name, settings.identity, settings.lease_seconds)
-        reconciler = Reconciler(api, store, settings, metrics, planner, backend)
-        watches = handlers.watches(api, store, reconciler.queue, backend, settings.namespaces)
-        resyncs = handlers.resyncs(api, store, reconciler.queue, settings.namespaces)
+        queue = WorkQueue[Key]()
+        watches = handlers.watches(api, store, queue, backend, settings.namespaces)
+        resyncs = handlers.resyncs(api, store, queue, settings.namespaces)
+        reconciler = Reconciler(api, store, settings, metrics, planner, backend, queue=queue, watches=watches)
         watching = asyncio.create_task(_watch(watches, resyncs), name="watches")
         kopf_watching = asyncio.create_task(
             kopf.operator(
-                registry=handlers.registry(store, reconciler.queue),
+                registry=handlers.registry(store, queue),
                 settings=handlers.settings(clusterwide=not settings.namespaces),
                 namespaces=settings.namespaces,
                 clusterwide=not settings.namespaces,

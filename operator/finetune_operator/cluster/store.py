@@ -79,25 +79,18 @@ class Store:
             self._forget(kind, key, name)
         return key
 
-    def drop_all_but(self, kind: str, key: Key, suspects: frozenset[str], there: frozenset[str]) -> bool:
-        """Forget those of the suspects (uids) that are not there; whether there were any."""
-        known = self._bodies.get((kind, key), {})
-        ghosts = [name for name, packed in known.items() if packed.uid in suspects - there]
-        for name in ghosts:
-            self._forget(kind, key, name)
-        return bool(ghosts)
+    def keep_only(
+        self, kind: str, namespace: str, uids: Collection[str], version: int, job: Key | None = None
+    ) -> list[Key]:
+        """Forget bodies of a kind that a list of that version (of a namespace, or all; of one job) lacks.
 
-    def uids(self, kind: str, key: Key) -> frozenset[str]:
-        """Uids of all bodies of a kind that belong to a job."""
-        return frozenset(packed.uid for packed in self._bodies.get((kind, key), {}).values())
-
-    def keep_only(self, kind: str, namespace: str, uids: Collection[str], version: int) -> list[Key]:
-        """Forget bodies of a kind that a list of that version (of a namespace, or all) lacks; returns their jobs."""
+        Returns the jobs of what was forgotten.
+        """
+        listed = [(known, key) for known, key in self._bodies if known == kind and namespace in ("", key.namespace)]
         gone = [
             (key, name)
-            for (known, key), bodies in self._bodies.items()
-            if known == kind and namespace in ("", key.namespace)
-            for name, packed in bodies.items()
+            for _, key in (listed if job is None else [(kind, job)])
+            for name, packed in self._bodies.get((kind, key), {}).items()
             if packed.uid not in uids and packed.version <= version
         ]
         for key, name in gone:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 
 from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.store import Key, Store
+from finetune_operator.planning.labels import JOB
 
 log = logging.getLogger(__name__)
 
 PAGE_SIZE = 50
 """Bodies that are held whole at a time, before the store has made them small."""
-RESYNC_SECONDS = 3600.0
+RELIST_SECONDS = 900.0
 """How often everything is listed again, whatever the watch has said: an event that was missed is made up for."""
+RESYNC_SECONDS = 3600.0
+"""The same for what something else watches."""
 BACKOFF_SECONDS = (0.2, 30.0)
 UNKNOWN_KIND_SECONDS = 30.0
 """How often a kind is asked for that the cluster does not know: its CRD may be installed later."""
@@ -49,8 +52,9 @@ class Watch:
         while True:
             try:
                 if not self._version or clock() >= resync:
-                    await self._list()
-                    resync = clock() + RESYNC_SECONDS * random.uniform(0.8, 1.2)
+                    self._version, _ = await self._list()
+                    self._failures = 0
+                    resync = clock() + RELIST_SECONDS * random.uniform(0.8, 1.2)
                     self.listed.set()
                 await self._follow()
                 await asyncio.sleep(BACKOFF_SECONDS[0])
@@ -68,18 +72,31 @@ class Watch:
             except ApiError as error:
                 log.warning("cannot list %s: %s", self.kind, error)
 
-    async def _list(self) -> None:
-        """Bring the store up to date with everything that is there."""
+    async def look_again(self, job: Key) -> bool:
+        """List what belongs to one job; whether something of it had gone away unheard. Raises ApiError."""
+        if self.namespace not in ("", job.namespace):
+            return False
+        _, gone = await self._list(job)
+        return gone
+
+    async def _list(self, job: Key | None = None) -> tuple[str, bool]:
+        """Bring the store up to date with everything that is there, or all of one job.
+
+        Returns the version of the list, and whether it lacked something that the store held.
+        """
+        namespace = self.namespace if job is None else job.namespace
+        labels = self.labels if job is None else ",".join(filter(None, (self.labels, f"{JOB}={job.label}")))
         there: set[str] = set()
         version = ""
-        async for page in self.api.pages(self.kind, self.namespace, self.labels, PAGE_SIZE):
+        async for page in self.api.pages(self.kind, namespace, labels, PAGE_SIZE):
             version = page["metadata"]["resourceVersion"]
             for body in page.get("items") or []:
                 there.add(body["metadata"]["uid"])
                 self._tell(self.store.put(self.kind, body))
-        for key in self.store.keep_only(self.kind, self.namespace, there, int(version)):
+        gone = self.store.keep_only(self.kind, namespace, there, int(version), job)
+        for key in gone:
             self.changed(key)
-        self._version, self._failures = version, 0
+        return version, bool(gone)
 
     async def _follow(self) -> None:
         """Take over what happens until the watch ends."""

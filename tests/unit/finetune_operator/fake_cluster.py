@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,9 +17,12 @@ from finetune_api.runconfig import Attempt
 from finetune_api.status import JobStatus
 from finetune_operator.cluster.api import ApiError, Object
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
+from finetune_operator.handlers import watches
 from finetune_operator.metrics import Metrics
+from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
+from finetune_operator.workqueue import WorkQueue
 
 KEY = Key("ml", "support")
 FAR = datetime(2100, 1, 1, tzinfo=UTC)
@@ -69,6 +72,10 @@ class FakeCluster:
             kind,
             lambda: [copy.deepcopy(o) for o in self.of(kind) if wanted.items() <= o["metadata"]["labels"].items()],
         )
+
+    async def pages(self, kind: str, namespace: str, labels: str, size: int) -> AsyncIterator[Object]:
+        found = await self.list(kind, namespace, labels)
+        yield {"metadata": {"resourceVersion": str(next(self._versions))}, "items": found}
 
     async def create(self, made: Object) -> Object:
         return self._asked("create", made["kind"], lambda: self._create(made))
@@ -212,9 +219,12 @@ class FakeCluster:
 
     def operator(self) -> Reconciler:
         """A fresh process: nothing remembered, everything listed."""
+        store, queue = Store(), WorkQueue[Key]()
         made = Reconciler(
             api=self,  # type: ignore[arg-type]
-            store=Store(),
+            store=store,
+            queue=queue,
+            watches=watches(self, store, queue, PyTorchJobBackend(), ()),  # type: ignore[arg-type]
             settings=Settings(backoff_base_seconds=1.0),
             metrics=Metrics(),
             planner=lambda spec, model, lengths: plan(),

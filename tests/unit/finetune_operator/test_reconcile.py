@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 from tests.unit.finetune_operator.fake_cluster import KEY, FakeCluster, Fault, Killed
@@ -12,7 +11,6 @@ from tests.unit.finetune_operator.planning.world import SPEC
 from finetune_api.base import STAGES, Stage
 from finetune_api.runconfig import Attempt
 from finetune_operator.cluster.api import ApiError
-from finetune_operator.reconcile import RESYNC_SECONDS
 
 Script = Callable[[Attempt, int], str | None]
 
@@ -123,22 +121,6 @@ async def test_what_went_away_unheard_holds_nothing_up_for_long(kind: str) -> No
     await cluster.carry_on(seconds=120)
     assert cluster.is_true("Complete")
     assert [r.number for r in cluster.status.attempts if r.stage is Stage.TRAIN] == [1, 2]
-
-
-async def test_a_job_that_runs_is_looked_at_now_and_then_although_nothing_was_heard_of_it() -> None:
-    cluster = FakeCluster()
-    cluster.script, cluster.unheard = all_well, frozenset({"PyTorchJob", "Pod"})
-    operator = cluster.operator()
-    while not cluster.of("PyTorchJob"):
-        cluster.tick()
-        cluster.show(operator.store)
-        await operator.reconcile(KEY)
-    for pod in [*cluster.of("PyTorchJob"), *cluster.of("Pod")]:
-        del cluster.objects[pod["kind"], pod["metadata"]["name"]]
-    cluster.now += timedelta(seconds=RESYNC_SECONDS)
-    assert await operator.reconcile(KEY) == 0.0
-    await operator.reconcile(KEY)
-    assert cluster.of("PyTorchJob"), "made again, since it was gone"
 
 
 @pytest.mark.parametrize("stage", STAGES)

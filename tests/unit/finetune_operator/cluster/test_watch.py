@@ -108,6 +108,27 @@ async def test_what_went_while_a_watch_was_too_old_is_forgotten_and_told() -> No
     assert told.count(Key("ml", "support")) == 4
 
 
+async def test_what_went_unheard_is_found_to_be_gone_sooner_or_later_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "RELIST_SECONDS", 0.0)
+    server = Server([[pod("a", 2), pod("b", 3)], [pod("b", 3)]], [[]])
+    store, told = await run(server)
+    assert server.asked == ["list", "watch from 3", "list", "watch from 3"]
+    assert names(store) == ["b"]
+    assert told.count(Key("ml", "support")) == 3
+
+
+async def test_what_belongs_to_one_job_is_listed_alone_when_it_is_doubted() -> None:
+    store, told = Store(), list[Key]()
+    for body in (pod("gone", 2), pod("made-since", 9), pod("another-jobs", 2, "other")):
+        store.put("Pod", body)
+    server = Server([[pod("listed", 5)], []], [])
+    made = Watch(server, store, "Pod", "ml", "", told.append)  # type: ignore[arg-type]
+    assert not await made.look_again(Key("research", "support"))
+    assert await made.look_again(Key("ml", "support"))
+    assert (names(store), names(store, "other")) == (["listed", "made-since"], ["another-jobs"])
+    assert set(told) == {Key("ml", "support")}
+
+
 async def test_what_was_made_after_a_list_is_not_forgotten_by_it() -> None:
     store = Store()
     store.put("Pod", pod("new", 7))
