@@ -104,11 +104,14 @@ def test_crashes_beyond_the_limit_fail_the_job_with_the_cause(place: Place) -> N
 
 
 def test_a_failed_job_goes_on_from_its_failed_stage_with_retry(place: Place) -> None:
-    place.write(job(retry={"limit": 0}), evaluate=[{"fail": "crash"}])
-    assert place.run() == 1
+    place.write(job(retry={"limit": 0}), evaluate=[{"fail": "crash", "sentence": "The wheel came off."}])
+    failed = place.finetune("run", "job.yaml", together=True)
+    assert failed.returncode == 1
+    assert failed.stdout.count("The wheel came off.") == 1, "who reads both streams is told once"
     hint = place.finetune("run", "job.yaml")
     assert hint.returncode == 1
     assert "--retry" in hint.stderr
+    assert hint.stderr.count("The wheel came off.") == 1
     place.script()
     assert place.run(retry=True) == 0
     assert len(attempts(place, Stage.TRAIN)) == 1

@@ -129,11 +129,14 @@ class Place:
         command = [sys.executable, "-m", "tests.support.local_runs", str(self.root), str(grace)]
         return subprocess.Popen(command, env=self.environ, cwd=ROOT)
 
-    def finetune(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        """The command line itself, in the job's directory."""
+    def finetune(self, *arguments: str, together: bool = False, **environ: str) -> subprocess.CompletedProcess[str]:
+        """The command line itself, in the job's directory; `together` has stderr go where stdout goes."""
         command = [sys.executable, "-c", "from finetune_operator.cli import main; main()", *arguments]
         environment = self.environ | environ
-        return subprocess.run(command, env=environment, cwd=self.root, capture_output=True, text=True, timeout=60)
+        out, err = subprocess.PIPE, subprocess.STDOUT if together else subprocess.PIPE
+        return subprocess.run(
+            command, env=environment, cwd=self.root, stdout=out, stderr=err, text=True, timeout=60, check=False
+        )
 
     def wait_for_step(self, step: int) -> None:
         """Until the training has logged that step."""

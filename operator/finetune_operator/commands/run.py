@@ -210,7 +210,8 @@ def _run(
             show.note(sentence)
         code = exit_code(record.status) if placement is None else _carry_out(record, loaded, placement, lead, show)
         output.end(show.scene())
-    _last_words(record, code, finished=finished, live=output_format.live)
+    told = output_format.live or (output_format is OutputFormat.TEXT and not finished and _one_place())
+    _last_words(record, code, finished=finished, told=told)
     return code
 
 
@@ -259,8 +260,16 @@ def need_the_trainer() -> None:
             )
 
 
-def _last_words(record: Record, code: int, *, finished: bool, live: bool) -> None:
-    """What the user should know at the end, on stderr."""
+def _one_place() -> bool:
+    """Whether who reads stderr reads stdout as well: the same terminal, pipe or file."""
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+
+
+def _last_words(record: Record, code: int, *, finished: bool, told: bool) -> None:
+    """What the user should know at the end, on stderr; why it failed only if he has not been `told`."""
     from finetune_api.status import ConditionType
     from finetune_operator.errors import say_error
 
@@ -275,7 +284,7 @@ def _last_words(record: Record, code: int, *, finished: bool, live: bool) -> Non
         step = f" from step {status.last_checkpoint.step}" if status.last_checkpoint else ""
         print(f"{name} is stopped; the same command goes on{step}.", file=sys.stderr)
     else:
-        if failed is not None and not live:
+        if failed is not None and not told:
             say_error(failed.message)
         earlier = f"{name} failed before. " if finished else ""
         print(f"{earlier}--retry tries the failed stage again and keeps what is finished.", file=sys.stderr)

@@ -23,17 +23,24 @@ def _attempts(old: JobStatus, new: JobStatus) -> list[Event]:
         known = before.get((record.stage, record.number))
         if known is None and record.outcome == "running" and (record.number > 1 or len(new.attempts) == 1):
             told.append(Event("Normal", "AttemptStarted", f"Starts {record.stage}, attempt {record.number}."))
-        if record.outcome in ("failed", "suspended") and (known is None or known.outcome == "running"):
-            told.append(_ended(record))
-    return told
+    return [_ended(record, _verdict(old, new)) for record in _stopped(old, new)] + told
 
 
-def _ended(record: AttemptRecord) -> Event:
+def _stopped(old: JobStatus, new: JobStatus) -> list[AttemptRecord]:
+    """Attempts that ended without success."""
+    over = {(record.stage, record.number) for record in old.attempts if record.outcome != "running"}
+    ended = [record for record in new.attempts if record.outcome in ("failed", "suspended")]
+    return [record for record in ended if (record.stage, record.number) not in over]
+
+
+def _ended(record: AttemptRecord, verdict: Condition | None) -> Event:
+    """How an attempt ended; if the job failed by it, in the words of the verdict, which are then not told again."""
     if record.outcome == "suspended":
         return Event("Normal", "Suspending", f"Stops {record.stage} attempt {record.number} after a checkpoint.")
     rank = "" if record.rank is None else f" (rank {record.rank})"
-    reason = camel(str(record.reason or Disturbance.NO_REPORT))
-    return Event("Warning", reason, f"{record.stage} attempt {record.number} failed{rank}: {record.message}")
+    reason = camel(str(record.reason or Disturbance.NO_REPORT)) if verdict is None else verdict.reason
+    sentence = record.message if verdict is None else verdict.message.removeprefix(f"{record.stage} failed: ")
+    return Event("Warning", reason, f"{record.stage} attempt {record.number} failed{rank}: {sentence}")
 
 
 def _stages(old: JobStatus, new: JobStatus) -> list[Event]:
@@ -52,14 +59,18 @@ def _waiting(old: JobStatus, new: JobStatus) -> list[Event]:
 
 
 def _ends(old: JobStatus, new: JobStatus) -> list[Event]:
-    told = []
-    for kind in (ConditionType.COMPLETE, ConditionType.SUSPENDED, ConditionType.FAILED):
-        if _turned_true(old, new, kind):
-            condition = _condition(new, kind)
-            failed = kind is ConditionType.FAILED
-            reason = condition.reason if failed else str(kind)
-            told.append(Event("Warning" if failed else "Normal", reason, condition.message))
+    turned = [kind for kind in (ConditionType.COMPLETE, ConditionType.SUSPENDED) if _turned_true(old, new, kind)]
+    told = [Event("Normal", str(kind), _condition(new, kind).message) for kind in turned]
+    verdict = _verdict(old, new)
+    if verdict is not None and not any(record.outcome == "failed" for record in _stopped(old, new)):
+        told.append(Event("Warning", verdict.reason, verdict.message))
     return told
+
+
+def _verdict(old: JobStatus, new: JobStatus) -> Condition | None:
+    """Why the job has failed, if it just has."""
+    failed = ConditionType.FAILED
+    return _condition(new, failed) if _turned_true(old, new, failed) else None
 
 
 def _turned_true(old: JobStatus, new: JobStatus, kind: ConditionType) -> bool:

@@ -330,12 +330,25 @@ def _about_the_data(planner: Planner, plan: Plan) -> Iterator[str]:
             f"set training.maxSequenceLength to {context} at most."
         )
     if plan.steps < FEW_STEPS:
-        batch = max(1, training.global_batch_size * plan.steps // FEW_STEPS)
+        batch = _smaller_batch(training.global_batch_size, plan)
         more = f"training.globalBatchSize {batch}" if batch < training.global_batch_size else "more data"
         yield f"{plan.steps} steps in all: the schedule has hardly begun when it ends; {more} or more epochs give more."
     if plan.trainable_parameters > PARAMETERS_A_TOKEN * max(1, lengths.tokens):
         trained, tokens = _count(plan.trainable_parameters), _count(lengths.tokens)
         yield f"More parameters are trained ({trained}) than {tokens} tokens can fill{_smaller_adapter(planner)}."
+
+
+def _smaller_batch(batch: int, plan: Plan) -> int:
+    """A half, a third, … of the batch, in which the ranks share alike: the first with steps enough, or else one each.
+
+    Never a little less than the batch: a few steps more would change nothing.
+    """
+    ranks = min(plan.world_size, batch)
+    for part in range(2, batch + 1):
+        smaller = max(batch // part // ranks, 1) * ranks
+        if plan.steps * batch // smaller >= FEW_STEPS or smaller == ranks:
+            return smaller
+    return batch
 
 
 def _smaller_adapter(planner: Planner) -> str:

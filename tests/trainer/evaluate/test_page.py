@@ -169,6 +169,13 @@ def test_a_matrix_names_labels_on_hover_where_there_is_no_room() -> None:
     assert 'class="tick"' not in svg
 
 
+def test_a_matrix_of_few_labels_names_its_columns_as_its_rows() -> None:
+    labels = ["Claim", "Not a Claim", "a label of many more words than can be shown"]
+    svg = str(heatmap(np.eye(3, dtype=np.int64), labels))
+    assert svg.count(">Claim</text>") == svg.count(">Not a Claim</text>") == 2
+    assert svg.count("<title>a label of many more words than can be shown</title>a label of many more wo…</text>") == 2
+
+
 def test_levels_of_equal_values_are_drawn() -> None:
     svg = str(level_chart([Level("a", Interval(value=1, low=1, high=1))], percent=True))
     assert "100.0%" in svg

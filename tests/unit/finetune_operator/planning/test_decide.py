@@ -125,6 +125,7 @@ def test_a_failure_that_trying_again_cannot_mend_ends_the_job(kind: str) -> None
     assert true_conditions(world) == ROWS["failed"]
     assert f"rank 2: {kind}" in world.message
     assert len(world.status.attempts) == 2
+    assert sum(f"rank 2: {kind}" in event.message for event in world.events) == 1
 
 
 UNCOUNTED = ["preempted", "hub-unavailable"]

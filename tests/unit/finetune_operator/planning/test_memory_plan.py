@@ -13,7 +13,7 @@ from tests.support.jobs import job
 from finetune_api.report import LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec, Method
 from finetune_operator.planning.hardware import GIB, Gpu, find_gpu
-from finetune_operator.planning.plan import CPU_ROW, ROW_BUDGET, plan_run, planner_for
+from finetune_operator.planning.plan import CPU_ROW, ROW_BUDGET, _smaller_batch, plan_run, planner_for
 from finetune_operator.planning.shapes import known_model
 
 LLAMA_8B = known_model("meta-llama/Meta-Llama-3-8B-Instruct")
@@ -179,6 +179,14 @@ def test_few_steps_are_said_with_a_batch_that_gives_more() -> None:
     enough = _plan(_spec("lora", training__globalBatchSize=24, **_on("B200", 8)), SMOL, lengths)
     assert enough.steps == 50
     assert not any("steps in all" in sentence for sentence in enough.warnings)
+
+
+@pytest.mark.parametrize(("batch", "steps", "ranks", "advised"), [(16, 49, 1, 8), (100, 12, 8, 24), (8, 5, 8, 8)])
+def test_the_batch_that_gives_more_steps_gives_many_more_and_is_shared_alike(
+    batch: int, steps: int, ranks: int, advised: int
+) -> None:
+    plan = _plan(_spec("lora", **_on("B200"))).model_copy(update={"steps": steps, "world_size": ranks})
+    assert _smaller_batch(batch, plan) == advised
 
 
 def test_more_parameters_than_tokens_can_fill_are_said_with_a_rank_that_is_filled_better() -> None:

@@ -181,6 +181,9 @@ def _value(value: float, percent: bool, digits: int = 1) -> str:
 
 LABELS_SHOWN = 24
 """More labels than this: cells alone, names on hover."""
+LABEL_LENGTH = 24
+LETTER_WIDTH = 6.6
+"""Of a tick, in the units of the drawing."""
 
 
 def heatmap(matrix: npt.NDArray[np.int64], labels: Sequence[str]) -> Markup:
@@ -188,16 +191,20 @@ def heatmap(matrix: npt.NDArray[np.int64], labels: Sequence[str]) -> Markup:
     count = len(labels)
     named = count <= LABELS_SHOWN
     cell = max(7.0, min(46.0, 560.0 / max(count, 1)))
-    left, top = (min(170.0, 16 + 6.6 * max(len(label) for label in labels)), 0.0) if named else (18.0, 0.0)
-    bottom = left if named and count > 4 else 30.0
+    shown = [label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…" for label in labels]
+    longest = LETTER_WIDTH * max((len(label) for label in shown), default=0)
     size = cell * count
-    parts = [_svg(left + size + 8, top + size + bottom + 8, "confusion matrix", fixed=True)]
+    slanted = longest > cell
+    left = 16 + longest if named else 18.0
+    # A slanted name is as high as its length times the sine of its angle.
+    bottom = 24 + 0.77 * longest if named and slanted else 30.0
+    parts = [_svg(left + size + 8, size + bottom + 8, "confusion matrix", fixed=True)]
     totals = np.maximum(matrix.sum(axis=1), 1)
     square = Markup('<rect class="cell {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.3f}">')
     for gold in range(count):
         for said in range(count):
             share = matrix[gold, said] / totals[gold]
-            x, y = left + said * cell, top + gold * cell
+            x, y = left + said * cell, gold * cell
             kind = "hit" if gold == said else "miss"
             parts.append(square.format(kind, x + 0.5, y + 0.5, cell - 1, cell - 1, 0.04 + 0.9 * share))
             words = f"{labels[gold]} → {labels[said]}: {matrix[gold, said]} ({share:.0%})"
@@ -208,21 +215,22 @@ def heatmap(matrix: npt.NDArray[np.int64], labels: Sequence[str]) -> Markup:
                     _text(x + cell / 2, y + cell / 2 + 4, str(matrix[gold, said]), "middle", f"count {strong}")
                 )
     if named:
-        parts += _heatmap_names(labels, left, top, cell, size)
+        parts += _heatmap_names(labels, shown, slanted, left, size, cell)
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def _heatmap_names(labels: Sequence[str], left: float, top: float, cell: float, size: float) -> list[Markup]:
+def _heatmap_names(
+    labels: Sequence[str], shown: Sequence[str], slanted: bool, left: float, bottom: float, cell: float
+) -> list[Markup]:
+    """Names of rows to the left of the cells, of columns below them; in full on hover where they are cut."""
     parts = []
-    turned = Markup('<text class="tick" text-anchor="end" transform="translate({:.1f} {:.1f}) rotate(-50)">{}</text>')
-    for index, label in enumerate(labels):
-        short = label if len(label) <= 24 else label[:23] + "…"
+    place = Markup('<text class="tick" text-anchor="{}" transform="translate({:.1f} {:.1f}) rotate({})">{}{}</text>')
+    for index, (label, short) in enumerate(zip(labels, shown, strict=True)):
         middle = index * cell + cell / 2
-        parts.append(_text(left - 7, top + middle + 4, short, "end", "tick"))
-        if len(labels) > 4:
-            parts.append(turned.format(left + middle + 4, top + size + 12, short))
-        else:
-            parts.append(_text(left + middle, top + size + 16, short[: max(3, int(cell / 6.2))], "middle", "tick"))
+        hover = Markup("<title>{}</title>").format(label) if short != label else Markup("")
+        parts.append(place.format("end", left - 7, middle + 4, 0, hover, short))
+        column = ("end", left + middle + 4, bottom + 12, -50) if slanted else ("middle", left + middle, bottom + 16, 0)
+        parts.append(place.format(*column, hover, short))
     return parts
 
 
