@@ -17,6 +17,7 @@ from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.api import Object
 from finetune_operator.planning.labels import ATTEMPT, STAGE, node_rank
 from finetune_operator.planning.manifests.backend import Backend, ChildState, condition_of, words
+from finetune_operator.planning.manifests.backends import BACKENDS
 from finetune_operator.planning.manifests.job import UID_LABEL
 from finetune_operator.planning.model import Child, Environment, Missing, Observation, Pod, PodPhase
 
@@ -144,6 +145,9 @@ def _child(
 ) -> Child:
     _, stage, number = key
     seen = tuple(sorted((read_pod(pod, out_of_service) for pod in pods), key=lambda pod: pod.index))
+    foreign = _foreign(stage, pods, backend) if body is None else ""
+    if foreign:
+        return _carried_by_another(stage, number, ours, seen, foreign)
     if body is None:
         return Child(stage, number, ours=ours, exists=False, pods=seen, pods_expected=max(len(seen), 1))
     state = backend.state(body) if stage is Stage.TRAIN else batch_state(body)
@@ -159,6 +163,29 @@ def _child(
         created=_time(body["metadata"].get("creationTimestamp")),
         pods=seen,
         pods_expected=state.pods_expected,
+    )
+
+
+def _foreign(stage: Stage, pods: list[Object], backend: Backend) -> str:
+    """Kind of the other backend's object that pods of Train belong to; empty if they are of this backend."""
+    owners = {owner.get("kind") for pod in pods for owner in pod["metadata"].get("ownerReferences") or []}
+    if stage is not Stage.TRAIN or backend.owns_pods in owners:
+        return ""
+    return next((other.kind for other in BACKENDS.values() if other.owns_pods in owners), "")
+
+
+def _carried_by_another(stage: Stage, number: int, ours: bool, pods: tuple[Pod, ...], kind: str) -> Child:
+    """What is known of an attempt whose object is not watched: what its pods say, all of which have to succeed."""
+    phases = {pod.phase for pod in pods}
+    return Child(
+        stage,
+        number,
+        ours=ours,
+        foreign=kind,
+        succeeded=phases == {PodPhase.SUCCEEDED},
+        failed=PodPhase.FAILED in phases,
+        pods=pods,
+        pods_expected=len(pods),
     )
 
 

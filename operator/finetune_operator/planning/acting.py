@@ -32,7 +32,7 @@ def _doomed(draft: Draft) -> list[DeleteChild]:
     for child in draft.seen.children:
         record = attempts.find(status, child.stage, child.number)
         going = record is not None and record.outcome in ("running", "succeeded")
-        if going or not child.ours or not child.exists or child.deleting:
+        if going or not child.ours or not child.exists or child.deleting or child.foreign:
             continue
         if conditions.terminal(status) and all(deadlines.ended(pod) for pod in child.pods):
             continue

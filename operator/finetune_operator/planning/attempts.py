@@ -100,7 +100,8 @@ def blocking(seen: Observation, status: JobStatus) -> str:
         held = next((pod for pod in child.pods if not pod.out_of_service), None)
         if held is not None:
             where = f" on node {held.node}" if held.node else ""
-            return f"Waits until pod {held.name}{where} of {child.stage} attempt {child.number} is gone."
+            whose = f" Its {child.foreign} is not of this operator's backend: delete it." if child.foreign else ""
+            return f"Waits until pod {held.name}{where} of {child.stage} attempt {child.number} is gone.{whose}"
         if child.exists:
             return f"Waits until {child.stage} attempt {child.number} is deleted."
     return ""

@@ -74,6 +74,9 @@ class Child:
     """Suspended by another (Kueue): waits for its turn."""
     exists: bool = True
     """False: the object is gone but pods of it are still there."""
+    foreign: str = ""
+    """Kind of the object, if it is one of another backend, from before the operator's was changed: known by its pods
+    alone, and not ours to delete."""
     message: str = ""
     created: datetime | None = None
     pods: tuple[Pod, ...] = ()

@@ -19,6 +19,7 @@ from finetune_operator.cluster.api import ApiError, Object
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
 from finetune_operator.handlers import watches
 from finetune_operator.metrics import Metrics
+from finetune_operator.planning.manifests.backend import Backend
 from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
@@ -53,6 +54,7 @@ class FakeCluster:
         """Kinds whose deletions the watches miss."""
         self.late: dict[str, int] = {}
         """Seconds after which the watches tell of a new object of a kind, if not at once."""
+        self.backend: Backend = PyTorchJobBackend()
         self._versions = itertools.count(1)
         self._put({"kind": "PersistentVolumeClaim", "metadata": {"name": "finetune-cache", "namespace": "ml"}})
         meta = {"name": "support", "namespace": "ml", "generation": 1}
@@ -166,8 +168,10 @@ class FakeCluster:
         template, count = (gang["template"], gang["replicas"]) if gang else (child["spec"]["template"], 1)
         for rank in range(count):
             labels = template["metadata"]["labels"] | {"training.kubeflow.org/replica-index": str(rank)}
-            meta = {"name": f"{child['metadata']['name']}-{rank}", "namespace": "ml", "labels": labels}
             owner = child["metadata"]["uid"]
+            owners = [{"kind": child["kind"], "uid": owner, "controller": True}]
+            name = f"{child['metadata']['name']}-{rank}"
+            meta = {"name": name, "namespace": "ml", "labels": labels, "ownerReferences": owners}
             spec = copy.deepcopy(template["spec"])
             self._put({"kind": "Pod", "metadata": meta, "spec": spec, "status": {"phase": "Pending"}, "owner": owner})
 
@@ -224,7 +228,8 @@ class FakeCluster:
             api=self,  # type: ignore[arg-type]
             store=store,
             queue=queue,
-            watches=watches(self, store, queue, PyTorchJobBackend(), ()),  # type: ignore[arg-type]
+            backend=self.backend,
+            watches=watches(self, store, queue, self.backend, ()),  # type: ignore[arg-type]
             settings=Settings(backoff_base_seconds=1.0),
             metrics=Metrics(),
             planner=lambda spec, model, lengths: plan(),

@@ -11,6 +11,7 @@ from tests.unit.finetune_operator.planning.world import SPEC
 from finetune_api.base import STAGES, Stage
 from finetune_api.runconfig import Attempt
 from finetune_operator.cluster.api import ApiError
+from finetune_operator.planning.manifests.trainjob import TrainJobBackend
 
 Script = Callable[[Attempt, int], str | None]
 
@@ -160,6 +161,41 @@ async def test_pods_whose_owner_was_deleted_from_outside_end_their_attempt() -> 
     cluster.show(operator.store)
     await operator.reconcile(KEY)
     assert [(record.outcome, record.reason) for record in cluster.status.attempts] == [("failed", "deleted")]
+
+
+async def until_it_trains(cluster: FakeCluster) -> None:
+    operator = cluster.operator()
+    while not any(
+        pod["status"]["phase"] == "Running" for pod in cluster.of("Pod") if "train" in pod["metadata"]["name"]
+    ):
+        cluster.tick()
+        cluster.show(operator.store)
+        await operator.reconcile(KEY)
+
+
+async def test_an_operator_whose_backend_was_changed_ends_the_attempt_that_runs_with_what_carries_it() -> None:
+    cluster = FakeCluster()
+    await until_it_trains(cluster)
+    cluster.backend = TrainJobBackend()
+    await cluster.carry_on()
+    assert endings(cluster) == endings(await run(nothing))
+    assert not cluster.of("TrainJob")
+
+
+async def test_what_an_operator_of_another_backend_cannot_delete_is_said_and_waited_for() -> None:
+    cluster = FakeCluster()
+    cluster.script = train_crashes_once
+    await until_it_trains(cluster)
+    cluster.backend = TrainJobBackend()
+    with pytest.raises(AssertionError, match="Its PyTorchJob is not of this operator's backend: delete it"):
+        await cluster.carry_on(seconds=60)
+    assert ("create", "TrainJob") not in cluster.requests
+    assert endings(cluster)[-1] == ("train", 1, "failed", "cuda-oom", 2)
+    (left,) = cluster.of("PyTorchJob")
+    del cluster.objects["PyTorchJob", left["metadata"]["name"]]
+    with pytest.raises(AssertionError, match="stuck"):
+        await cluster.carry_on(seconds=60)
+    assert [child["metadata"]["name"] for child in cluster.of("TrainJob")] == ["support-train-2"]
 
 
 async def test_a_job_whose_deletion_was_missed_is_let_go() -> None:

@@ -28,6 +28,8 @@ class Backend(Protocol):
     plural: str
     provider: str
     """Who has to be installed for these objects to be known and worked on."""
+    owns_pods: str
+    """Kind of the object that the pods belong to: the child itself, or what its controller makes of it."""
     companions: tuple[str, ...]
     """Kinds of what is made before the child, under its name, and deleted after it."""
 

@@ -26,6 +26,7 @@ class PyTorchJobBackend:
     kind = "PyTorchJob"
     plural = "pytorchjobs"
     provider = "the training-operator"
+    owns_pods = "PyTorchJob"
     companions: tuple[str, ...] = ()
 
     def before(self, job: Job, attempt: Attempt) -> list[Manifest]:

@@ -25,6 +25,7 @@ class TrainJobBackend:
     kind = "TrainJob"
     plural = "trainjobs"
     provider = "Kubeflow Trainer"
+    owns_pods = "Job"
     companions: tuple[str, ...] = ("TrainingRuntime",)
 
     def before(self, job: Job, attempt: Attempt) -> list[Manifest]:
