@@ -101,14 +101,14 @@ def fine_tune_jobs(control_plane: ControlPlane) -> None:
 def operator(
     request: pytest.FixtureRequest, control_plane: ControlPlane, namespace: str, tmp_path: Path, fine_tune_jobs: None
 ) -> Iterator[OperatorProcess]:
-    """Our operator, serving the test's namespace under the chart's rights; an indirect parameter is chart values."""
+    """Our operator, serving the test's namespace under the chart's rights; an indirect parameter says more of it."""
     try:
         binaries.ensure("helm")
     except binaries.BinaryUnavailableError as problem:
         pytest.skip(str(problem))
     ops = control_plane.create_namespace("ops")
-    helm, values = Helm(tmp_path, control_plane.kubeconfig), getattr(request, "param", None)
-    running = OperatorProcess(control_plane, helm, namespace, ops, values).start()
+    helm, more = Helm(tmp_path, control_plane.kubeconfig), getattr(request, "param", {})
+    running = OperatorProcess(control_plane, helm, namespace, ops, **more).start()
     yield running
     running.kill()
     control_plane.delete_namespace(ops)

@@ -97,7 +97,9 @@ def test_a_lost_nodes_attempt_is_concluded_at_once_and_its_pod_is_waited_for(sto
     assert story.attempts(done, Stage.TRAIN) == ["node-lost", "succeeded"]
 
 
-@pytest.mark.parametrize("operator", [{"rbac": {"aggregate": False, "clusterReads": True}}], indirect=True, ids=[""])
+@pytest.mark.parametrize(
+    "operator", [{"values": {"rbac": {"aggregate": False, "clusterReads": True}}}], indirect=True, ids=[""]
+)
 def test_a_node_that_is_declared_out_of_service_holds_up_nothing_although_its_pod_is_still_there(story: Story) -> None:
     node, lost = lose_a_node_while_training(story)
     story.kubelet.declare_out_of_service(node)

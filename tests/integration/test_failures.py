@@ -86,6 +86,7 @@ def test_bad_data_ends_the_job_with_the_sentence(story: Story) -> None:
     assert (failed["reason"], "row 7" in failed["message"]) == ("BadData", True)
 
 
+@pytest.mark.parametrize("operator", [{"tuned": {"GRACE_MARGIN_SECONDS": 5.0}}], indirect=True, ids=[""])
 def test_preempted_while_it_checkpoints_no_new_attempt_starts_until_its_pods_are_gone(story: Story) -> None:
     story.apply()
     first, second, third = story.until_train()

@@ -42,7 +42,8 @@ def operator(
     """Our operator with the backend `trainjob`, under the rights that the chart then gives it."""
     ops = control_plane.create_namespace("ops")
     helm = Helm(tmp_path, control_plane.kubeconfig)
-    running = OperatorProcess(control_plane, helm, namespace, ops, {"backend": "trainjob"}).start()
+    values, tuned = {"backend": "trainjob"}, {"GRACE_MARGIN_SECONDS": 5.0}
+    running = OperatorProcess(control_plane, helm, namespace, ops, values=values, tuned=tuned).start()
     yield running
     running.kill()
     control_plane.delete_namespace(ops)

@@ -14,6 +14,7 @@ from finetune_operator import reconcile, service, workqueue  # noqa: F401 - impo
 from finetune_operator.cli import run_command_line
 from finetune_operator.cluster import api
 from finetune_operator.commands import operator  # noqa: F401 - as above
+from finetune_operator.planning import deadlines, following
 
 _PR_SET_PDEATHSIG = 1
 _TUNABLE = {
@@ -22,6 +23,9 @@ _TUNABLE = {
     "CAP_SECONDS": workqueue,
     "DOUBT_SECONDS": reconcile,
     "SECRET_POLL_SECONDS": reconcile,
+    "TRANSIENT_POLL_SECONDS": following,
+    "POD_CREATION_SECONDS": following,
+    "GRACE_MARGIN_SECONDS": deadlines,
 }
 
 

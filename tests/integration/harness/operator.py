@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -31,15 +31,22 @@ Right = tuple[str, str, str]
 """API group, resource or resource/subresource, verb."""
 
 
-SECRET_POLL_SECONDS = 2.0
-"""Tests do not wait half a minute until a Secret is looked for again."""
+TUNED = {"SECRET_POLL_SECONDS": 2.0, "TRANSIENT_POLL_SECONDS": 2.0, "POD_CREATION_SECONDS": 10.0}
+"""Constants of the operator for which tests would only wait: how often it asks again, how long it says nothing."""
 
 
 class OperatorProcess:
     """`finetune operator` for one namespace, from here to `stop` or `kill`."""
 
     def __init__(
-        self, control_plane: ControlPlane, helm: Helm, namespace: str, ops: str, values: Resource | None = None
+        self,
+        control_plane: ControlPlane,
+        helm: Helm,
+        namespace: str,
+        ops: str,
+        *,
+        values: Resource | None = None,
+        tuned: Mapping[str, float] | None = None,
     ) -> None:
         self.ops, self.account = ops, ACCOUNT
         own: Resource = {"namespaces": [namespace], "crd": {"install": False}, "rbac": {"aggregate": False}}
@@ -63,6 +70,7 @@ class OperatorProcess:
             "FINETUNE_GRACE_SECONDS": "5",
             "FINETUNE_LEASE_SECONDS": "3",
         }
+        self._tuned = TUNED | dict(tuned or {})
         self._process: ForkServerProcess | None = None
 
     def twin(self, kubeconfig: Path | None = None) -> OperatorProcess:
@@ -88,7 +96,7 @@ class OperatorProcess:
 
     def start(self) -> OperatorProcess:
         """Start it; whatever it says goes to its log."""
-        self._process = fork_operator(self._environment, self.log, {"SECRET_POLL_SECONDS": SECRET_POLL_SECONDS})
+        self._process = fork_operator(self._environment, self.log, self._tuned)
         return self
 
     def program(self) -> subprocess.Popen[bytes]:
