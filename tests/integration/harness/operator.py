@@ -49,9 +49,8 @@ class OperatorProcess:
         tuned: Mapping[str, float] | None = None,
     ) -> None:
         self.ops, self.account = ops, ACCOUNT
-        own: Resource = {"namespaces": [namespace], "crd": {"install": False}, "rbac": {"aggregate": False}}
         given = values or {}
-        helm.install(ops, own | given)
+        control_plane.apply(rights_in_the_chart(helm, namespace, ops, given), ops)
         self.kubeconfig = control_plane.kubeconfig_for(ACCOUNT, ops)
         self.log = control_plane.folder / f"operator-{namespace}.log"
         self.health_port, self.metrics_port = free_ports(2)
@@ -129,6 +128,22 @@ class OperatorProcess:
     def words(self) -> str:
         """Everything that it logged."""
         return self.log.read_text(errors="replace")
+
+
+def rights_in_the_chart(helm: Helm, namespace: str, ops: str, values: Resource) -> list[Resource]:
+    """The chart's account and roles for an operator in `ops` that serves a namespace; rendered once for such values."""
+    own: Resource = {"namespaces": ["served-namespace"], "crd": {"install": False}, "rbac": {"aggregate": False}}
+    text = json.dumps(own | values)
+    if text not in _RENDERED:
+        made = helm.template(own | values, namespace="operators-namespace")
+        _RENDERED[text] = json.dumps([manifest for manifest in made if manifest["kind"] in RIGHTS])
+    placed = _RENDERED[text].replace("served-namespace", namespace).replace("operators-namespace", ops)
+    found: list[Resource] = json.loads(placed)
+    return found
+
+
+RIGHTS = ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding")
+_RENDERED: dict[str, str] = {}
 
 
 class Trainer:

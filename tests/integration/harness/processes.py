@@ -19,7 +19,8 @@ from typing import TypeVar
 
 _Seen = TypeVar("_Seen")
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = (0.03, 0.3)
+"""Between two looks: at first, and after a while. Who waits long must not keep busy what he waits for."""
 _PR_SET_PDEATHSIG = 1
 # Below the range from which the kernel picks source ports of outgoing connections, so that no
 # connection opened between choosing and listening can take the port away.
@@ -38,13 +39,15 @@ class TimedOutError(AssertionError):
 def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds: float = 90) -> _Seen:
     """Return the first truthy value of a condition, or raise `TimedOutError` naming what was awaited."""
     deadline = time.monotonic() + timeout_seconds
+    pause, longest = _POLL_SECONDS
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
             raise TimedOutError(f"After {timeout_seconds:g} s still waiting for {what}. Last seen: {value!r}")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(1.3 * pause, longest)
 
 
 def free_ports(count: int) -> list[int]:
