@@ -14,6 +14,8 @@ RETRY_ABORTS := --reruns 1 --only-rerun 'assert \[(-6, 72|72, -6)\]'
 BENCH_ARGS ?=
 IMAGE_ARGS ?=
 export UV_SYSTEM_CERTS ?= 1
+# Without bytecode every process compiles torch and transformers anew: half of its start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup run test e2e images lint generate verify bench bench-full bench-operator clean
 
