@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
+# As the tests are ordered: long files begin first, so that no worker is left alone with one at the end.
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # Real servers on a busy machine: a wait that timed out is tried once more, a wrong answer never is.
 RETRY_WAITS := --reruns 1 --only-rerun TimedOutError
 # Seen once, how often and why is not known: a rank ended by SIGABRT (glibc: double free) while gloo gathered
@@ -39,8 +41,8 @@ run: $(READY) ## fine-tune a small model end to end on this machine, and show th
 	$(BIN)/finetune run examples/quickstart.yaml
 
 test: $(READY) ## all tests; ends with the list of what this machine could not run
-	$(BIN)/python -m pytest tests/unit tests/trainer tests/local -n 2 --dist loadgroup $(RETRY_ABORTS) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/integration -n 2 --dist loadgroup --no-loadscope-reorder $(RETRY_WAITS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/trainer tests/local $(WORKERS) $(RETRY_ABORTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/integration $(WORKERS) $(RETRY_WAITS) $(PYTEST_ARGS)
 
 e2e: $(READY) ## real pods on this machine: the chart, the images, and what happens when things die (root, some 40 GB)
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)

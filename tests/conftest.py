@@ -27,6 +27,8 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FIRST = ("unit", "trainer", "local", "integration", "e2e")
+LONG = ("local/test_run_end_to_end.py", "trainer/benchmarks/test_benchmarks.py", "trainer/train/test_launchers.py")
+"""Files that take a minute and more: begun last, they would keep one worker busy while the other has ended."""
 
 NEVER_RUN_WITHOUT = (
     "no test covers CUDA: NCCL, fused AdamW, varlen and flash attention, memory and speed on a GPU",
@@ -37,17 +39,19 @@ WITHOUT_E2E = "no test runs real pods: a played kubelet writes their status (`ma
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first; one worker a file, unless a folder says otherwise; one for all that share the real node."""
+    """Fast tests first, but for the long ones beside them; one worker a file, unless a folder says otherwise."""
     root = Path(__file__).parent
     for item in items:
         path = item.path.relative_to(root)
         if item.get_closest_marker("xdist_group") is None and path.parts[0] != "integration":
             item.add_marker(pytest.mark.xdist_group("e2e" if path.parts[0] == "e2e" else str(path)))
-    items.sort(key=lambda item: _rank(item.path.relative_to(root).parts[0]))
+    items.sort(key=lambda item: _rank(item.path.relative_to(root)))
 
 
-def _rank(folder: str) -> int:
-    return FIRST.index(folder) if folder in FIRST else -1
+def _rank(path: Path) -> int:
+    if path.as_posix() in LONG and "PYTEST_XDIST_WORKER" in os.environ:
+        return -1
+    return FIRST.index(path.parts[0]) if path.parts[0] in FIRST else -1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

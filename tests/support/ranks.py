@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch.distributed.fsdp", "finetune_trainer.export", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["tests.support.preloaded"]
 
 _workers: list[tuple[Any, Connection]] = []
 _groups = 0

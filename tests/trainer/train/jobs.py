@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.support.ranks import PRELOADED
 
 from finetune_api.base import Stage
 from finetune_api.report import Report
@@ -28,7 +29,6 @@ PAD, END = 3, 2
 VOCABULARY = 260
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the server: a fork keeps no threads
 FORKED = multiprocessing.get_context("forkserver")
-PRELOADED = ["tests.trainer.train.preloaded"]
 
 
 @dataclass
