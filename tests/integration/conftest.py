@@ -19,7 +19,7 @@ from .harness.story import Story
 
 LONG_FIRST = ("test_killed_between_calls", "test_trainjob", "test_disturbances", "test_failures")
 """Files whose tests take longest: begun last, they would keep one worker busy while the others have ended."""
-TOGETHER = ("test_killed_between_calls", "test_trainjob", "test_chart", "test_command_line_on_a_cluster")
+TOGETHER = ("test_trainjob", "test_chart", "test_command_line_on_a_cluster")
 """Files whose tests share what is made for the file: one worker for all of each; a given cluster has but one."""
 
 

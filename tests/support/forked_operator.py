@@ -14,7 +14,7 @@ from finetune_operator import reconcile, service, workqueue  # noqa: F401 - impo
 from finetune_operator.cli import run_command_line
 from finetune_operator.cluster import api
 from finetune_operator.commands import operator  # noqa: F401 - as above
-from finetune_operator.planning import deadlines, following
+from finetune_operator.planning import deadlines, following, progress
 
 _PR_SET_PDEATHSIG = 1
 _TUNABLE = {
@@ -26,6 +26,7 @@ _TUNABLE = {
     "TRANSIENT_POLL_SECONDS": following,
     "POD_CREATION_SECONDS": following,
     "GRACE_MARGIN_SECONDS": deadlines,
+    "WRITE_INTERVAL_SECONDS": progress,
 }
 
 

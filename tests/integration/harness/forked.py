@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -68,8 +69,8 @@ class Nursery:
         self.loop.__exit__(None, None, None)
         self.control_plane.delete_namespace(self.ops)
 
-    def start(self, namespace: str, plan: Plan, *, lease: str = "", request_timeout: float = 30.0) -> Life:
-        """Start an operator for one namespace, whose requests the plan is asked about."""
+    def start(self, namespace: str, plan: Plan, *, lease: str = "", tuned: Mapping[str, float] | None = None) -> Life:
+        """Start an operator for one namespace, whose requests the plan is asked about; `tuned`: see `fork_operator`."""
         proxy = FaultProxy(self.loop, self.control_plane.server, self._tls, plan).start()
         number = next(self._serial)
         log = self.folder / f"{namespace}.log"
@@ -89,7 +90,7 @@ class Nursery:
             "FINETUNE_GRACE_SECONDS": "1",
             **self.environment,
         }
-        process = fork_operator(environment, log, _IMPATIENT | {"REQUEST_TIMEOUT_SECONDS": request_timeout})
+        process = fork_operator(environment, log, _IMPATIENT | dict(tuned or {}))
         pid = process.pid
         assert pid is not None
         proxy.on_kill = lambda: os.kill(pid, signal.SIGKILL)
