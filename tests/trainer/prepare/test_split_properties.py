@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ SEEDS = st.integers(0, 2**31)
 def split(rows: list[tuple[str, int]], shares: tuple[float, float], seed: int, stratify: bool = True) -> list[Side]:
     ranks = [content_key(seed, repr(row)) for row in rows]
     strata = [label if stratify else "" for label, _ in rows]
-    return assign(ranks, strata, list(range(len(rows))), {"validation": shares[0], "test": shares[1]})
+    return assign(ranks, strata, np.arange(len(rows)), {"validation": shares[0], "test": shares[1]})
 
 
 @given(ROWS, SHARES, SEEDS)
@@ -69,7 +70,7 @@ def test_rows_that_belong_together_are_on_one_side(
     rows: list[tuple[str, int]], shares: tuple[float, float], seed: int, groups: int
 ) -> None:
     ranks = [content_key(seed, repr(row)) for row in rows]
-    together = [number % groups for _, number in rows]
+    together = np.array([number % groups for _, number in rows])
     sides = assign(ranks, [label for label, _ in rows], together, {"validation": shares[0], "test": shares[1]})
     sides_of_group: dict[int, set[Side]] = {}
     for group, side in zip(together, sides, strict=True):

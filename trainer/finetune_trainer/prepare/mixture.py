@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -72,8 +71,11 @@ def divide(
 
 
 def _clusters(scans: Sequence[Scan]) -> dict[int, npt.NDArray[np.int64]]:
-    """Near-duplicate clusters over all rows of the job, by the id of the scan."""
-    together = clusters(np.concatenate([scan.signatures for scan in scans]))
+    """Near-duplicate clusters over all rows of the job, by the id of the scan; nobody needs the signatures after."""
+    signatures = scans[0].signatures if len(scans) == 1 else np.concatenate([scan.signatures for scan in scans])
+    for scan in scans:
+        scan.signatures = signatures[:0].copy()
+    together = clusters(signatures)
     ends = np.cumsum([len(scan) for scan in scans])
     return {id(scan): part for scan, part in zip(scans, np.split(together, ends[:-1]), strict=True)}
 
@@ -113,9 +115,11 @@ def _divide(
     return division
 
 
-def _together(scan: Scan, cluster: npt.NDArray[np.int64], chosen: Sequence[int]) -> tuple[list[int], list[int]]:
+def _together(
+    scan: Scan, cluster: npt.NDArray[np.int64], chosen: Sequence[int]
+) -> tuple[npt.NDArray[np.int64], list[int]]:
     """(what goes together among the chosen rows, sizes of the clusters too large for that)."""
-    together, large = keep_together([int(cluster[i]) for i in chosen])
+    together, large = keep_together(cluster[np.asarray(chosen, np.int64)])
     return (joined(together, [scan.groups[i] for i in chosen]) if scan.groups else together), large
 
 
@@ -145,9 +149,10 @@ def _exclude_held_out(division: Division, cluster: dict[str, npt.NDArray[np.int6
         for i, side in enumerate(sides)
         if side in ("validation", "test")
     }
+    own = cluster[division.reading.spec.splits.train]
     sides = division.sides[division.reading.spec.splits.train]
-    for i, of in enumerate(cluster[division.reading.spec.splits.train].tolist()):
-        if sides[i] == "left out" and of in held:
+    for i, side in enumerate(sides):
+        if side == "left out" and int(own[i]) in held:
             sides[i] = "excluded"
 
 
@@ -189,7 +194,7 @@ def _draw_scored(division: Division, max_rows: int) -> set[tuple[str, int]]:
 def _say_duplicates(
     division: Division, train: Scan, cluster: npt.NDArray[np.int64], large: list[int], cut: bool
 ) -> None:
-    duplicates = len(train) - len(set(cluster.tolist()))
+    duplicates = len(train) - len(np.unique(cluster))
     if duplicates:
         kept = ", kept on one side of the split" if cut else ""
         division.notes.append(f"{duplicates} rows are near-duplicates of others{kept} ({METHOD})")
@@ -203,23 +208,23 @@ def _say_duplicates(
 def _say_contamination(divisions: Sequence[Division], cluster_of: dict[int, npt.NDArray[np.int64]]) -> None:
     """Held-out rows that occur, nearly word for word, among the training rows of any dataset of the job."""
 
-    def of(division: Division, wanted: tuple[Side, ...]) -> list[int]:
-        return [
-            int(cluster_of[id(division.scans[split])][i])
+    def of(division: Division, *wanted: Side) -> npt.NDArray[np.int64]:
+        parts = [
+            cluster_of[id(division.scans[split])][np.fromiter((side in wanted for side in sides), bool, len(sides))]
             for split, sides in division.sides.items()
-            for i, side in enumerate(sides)
-            if side in wanted
         ]
+        return np.concatenate(parts)
 
-    trained = [(division.reading.name, Counter(of(division, ("train",)))) for division in divisions]
+    trained = [(division.reading.name, of(division, "train")) for division in divisions]
     for division in divisions:
-        held = of(division, ("validation", "test"))
+        held, met = of(division, "validation", "test"), False
         for name, train in trained:
-            count = sum(cluster in train for cluster in held)
+            count = int(np.isin(held, train).sum())
             if count:
+                met = True
                 division.warnings.append(
                     f"{count} of {len(held)} held-out rows of {division.reading.name} occur, nearly word for word, "
                     f"among the training rows of {name}"
                 )
-        if not any(cluster in train for cluster in held for _, train in trained):
+        if not met:
             division.notes.append("no held-out row occurs among the training rows of any dataset")

@@ -9,7 +9,6 @@ Jaccard similarity of 0.8. Texts of fewer than five words are compared by their 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -66,7 +65,7 @@ def clusters(signatures: Signatures) -> npt.NDArray[np.int64]:
         shared = ends - starts > 1
         for start, end in zip(starts[shared], ends[shared], strict=True):
             _join_bucket(order[start:end], signatures, parent)
-    return np.array([_root(parent, row) for row in range(rows)], dtype=np.int64)
+    return np.fromiter((_root(parent, row) for row in range(rows)), np.int64, rows)
 
 
 def _join_bucket(members: npt.NDArray[np.int64], signatures: Signatures, parent: npt.NDArray[np.int64]) -> None:
@@ -86,22 +85,23 @@ def _root(parent: npt.NDArray[np.int64], row: int) -> int:
     return row
 
 
-def keep_together(cluster: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(what goes together, sizes of the clusters too large for that): rows of a large cluster stand alone."""
-    sizes = Counter(cluster)
-    limit = max(LARGE_CLUSTER_SHARE * len(cluster), LARGE_CLUSTER_ROWS)
-    large = sorted((size for size in sizes.values() if size > limit), reverse=True)
-    firsts: dict[int, int] = {}
-    together = [row if sizes[of] > limit else firsts.setdefault(of, row) for row, of in enumerate(cluster)]
-    return together, large
+def keep_together(cluster: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """(what goes together, sizes of the clusters too large for that): rows of a large cluster stand alone.
+
+    cluster: int64[n], the cluster of each row; what goes together: int64[n], the number of its first row.
+    """
+    _, first, number, sizes = np.unique(cluster, return_index=True, return_inverse=True, return_counts=True)
+    too_large = sizes > max(LARGE_CLUSTER_SHARE * len(cluster), LARGE_CLUSTER_ROWS)
+    together = np.where(too_large[number], np.arange(len(cluster)), first[number])
+    return together, sorted(sizes[too_large].tolist(), reverse=True)
 
 
-def joined(first: Sequence[int], second: Sequence[Hashable]) -> list[int]:
-    """What goes together where rows with an equal value in either list do."""
+def joined(first: npt.NDArray[np.int64], second: Sequence[Hashable]) -> npt.NDArray[np.int64]:
+    """What goes together where rows with an equal value in either do, int64[n]."""
     parent = np.arange(len(first), dtype=np.int64)
-    for keys in (first, second):
+    for keys in (first.tolist(), second):
         seen: dict[Hashable, int] = {}
         for row, key in enumerate(keys):
             a, b = _root(parent, seen.setdefault(key, row)), _root(parent, row)
             parent[max(a, b)] = min(a, b)
-    return [_root(parent, row) for row in range(len(first))]
+    return np.fromiter((_root(parent, row) for row in range(len(first))), np.int64, len(first))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -23,6 +24,8 @@ RowOrReason = Row | str
 BATCH_ROWS = 1024
 COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 DELIMITERS = ",;\t|"
+
+_FOREIGN = re.compile("[\udc80-\udcff]")
 
 csv.field_size_limit(1 << 30)
 
@@ -82,7 +85,7 @@ def class_names(path: Path) -> dict[str, list[str]]:
 
 def has_foreign_bytes(text: str) -> bool:
     """Whether the text came from bytes that are not UTF-8 (see `as_windows_1252`)."""
-    return any("\udc80" <= char <= "\udcff" for char in text)
+    return _FOREIGN.search(text) is not None
 
 
 def as_windows_1252(text: str) -> str:

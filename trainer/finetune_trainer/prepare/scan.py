@@ -5,8 +5,9 @@ What is kept of a row is a few numbers, so memory grows with the count of rows a
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+import sys
+from array import array
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from finetune_trainer.prepare.columns import find_columns
 from finetune_trainer.prepare.near_duplicates import PERMUTATIONS, Signatures, signature
 from finetune_trainer.prepare.readers import UnreadableFileError
 from finetune_trainer.prepare.sources import DatasetSource, SplitSource
-from finetune_trainer.prepare.split import content_key
+from finetune_trainer.prepare.split import content_key, occurrence
 
 MAX_BAD_SHARE = 0.05
 """Share of unusable rows above which a dataset is refused: it is then more likely misunderstood than dirty."""
@@ -119,13 +120,13 @@ class Scan:
     """The usable rows of one split, in order."""
 
     split: SplitSource
-    rows: list[int]
+    rows: Sequence[int]
     """Row numbers, ascending."""
-    ranks: list[int]
+    ranks: Sequence[int]
     """`content_key` of each row."""
-    labels: list[str]
+    labels: Sequence[str]
     """Label of each row; empty texts for tasks without labels."""
-    groups: list[int]
+    groups: Sequence[int]
     """Hash of the `groupBy` value; empty without one."""
     signatures: Signatures
     """uint32[n, 64]."""
@@ -194,31 +195,36 @@ def _check_templates(spec: Dataset, task: Task, present: tuple[str, ...], field:
 
 def scan(reading: Reading, split: str, seed: int, tick: Callable[[], None] = lambda: None) -> Scan:
     """Read a split once. `tick` is called for every usable row."""
-    source = reading.source.splits[split]
-    result = Scan(source, [], [], [], [], np.empty((0, PERMUTATIONS), np.uint32), BadRows(), Counts())
-    signatures: list[Signatures] = []
-    occurrences: Counter[int] = Counter()
-    group = reading.spec.group_by
-    for example, _ in reading.examples(source, result.bad, result.counts):
-        result.rows.append(example.row)
-        content = content_key(0, f"{example.text}\0{example.answer}")
-        occurrences[content] += 1
-        # The same text for the second time is ranked anew: a draw takes some of many copies, not all or none.
-        result.ranks.append(content_key(seed, f"{content} {occurrences[content]}"))
-        result.labels.append(example.answer if reading.task is Task.CLASSIFICATION else "")
-        if group is not None:
-            result.groups.append(content_key(0, repr(example.variables.get(group))))
-        result.unanswerable |= reading.task is Task.QUESTION_ANSWERING and example.answers == ["unanswerable"]
-        signatures.append(signature(example.text))
+    source, bad, counts = reading.source.splits[split], BadRows(), Counts()
+    rows, contents, groups, labels, signatures = array("q"), array("Q"), array("Q"), list[str](), bytearray()
+    unanswerable = False
+    for example, _ in reading.examples(source, bad, counts):
+        rows.append(example.row)
+        contents.append(content_key(0, f"{example.text}\0{example.answer}"))
+        # Interned: every row has read a text of its own.
+        labels.append(sys.intern(example.answer) if reading.task is Task.CLASSIFICATION else "")
+        if reading.spec.group_by is not None:
+            groups.append(content_key(0, repr(example.variables.get(reading.spec.group_by))))
+        unanswerable |= reading.task is Task.QUESTION_ANSWERING and example.answers == ["unanswerable"]
+        signatures += signature(example.text).tobytes()
         tick()
-    if signatures:
-        result.signatures = np.stack(signatures)
-    result.bad.check(len(result), reading.name, reading.field)
-    if not len(result):
-        why = f": the filter leaves none of {result.counts.filtered}" if result.counts.filtered else ""
+    bad.check(len(rows), reading.name, reading.field)
+    if not rows:
+        why = f": the filter leaves none of {counts.filtered}" if counts.filtered else ""
         raise TrainerError(
             FailureClass.BAD_DATA,
             f"{reading.name} holds no rows{why} ({split}, {reading.source.origin}).",
             reading.field,
         )
-    return result
+    of_rows = np.frombuffer(signatures, np.uint32).reshape(-1, PERMUTATIONS)
+    return Scan(source, rows, _ranks(contents, seed), labels, groups, of_rows, bad, counts, unanswerable)
+
+
+def _ranks(contents: Sequence[int], seed: int) -> Sequence[int]:
+    """The rank of each row: the same content for the second time is ranked anew.
+
+    So a draw takes some of many copies, not all or none.
+    """
+    occurrences = occurrence(np.array(contents, np.uint64)).tolist()
+    numbered = zip(contents, occurrences, strict=True)
+    return array("Q", (content_key(seed, f"{content} {number}") for content, number in numbered))

@@ -7,10 +7,13 @@ shuffled file gives the same split. Rows that belong together (groups, near-dupl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 Side = Literal["train", "validation", "test", "left out", "excluded"]
 """`left out`: not drawn by maxRows, free for a baseline; `excluded`: the same, but too like a held-out row."""
@@ -19,6 +22,16 @@ Side = Literal["train", "validation", "test", "left out", "excluded"]
 def content_key(seed: int, content: str) -> int:
     """64-bit rank of a row with that content under that seed: what decides instead of the row's position."""
     return int.from_bytes(blake2b(content.encode(), digest_size=8, key=str(seed).encode()[:64]).digest(), "big")
+
+
+def occurrence(contents: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The how-manieth of its kind each element is, from 1: [7, 9, 7] -> [1, 1, 2]."""
+    order = np.argsort(contents, kind="stable")
+    ordered, place = contents[order], np.arange(len(contents))
+    begins = np.r_[True, ordered[1:] != ordered[:-1]][: len(contents)]
+    found = np.empty(len(contents), np.int64)
+    found[order] = place - np.maximum.accumulate(np.where(begins, place, 0)) + 1
+    return found
 
 
 @dataclass
@@ -30,15 +43,23 @@ class Unit:
     strata: Counter[Hashable] = field(default_factory=Counter)
 
 
-def units_of(ranks: Sequence[int], strata: Sequence[Hashable], together: Sequence[Hashable]) -> list[Unit]:
-    """Rows with an equal value in `together` as units, in the order of their ranks (the least of their rows')."""
-    units: dict[Hashable, Unit] = {}
-    for row, (rank, stratum, key) in enumerate(zip(ranks, strata, together, strict=True)):
-        unit = units.setdefault(key, Unit(rank))
-        unit.rank = min(unit.rank, rank)
+def units_of(ranks: Sequence[int], strata: Sequence[Hashable], together: npt.NDArray[np.int64]) -> Iterator[Unit]:
+    """Rows with an equal value in `together` as units, larger ones first, then by the least of their rows' ranks.
+
+    Most rows stand alone: a unit of one row is made when its turn comes.
+    """
+    _, number, sizes = np.unique(together, return_inverse=True, return_counts=True)
+    alone = sizes[number] == 1
+    several: dict[int, Unit] = {}
+    for row in np.flatnonzero(~alone).tolist():
+        unit = several.setdefault(int(number[row]), Unit(ranks[row]))
+        unit.rank = min(unit.rank, ranks[row])
         unit.rows.append(row)
-        unit.strata[stratum] += 1
-    return sorted(units.values(), key=lambda unit: (unit.rank, len(unit.rows)))
+        unit.strata[strata[row]] += 1
+    yield from sorted(several.values(), key=lambda unit: (-len(unit.rows), unit.rank))
+    rows = np.flatnonzero(alone)
+    for row in map(int, rows[np.argsort(np.array(ranks, np.uint64)[rows], kind="stable")]):
+        yield Unit(ranks[row], [row], Counter({strata[row]: 1}))
 
 
 def quotas(sizes: dict[Hashable, int], share: float) -> dict[Hashable, int]:
@@ -59,14 +80,14 @@ def quotas(sizes: dict[Hashable, int], share: float) -> dict[Hashable, int]:
 def assign(
     ranks: Sequence[int],
     strata: Sequence[Hashable],
-    together: Sequence[Hashable],
+    together: npt.NDArray[np.int64],
     shares: dict[Side, float],
 ) -> list[Side]:
     """The side of each row; what no share asks for is `train`.
 
     ranks: a row's `content_key`; strata: what is kept in proportion (the label; a constant for none); together:
-    rows with an equal value go to one side. Larger units are placed first, each on the held-out side that lacks
-    most of what it holds, if all of it fits; single rows then fill each side's quota exactly. Every stratum
+    int64[n], rows with an equal value go to one side. Larger units are placed first, each on the held-out side that
+    lacks most of what it holds, if all of it fits; single rows then fill each side's quota exactly. Every stratum
     keeps at least one row in train.
     """
     sizes = Counter(strata)
@@ -74,8 +95,7 @@ def assign(
     _leave_one_to_train(wanted, sizes)
     remaining = Counter(sizes)
     sides: list[Side] = ["train"] * len(ranks)
-    units = units_of(ranks, strata, together)
-    for unit in sorted(units, key=lambda unit: -len(unit.rows)):
+    for unit in units_of(ranks, strata, together):
         side = _side_of(unit, wanted, remaining)
         if side == "train":
             continue

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Task
@@ -66,6 +67,24 @@ def rendering_of(division: Division, chat: ChatFormat, max_tokens: int) -> Rende
     )
 
 
+class SideOf:
+    """The side of each row by its number, in one byte a row; contains the rows whose side is wanted."""
+
+    def __init__(self, rows: Sequence[int], sides: Sequence[Side], skipped: Container[Side]) -> None:
+        """`rows`: numbers in ascending order, each with its side; rows on a `skipped` side are not contained."""
+        self._codes = bytearray(rows[-1] + 1 if rows else 0)
+        self._sides: list[Side] = [side for side in get_args(Side) if side not in skipped]
+        code_of = {side: code for code, side in enumerate(self._sides, start=1)}
+        for row, side in zip(rows, sides, strict=True):
+            self._codes[row] = code_of.get(side, 0)
+
+    def __contains__(self, row: object) -> bool:
+        return isinstance(row, int) and row < len(self._codes) and self._codes[row] > 0
+
+    def __getitem__(self, row: int) -> Side:
+        return self._sides[self._codes[row] - 1]
+
+
 @dataclass
 class DatasetWriter:
     """Writes the rows of one dataset: documents, evaluation rows, baseline rows."""
@@ -116,8 +135,8 @@ class DatasetWriter:
         """What is wanted of each row; its side is appended to `sides_given`."""
         for split, sides in self.division.sides.items():
             scan = self.division.scans[split]
-            skipped = ("excluded",) if self.how.task is Task.CLASSIFICATION else ("excluded", "left out")
-            side_of = {row: side for row, side in zip(scan.rows, sides, strict=True) if side not in skipped}
+            skipped: set[Side] = {"excluded"} if self.how.task is Task.CLASSIFICATION else {"excluded", "left out"}
+            side_of = SideOf(scan.rows, sides, skipped)
             for example, place in self.division.reading.examples(scan.split, BadRows(), only=side_of):
                 side = side_of[example.row]
                 sides_given.append(side)
