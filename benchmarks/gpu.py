@@ -162,7 +162,7 @@ def batch_of(folder: Path, tokens: int, vocabulary: int) -> Any:
         pad_id=0,
         multiple=8,
     )
-    [batch] = batcher.batches(np.arange(DOCUMENTS))
+    [batch] = batcher.batches(batcher.divide(np.arange(DOCUMENTS)))
     return batch.to(device())
 
 
@@ -315,6 +315,7 @@ def path_attention_kernels(folder: Path, config: Figures) -> str:
     import torch
 
     from finetune_trainer.model.attention import document_attention, varlen_attention
+    from finetune_trainer.model.shared_prefix import Layout
 
     if not torch.cuda.is_available():
         raise NotImplementedError("variable-length attention needs CUDA")
@@ -323,7 +324,7 @@ def path_attention_kernels(folder: Path, config: Figures) -> str:
     inputs = [torch.randn(s, device=device(), dtype=torch.bfloat16, requires_grad=True) for s in shapes]
     outcomes = []
     for attend, how in (
-        (document_attention, {"document_bounds": bounds.cpu()}),
+        (document_attention, {"row_layout": Layout.of(bounds.tolist(), ())}),
         (varlen_attention, {"cu_seq_lens_q": bounds, "max_length_q": 284}),
     ):
         output, _ = attend(torch.nn.Identity(), *inputs, None, **how)

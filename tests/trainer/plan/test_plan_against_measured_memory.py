@@ -70,9 +70,9 @@ TRACKED = {
 
 
 @pytest.mark.parametrize("name", TRACKED)
-def test_the_peak_is_what_the_memory_tracker_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_what_the_memory_tracker_sees(name: str) -> None:
     case = TRACKED[name]
-    tracked = tracked_peak(case, monkeypatch)
+    tracked = tracked_peak(case)
     memory = case.planned()
     planned = {component.name: component.bytes for component in memory.components(case.tokens)}
     assert memory.weights + memory.adapters == pytest.approx(tracked["Sharded Param"], rel=0.01)

@@ -24,6 +24,20 @@ def at_step(step: int, act: str, ranks: tuple[int, ...] = (0,)) -> None:
     Loop._optimise = interrupted  # type: ignore[method-assign]
 
 
+def divisions_counted(file: Path) -> None:
+    """Write a line to a file whenever examples are divided into rows."""
+    from finetune_trainer.train import batches
+
+    pack = batches.pack
+
+    def counted(*arguments: Any) -> Any:
+        with file.open("a") as lines:
+            lines.write("divided\n")
+        return pack(*arguments)
+
+    batches.pack = counted
+
+
 def poisoned(steps: tuple[int, ...], factor: float, rank: int) -> None:
     """Multiply the loss of one rank by `factor` (nan, inf) in these steps."""
     from finetune_trainer.train.loop import Loop

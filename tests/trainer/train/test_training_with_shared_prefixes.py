@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.trainer.train.hooks import at_step
+from tests.trainer.train.hooks import at_step, divisions_counted
 from tests.trainer.train.jobs import DatasetOf, Job, make_job, train
 
 from finetune_api.report import EXIT_CODES, FailureClass
@@ -63,6 +63,13 @@ def test_a_killed_training_goes_on_to_the_same_bytes_and_may_switch_it_off(tmp_p
     assert killed.losses() == whole.losses()
     assert killed.export_digest() == whole.export_digest()
     assert switched.losses() == pytest.approx(whole.losses(), rel=1e-5)
+
+
+def test_a_step_is_divided_into_rows_once_and_what_is_held_out_once_a_run(tmp_path: Path, model: Path) -> None:
+    job, divided = a_job(tmp_path, model, sharedPrefixes=False, validateEvery=1), tmp_path / "divided"
+    assert train(job, 1, partial(divisions_counted, divided)) == [0]
+    assert len(job.validations()) == 5
+    assert len(divided.read_text().splitlines()) == 5 + 1
 
 
 def test_rows_become_longer_where_prefixes_would_repeat_in_every_row(tmp_path: Path, model: Path) -> None:

@@ -81,7 +81,7 @@ def test_one_step_of_a_mixed_job_is_the_sum_over_its_examples_one_by_one(
     )
     for rank in range(3):  # three ranks, one after the other: gradients are summed
         batcher = Batcher(store, loss_weights, reduction, 96, PAD, rank, 3, packing)
-        for batch in batcher.batches(examples):
+        for batch in batcher.batches(batcher.divide(examples)):
             (root(batch) * batch.target_weight).sum().backward()
     summed = {name: p.grad.clone() for name, p in root.trainable if p.grad is not None}
     root.zero_grad(set_to_none=True)

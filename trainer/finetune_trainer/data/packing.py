@@ -53,6 +53,8 @@ class Batch:
     cu_seqlens: Tensor
     """int32[n+1]: where segments begin in the flattened row: documents, shared prefixes and what their documents have
     of their own; trailing padding is one more. For padded batches the rows' bounds, multiples of T."""
+    bounds: tuple[int, ...]
+    """The same, where it can be read without waiting for a device."""
     max_length: int
     """Longest segment of `cu_seqlens`, in tokens."""
     target_position: Tensor
@@ -69,8 +71,6 @@ class Batch:
     """Tokens that are not padding, as they are computed: a shared prefix counts once."""
     shared: tuple[tuple[int, int, int], ...] = ()
     """(a, b, c) for every shared prefix: its tokens are [a, b) of the row, the own parts of its documents [b, c)."""
-    bounds: tuple[int, ...] = ()
-    """`cu_seqlens` where it can be read without waiting for a device; only with shared prefixes."""
 
     @property
     def packed(self) -> bool:
@@ -244,10 +244,10 @@ def collate_packed(
         positions=torch.from_numpy(positions)[None],
         documents=torch.from_numpy(owner),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        bounds=tuple(bounds.tolist()),
         max_length=int(np.diff(bounds).max()),
         tokens=used,
         shared=shared,
-        bounds=tuple(bounds.tolist()) if shared else (),
         **_targets(documents, slots, weights, _target_places(documents, segments, starts)),
     )
 
@@ -313,6 +313,7 @@ def collate_padded(
         positions=torch.arange(width).repeat(rows, 1),
         documents=torch.from_numpy(owner),
         cu_seqlens=torch.arange(0, (rows + 1) * width, width, dtype=torch.int32),
+        bounds=tuple(range(0, (rows + 1) * width, width)),
         max_length=width,
         attention_mask=torch.from_numpy(mask),
         tokens=sum(lengths),

@@ -9,7 +9,6 @@ Rows with shared prefixes go to `shared_prefix`, from either.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +44,10 @@ class AttentionChoice:
 
 def attention_arguments(batch: Batch, implementation: str) -> dict[str, Any]:
     """Keyword arguments through which the decoder's layers learn where the documents of a packed row begin."""
-    if batch.shared:
-        if implementation not in KNOW_SHARED_PREFIXES:
-            raise ValueError(f"{implementation} does not know of shared prefixes")
-        return {"shared_prefixes": Layout.of(batch.bounds or batch.cu_seqlens.tolist(), batch.shared)}
-    if implementation == DOCUMENTS:
-        return {"document_bounds": batch.cu_seqlens.cpu()}
+    if batch.shared and implementation not in KNOW_SHARED_PREFIXES:
+        raise ValueError(f"{implementation} does not know of shared prefixes")
+    if batch.shared or implementation == DOCUMENTS:
+        return {"row_layout": Layout.of(batch.bounds, batch.shared)}
     if implementation in (VARLEN, FLASH):
         return {
             "cu_seq_lens_q": batch.cu_seqlens,
@@ -71,19 +68,19 @@ def document_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    document_bounds: Tensor | None = None,
-    shared_prefixes: Layout | None = None,
+    row_layout: Layout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document. query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
+    """Causal attention within each document. query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
+
+    `row_layout` says where the documents are; without one they are one.
+    """
     key, value = _repeated(query, key, value)
-    if shared_prefixes is not None:
-        return shared_prefix_attention(query, key, value, shared_prefixes, scaling, sliding_window), None
-    length = query.shape[2]
-    bounds = [0, length] if document_bounds is None else document_bounds.tolist()
-    if query.device.type == "cpu" and value.dtype != torch.float32 and not dropout:
-        return shared_prefix_attention(query, key, value, Layout.of(bounds, ()), scaling, sliding_window), None
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    layout = row_layout or Layout.of([0, query.shape[2]], ())
+    slow_in_16_bits = query.device.type == "cpu" and value.dtype != torch.float32 and not dropout
+    if layout.shared or slow_in_16_bits:
+        return shared_prefix_attention(query, key, value, layout, scaling, sliding_window), None
+    lengths = [end - start for start, end in layout.segments]
     outputs = []
     split = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
     for q, k, v in zip(*split, strict=True):
@@ -122,15 +119,15 @@ def varlen_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    shared_prefixes: Layout | None = None,
+    row_layout: Layout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """As `document_attention`, by torch's variable-length flash attention (CUDA, 16-bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
     key, value = _repeated(query, key, value)
-    if shared_prefixes is not None:
-        return shared_prefix_attention(query, key, value, shared_prefixes, scaling, sliding_window), None
+    if row_layout is not None:
+        return shared_prefix_attention(query, key, value, row_layout, scaling, sliding_window), None
     length = query.shape[2]
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.tensor([0, length], dtype=torch.int32, device=query.device)

@@ -128,6 +128,7 @@ class CausalModel(nn.Module):
             positions=torch.cat(positions).to(device)[None],
             documents=torch.zeros(len(ids), dtype=torch.long, device=device),
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
+            bounds=tuple(bounds),
             max_length=max(len(position) for position in positions),
             target_position=nothing,
             target_id=nothing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,32 @@ from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.packing import Batch, bucket, collate_packed, collate_padded, pack, share_out
 from finetune_trainer.data.prefixes import Shared, among, computed_tokens, shared_prefixes
 from finetune_trainer.train.loss_scaling import Float32, Reduction, target_shares
+
+
+@dataclass(frozen=True)
+class Division:
+    """A list of examples, divided into rows; the same on all ranks."""
+
+    examples: NDArray[np.int64]
+    """Indices in the store."""
+    lengths: list[int]
+    """Tokens of each."""
+    groups: list[Shared]
+    """Examples (as indices in the list) that begin alike; none where prefixes are not shared."""
+    rows: list[list[int]]
+    """Which examples (as indices in the list) share a row, over all ranks."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the examples, without padding, however they are computed."""
+        return sum(self.lengths)
+
+    @cached_property
+    def computed_tokens(self) -> int:
+        """Tokens that all ranks compute for the examples: a shared prefix counts once in every row, padding never."""
+        if not self.groups:
+            return self.tokens
+        return sum(computed_tokens([self.lengths[i] for i in row], among(self.groups, row)) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -35,41 +62,26 @@ class Batcher:
     share_prefixes: bool = False
     """What several examples of a step begin with stands once in a row; needs packing."""
 
-    def batches(self, examples: NDArray[np.int64]) -> Iterator[Batch]:
-        """This rank's micro-batches of a step whose examples (indices in the store) are given.
+    def divide(self, examples: NDArray[np.int64]) -> Division:
+        """Divide examples (indices in the store) into rows: once a step, whatever is asked of the step then."""
+        lengths = (self.store.offsets[examples + 1] - self.store.offsets[examples]).tolist()
+        if not self.packing:
+            rows = bucket(lengths, self.micro_batch_tokens, self.world_size, self.virtual_tokens)
+            return Division(examples, lengths, [], rows)
+        groups = shared_prefixes([self.store[int(i)] for i in examples]) if self.share_prefixes else []
+        return Division(examples, lengths, groups, pack(lengths, self.micro_batch_tokens, self.world_size, groups))
+
+    def batches(self, divided: Division) -> Iterator[Batch]:
+        """This rank's micro-batches of a step.
 
         Every rank yields the same number. The loss of the step is the sum over all ranks and micro-batches of
         sum(target_weight * cross entropy).
         """
-        shares = target_shares(*self._weights(examples), self.reduction)
-        groups = self.shared(examples)
-        for rows in share_out(self.rows(examples, groups), self.world_size):
+        shares = target_shares(*self._weights(divided.examples), self.reduction)
+        for rows in share_out(divided.rows, self.world_size):
             slots = rows[self.rank]
-            yield self._collate(examples, slots, [shares[slot] for slot in slots], among(groups, slots))
-
-    def shared(self, examples: NDArray[np.int64]) -> list[Shared]:
-        """Examples (as indices in the list) that begin alike; none where prefixes are not shared."""
-        return shared_prefixes([self.store[int(example)] for example in examples]) if self.share_prefixes else []
-
-    def rows(self, examples: NDArray[np.int64], groups: Sequence[Shared] = ()) -> list[list[int]]:
-        """Which examples (as indices in the list) share a row, over all ranks."""
-        lengths = self.store.lengths[examples].tolist()
-        if self.packing:
-            return pack(lengths, self.micro_batch_tokens, self.world_size, groups)
-        return bucket(lengths, self.micro_batch_tokens, self.world_size, self.virtual_tokens)
-
-    def tokens(self, examples: NDArray[np.int64]) -> int:
-        """Tokens of the examples, without padding, however they are computed."""
-        return int(self.store.lengths[examples].sum())
-
-    def computed_tokens(self, examples: NDArray[np.int64]) -> int:
-        """Tokens that all ranks compute for the examples: a shared prefix counts once in every row, padding never."""
-        groups = self.shared(examples)
-        if not groups:
-            return self.tokens(examples)
-        lengths = self.store.lengths[examples].tolist()
-        rows = self.rows(examples, groups)
-        return sum(computed_tokens([lengths[i] for i in row], among(groups, row)) for row in rows)
+            chosen = [shares[slot] for slot in slots]
+            yield self._collate(divided.examples, slots, chosen, among(divided.groups, slots))
 
     def largest(self) -> Batch:
         """The costliest micro-batch there can be: the longest documents until it is full, every label kept."""

@@ -16,7 +16,7 @@ from finetune_trainer.data.mixing import seed_of
 from finetune_trainer.data.order import Order
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.build import CausalModel
-from finetune_trainer.train.batches import Batcher
+from finetune_trainer.train.batches import Batcher, Division
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.collective import StepReduction, StepResult, Wishes
 from finetune_trainer.train.interrupt import Interrupt, preempted
@@ -76,6 +76,8 @@ class Loop:
     clock: Callable[[], float] = time.monotonic
     _saved_at: float = 0.0
     _saved_step: int | None = None
+    _divided: dict[int, Division] = field(default_factory=dict)
+    """Of the steps whose results are not known yet."""
 
     def run(self) -> int:
         """Train to the end. Returns the step whose weights the model holds then.
@@ -139,7 +141,8 @@ class Loop:
     def _accumulate(self, step: int) -> Tensor:
         """Gradients of the step's loss; returns this rank's share of it, float32[]."""
         total = torch.zeros((), device=self.device)
-        batches = list(self.batcher.batches(self.order.step(step)))
+        self._divided[step] = self.batcher.divide(self.order.step(step))
+        batches = list(self.batcher.batches(self._divided[step]))
         for number, batch in enumerate(batches, 1):
             self.watchdog.mark(f"micro-batch {number} of {len(batches)}")
             self.model.sync_gradients(last=number == len(batches))
@@ -166,10 +169,10 @@ class Loop:
 
     def _observe(self, results: list[StepResult]) -> Spike | None:
         for result in results:
-            examples = self.order.step(result.step)
+            divided = self._divided.pop(result.step)
             epoch = self.order.epochs_done(result.step + 1)
-            tokens = self.batcher.tokens(examples), self.batcher.computed_tokens(examples)
-            self.monitor.step(result, self.schedule(result.step), epoch, *tokens)
+            learning_rate = self.schedule(result.step)
+            self.monitor.step(result, learning_rate, epoch, divided.tokens, divided.computed_tokens)
             warm = result.step >= self.schedule.warmup_steps
             self.state.spikes, spike = observe(self.state.spikes, result.step, result.loss, result.grad_norm, warm)
             if spike is not None:
@@ -192,6 +195,7 @@ class Loop:
         """Back to the newest checkpoint from before the spike's window, whose steps are left out from now on."""
         self.watchdog.expect("rolling back", 2 * self.plan.hang_seconds)
         self.reduction.settled(all_of_them=True)
+        self._divided.clear()
         left_out = {*self.state.skipped, *range(spike.first, spike.last + 1)}
         rollbacks = self.state.rollbacks + 1
         self.checkpoints.wait()

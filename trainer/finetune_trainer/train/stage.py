@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,8 +111,9 @@ def build_loop(
     if not order.examples:
         raise TrainerError(FailureClass.BAD_DATA, "There are no examples to train on.", "datasets")
     if train.share_prefixes:
-        train = with_longer_rows(train, order, device, context)
-        context.reporter.choose("sharedPrefixes", "on", repetition(train, order))
+        sample = [order.step(step) for step in range(min(order.steps_an_epoch, SAMPLED_STEPS))]
+        train = with_longer_rows(train, sample, device, context)
+        context.reporter.choose("sharedPrefixes", "on", repetition(train, sample))
     total = order.total_steps(training.epochs, training.max_steps)
     validator = None
     if validation is not None:
@@ -248,15 +249,18 @@ def build_batchers(
     return train, batcher(stores[1]) if len(stores[1]) else None
 
 
-def with_longer_rows(batcher: Batcher, order: Order, device: torch.device, context: RunContext) -> Batcher:
+def with_longer_rows(
+    batcher: Batcher, sample: Sequence[NDArray[np.int64]], device: torch.device, context: RunContext
+) -> Batcher:
     """The batcher with rows twice as long, if prefixes then repeat so much less that it pays.
 
-    Only on a CPU, whose rows are short because longer ones are no faster, not because memory is short.
+    `sample` are the examples of a few steps. Only on a CPU, whose rows are short because longer ones are no faster,
+    not because memory is short.
     """
     if device.type != "cpu":
         return batcher
     longer = replace(batcher, micro_batch_tokens=2 * batcher.micro_batch_tokens)
-    before, after = (sum(map(each.computed_tokens, _first_steps(order))) for each in (batcher, longer))
+    before, after = (sum(each.divide(step).computed_tokens for step in sample) for each in (batcher, longer))
     if after > LONGER_ROWS_PAY * before:
         return batcher
     why = f"twice what it would be: prefixes repeat in fewer rows, and {1 - after / before:.0%} less is computed"
@@ -264,15 +268,11 @@ def with_longer_rows(batcher: Batcher, order: Order, device: torch.device, conte
     return longer
 
 
-def repetition(batcher: Batcher, order: Order) -> str:
-    """How much sharing prefixes saves, from a few steps."""
-    steps = _first_steps(order)
-    logical, computed = (sum(map(count, steps)) for count in (batcher.tokens, batcher.computed_tokens))
+def repetition(batcher: Batcher, sample: Sequence[NDArray[np.int64]]) -> str:
+    """How much sharing prefixes saves, from the examples of a few steps."""
+    divided = [batcher.divide(step) for step in sample]
+    logical, computed = (sum(getattr(one, kind) for one in divided) for kind in ("tokens", "computed_tokens"))
     return f"{computed / logical:.0%} of the tokens are computed: the others begin examples of one step alike"
-
-
-def _first_steps(order: Order) -> list[NDArray[np.int64]]:
-    return [order.step(step) for step in range(min(order.steps_an_epoch, SAMPLED_STEPS))]
 
 
 def _why_packed(unpacked: bool, asked: bool | None) -> str:

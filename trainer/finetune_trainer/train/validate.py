@@ -57,6 +57,7 @@ class Validator:
         drawn = generator("validation", seed).permutation(len(store))[:rows]
         self._examples = np.sort(drawn)
         self._batcher, self._device = batcher, device
+        self._divided = batcher.divide(self._examples)
         self._names = list(names)
         self._dataset = torch.from_numpy(store.dataset[self._examples].astype(np.int64)).to(device)
         self._closed = torch.from_numpy(closed).to(device)[self._dataset]
@@ -73,7 +74,7 @@ class Validator:
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         right = torch.zeros(len(self._examples), dtype=torch.float64, device=self._device)
         labels, lost = torch.zeros_like(right), torch.zeros_like(right)
-        for batch in self._batcher.batches(self._examples):
+        for batch in self._batcher.batches(self._divided):
             batch = batch.to(self._device)
             losses, correct = model(batch, with_correct=True)
             loss += (losses * batch.target_weight).double().sum()
