@@ -218,7 +218,7 @@ def used_bytes(before: int) -> int:
 def speed(case: Figures, config: Figures, tokens: int, steps: int) -> Figures:
     """Steps of forward, backward and update."""
     import torch
-    from benchmarks.limit import flops_of
+    from benchmarks.flops import flops_of
 
     from finetune_operator.planning.hardware import find_gpu
     from finetune_trainer.train.optimizer import Optimizer
@@ -335,6 +335,18 @@ def path_attention_kernels(folder: Path, config: Figures) -> str:
     return f"outputs and gradients differ by at most {apart:.4f} of their norm"
 
 
+def path_shared_prefixes(folder: Path, config: Figures) -> str:
+    """The kernel for shared prefixes gives what masks give, forward and backward."""
+    import torch
+
+    from finetune_trainer.model.shared_prefix import kernel_deviation
+
+    deviation = kernel_deviation(128, torch.bfloat16, device())
+    if not deviation < 0.02:
+        raise AssertionError(f"outputs or gradients are off by {deviation:.3f} of their norm")
+    return f"outputs and gradients are off by at most {deviation:.4f} of their norm"
+
+
 def path_checkpoint_from_the_device(folder: Path, config: Figures) -> str:
     """An asynchronous save holds the values of its moment, whatever is written to the tensors while it goes on."""
     import torch
@@ -385,6 +397,7 @@ PATHS: dict[str, Callable[[Path, Figures], str]] = {
     "one rank of NCCL": path_one_rank_of_nccl,
     "fused AdamW": path_fused_optimizer,
     "variable-length attention": path_attention_kernels,
+    "shared prefixes": path_shared_prefixes,
     "asynchronous checkpoint": path_checkpoint_from_the_device,
     "lack of memory": path_out_of_memory,
 }
@@ -472,11 +485,16 @@ def run_all(out: Path, tiny: bool) -> Figures:
     return result
 
 
-def bundle(folder: Path, python: str) -> None:
-    """Everything that the script needs, beside torch and its friends, for a machine where nothing can be installed."""
+def copy_sources(folder: Path) -> None:
+    """The part of the checkout that the script needs."""
     leave = shutil.ignore_patterns("__pycache__", "results")
     for part in ("operator", "trainer", "benchmarks"):
         shutil.copytree(ROOT / part, folder / part, ignore=leave, dirs_exist_ok=True)
+
+
+def bundle(folder: Path, python: str) -> None:
+    """Everything that the script needs, beside torch and its friends, for a machine where nothing can be installed."""
+    copy_sources(folder)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
     pip += ["--only-binary=:all:", "--upgrade"]
     target = ["--python-version", python, "--target", str(folder / "site")]

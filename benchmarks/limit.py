@@ -1,61 +1,21 @@
 """How near the trainer comes to what the machine can multiply: model FLOPs utilisation, and where the rest goes.
 
-Model FLOPs of a step (what the mathematics needs, not what is computed again), with N the elements of the decoder's
-matrices, A those of the adapters, t a document's tokens, L layers, Q the queries' width, V·H the head's elements:
-4N a token for LoRA (2N forward, 2N for the gradient of the input), 6N for full tuning, 6A a token, attention
-2·t²·Q·L forward (causal: half of two products) and twice that backward, head 4·V·H (full: 6) a labelled position.
-A prefix that is computed once for several documents counts once: what is saved by sharing is not utilisation.
+The FLOPs are those of `flops`.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import jobs
+from benchmarks import flops, jobs
 from benchmarks.harness import Figures, Result, Size, Table, spread
 from benchmarks.workers import Worker, rounds, start_all
 
 AIM = 0.80
 PROFILED_STEP = 3
-
-
-@dataclass(frozen=True)
-class Flops:
-    """The counts of the formula."""
-
-    matrices: int
-    adapters: int
-    attention: int
-    """Q·L."""
-    head: int
-    full: bool = False
-
-    def of_step(self, tokens: int, squares: int, labelled: int) -> float:
-        """Operations for so many tokens, documents whose squared lengths sum to `squares`, and labelled positions."""
-        frozen = 6 if self.full else 4
-        a_token = frozen * self.matrices + 6 * self.adapters
-        return a_token * tokens + 6 * self.attention * squares + frozen * self.head * labelled
-
-
-def flops_of(directory: Path, rank: int, full: bool = False) -> Flops:
-    """The counts for a model with adapters on all linear layers."""
-    from finetune_operator.planning.shapes import model_facts, shape_of
-
-    shape = shape_of(model_facts(json.loads((directory / "config.json").read_text())))
-    facts = shape.facts
-    adapters = facts.num_hidden_layers * sum(rank * (matrix.out + matrix.into) for matrix in shape.matrices)
-    return Flops(
-        matrices=shape.active_parameters,
-        adapters=0 if full else adapters,
-        attention=facts.num_hidden_layers * facts.num_attention_heads * facts.head_dim,
-        head=facts.vocab_size * facts.hidden_size,
-        full=full,
-    )
 
 
 def document_sums(job: jobs.PreparedJob) -> tuple[float, float, float]:
@@ -72,7 +32,7 @@ def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, steps: int
     from finetune_trainer.data.manifest import PreparedManifest
 
     job = jobs.prepare(folder, model, workload)
-    flops = flops_of(Path(PreparedManifest.read(job.prepared).model.directory), rank)
+    counts = flops.flops_of(Path(PreparedManifest.read(job.prepared).model.directory), rank)
     tokens, squares, labelled = document_sums(job)
     with ExitStack() as stack:
         arguments = ["--matmul", "--profile", str(PROFILED_STEP)]
@@ -83,7 +43,7 @@ def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, steps: int
     for sample in samples:
         share = sample["tokens"] / tokens  # a step's documents, counted as mean documents
         distinct = min(sample["tokens"], sample["computedTokens"])
-        needed = flops.of_step(distinct, round(share * squares), round(share * labelled))
+        needed = counts.of_step(distinct, round(share * squares), round(share * labelled))
         sample["flopsPerSecond"] = needed / sample["seconds"]
         sample["utilisation"] = sample["flopsPerSecond"] / sample["matmulFlops"]
     profile = profiled["profile"]
@@ -91,7 +51,7 @@ def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, steps: int
         "workload": workload.name,
         "meanTokens": tokens,
         "precision": samples[0]["precision"],
-        "flopsAToken": flops.of_step(1000, round(squares / tokens * 1000), round(labelled / tokens * 1000)) / 1000,
+        "flopsAToken": counts.of_step(1000, round(squares / tokens * 1000), round(labelled / tokens * 1000)) / 1000,
         "samples": samples,
         "profileShares": {kind: seconds / sum(profile.values()) for kind, seconds in profile.items()},
     }
@@ -116,7 +76,7 @@ def run(size: Size) -> Result:
         used = statistics.median(s["utilisation"] for s in samples)
         figures[workload.name]["utilisation"] = used
         table.rows.append([name, speed, f"{needed / 1e9:,.0f}", f"{limit / 1e9:,.0f}", f"{used:.0%}"])
-    return Result("limit", figures, [table, profile_table(figures)], [__doc__.split("\n\n", 1)[1].replace("\n", " ")])
+    return Result("limit", figures, [table, profile_table(figures)], [flops.__doc__.replace("\n", " ").strip()])
 
 
 def profile_table(figures: Figures) -> Table:

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import checkpoint, convergence, evaluate, jobs, limit, peers, prepare, scaling, startup
+from benchmarks import checkpoint, convergence, evaluate, flops, gpu, jobs, limit, peers, prepare, scaling, startup
 from benchmarks.harness import QUICK, Result, Table, ratios
 from benchmarks.jobs import Model, Workload
 from tests.support.prepare_runs import labelled
 from tests.support.tiny import tiny_llama
 
-ROOT = Path(__file__).parents[3]
 CLASSIFIED = {"task": "classification", "columns": {"text": "text", "label": "label"}}
 
 
@@ -55,7 +54,7 @@ def test_what_is_needed_is_what_torch_counts(tmp_path: Path) -> None:
     ids = torch.arange(4, 68)[None]
     with FlopCounterMode(display=False) as counter:
         base(ids).logits.sum().backward()
-    full = limit.flops_of(directory, rank=0, full=True)
+    full = flops.flops_of(directory, rank=0, full=True)
     # Eager attention computes the half that is masked too.
     needed = full.of_step(64, 2 * 64**2, 64)
     assert counter.get_total_flops() == pytest.approx(needed, rel=0.02)
@@ -130,9 +129,10 @@ def test_on_paper_hybrid_sends_gradients_between_nodes_and_full_the_weights() ->
     assert len(list(scaling.paper())) == 12
 
 
-def test_the_gpu_script_runs_tiny_without_a_gpu_and_says_what_it_left_out(tmp_path: Path) -> None:
-    out = tmp_path / "gpu.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--out", str(out)]
+def test_the_gpu_script_runs_tiny_from_what_it_carries_and_says_what_it_left_out(tmp_path: Path) -> None:
+    out, carried = tmp_path / "gpu.json", tmp_path / "carried"
+    gpu.copy_sources(carried)
+    command = [sys.executable, str(carried / "benchmarks" / "gpu.py"), "--tiny", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     result: dict[str, Any] = json.loads(out.read_text())
