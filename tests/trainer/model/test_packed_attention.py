@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune_api.report import FailureClass
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.model import build
-from finetune_trainer.model.attention import DOCUMENTS, FLEX, VARLEN, choose_attention
+from finetune_trainer.model import attention, build
+from finetune_trainer.model.attention import DOCUMENTS, FLASH, FLEX, KNOW_SHARED_PREFIXES, VARLEN, choose_attention
 
 LENGTHS = (5, 17, 1, 9, 12)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -104,6 +104,21 @@ def test_auto_takes_the_fastest_attention_that_keeps_documents_apart(
     )
     assert found.implementation == expected
     assert found.choice.why
+
+
+def test_auto_does_not_give_up_shared_prefixes_for_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_has_flash", lambda: True)
+    for requested, expected in (("auto", VARLEN), ("flash", FLASH)):
+        found = choose_attention(
+            requested,
+            config=AutoConfig.for_model("llama"),
+            supports_backend=True,
+            packed=True,
+            device=CUDA,
+            precision=torch.bfloat16,
+        )
+        assert found.implementation == expected
+    assert VARLEN in KNOW_SHARED_PREFIXES
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 `documents` calls SDPA once a document: exact, on any device, and linear in the row where a block mask is quadratic
 (measured on two CPU cores, documents of 80 tokens in a row of 2048: 20 ms a layer against 234 ms). `varlen` is
 torch's variable-length flash attention for CUDA. Neither builds a mask: the bounds travel as keyword arguments.
-Rows with shared prefixes go to `shared_prefix`, from either.
+Rows with shared prefixes go to `shared_prefix`, from either, and so do those that a CPU computes: it has a faster way
+to call SDPA's kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from finetune_api.report import Choice, FailureClass
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.model.shared_prefix import Layout, shared_prefix_attention
+from finetune_trainer.model.shared_prefix import Layout, repeated, shared_prefix_attention
 
 DOCUMENTS = "finetune_documents"
 VARLEN = "finetune_varlen"
@@ -75,11 +76,11 @@ def document_attention(
 
     `row_layout` says where the documents are; without one they are one.
     """
-    key, value = _repeated(query, key, value)
     layout = row_layout or Layout.of([0, query.shape[2]], ())
-    slow_in_16_bits = query.device.type == "cpu" and value.dtype != torch.float32 and not dropout
-    if layout.shared or slow_in_16_bits:
+    flash = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not dropout
+    if layout.shared or flash:
         return shared_prefix_attention(query, key, value, layout, scaling, sliding_window), None
+    key, value = repeated(query, key, value)
     lengths = [end - start for start, end in layout.segments]
     outputs = []
     split = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
@@ -89,14 +90,6 @@ def document_attention(
             functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling)
         )
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
-
-
-def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values for every head: SDPA's own grouping falls back to its slowest kernel on some devices."""
-    groups = query.shape[1] // key.shape[1]
-    if groups == 1:
-        return key, value
-    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
 
 def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -125,9 +118,9 @@ def varlen_attention(
     """As `document_attention`, by torch's variable-length flash attention (CUDA, 16-bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    key, value = _repeated(query, key, value)
     if row_layout is not None:
         return shared_prefix_attention(query, key, value, row_layout, scaling, sliding_window), None
+    key, value = repeated(query, key, value)
     length = query.shape[2]
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.tensor([0, length], dtype=torch.int32, device=query.device)
@@ -189,9 +182,8 @@ def choose_attention(
     if obstacle:
         return _choice("eager" if _softcap(config) or _sinks(config) else "sdpa", obstacle)
     if device.type == "cuda" and precision != torch.float32 and not _dropout(config):
-        if _has_flash():
-            return _choice(FLASH, "flash-attn is installed")
-        return _choice(VARLEN, "torch's variable-length flash attention needs no mask")
+        # flash-attn, where it is installed, is the same kernel, and does not know of shared prefixes.
+        return _choice(VARLEN, "torch's variable-length flash attention needs no mask and knows shared prefixes")
     return _choice(DOCUMENTS, "no mask, linear in the row's length")
 
 
