@@ -295,18 +295,26 @@ class _Layer:
         dropout = self.run.tuning.lora.dropout > 0 and not self.run.trains_base
         if dropout:  # what is left of it, and where: a byte on CUDA
             return len(trained) * (self._element + (1 if self.run.cuda else self._element)) * width
-        if self.run.autocast and not self.run.fused:
+        if self.run.autocast and not self.run.fused and not self._plain_lora:
             return len(trained) * self._element * width
-        # On a CPU attention in float32 keeps an output of its own: the documents' outputs are joined into another.
-        shares_the_attentions_output = is_output and (self.run.cuda or self.run.compute_bytes == 2)
-        return 0 if shares_the_attentions_output else self._element * width
+        return 0 if is_output else self._element * width
+
+    @property
+    def _plain_lora(self) -> bool:
+        """The trainer's own layer takes its input as it is; PEFT's others copy it."""
+        return self.run.tuning.method is Method.LORA and not self.run.tuning.lora.dora
 
     @property
     def _attention(self) -> int:
-        """Queries, keys and values (repeated to the number of queries), the output, the softmax's normaliser."""
+        """Queries, keys and values, the output, the softmax's normaliser.
+
+        On a GPU and with masks keys and values are repeated to the number of queries.
+        """
         facts = self.shape.facts
-        queries = facts.num_attention_heads * facts.head_dim
-        kept = 4 * self._element * queries + 4 * facts.num_attention_heads
+        repeated = self.run.cuda or self.shape.family.masked
+        key_heads = facts.num_attention_heads if repeated else facts.num_key_value_heads
+        heads = 2 * facts.num_attention_heads + 2 * key_heads
+        kept = self._element * heads * facts.head_dim + 4 * facts.num_attention_heads
         if self.shape.family.masked:  # scores before and after the cap, and their softmax in float32 and back
             kept += (3 * self._element + 4) * facts.num_attention_heads * self.run.longest
         return kept

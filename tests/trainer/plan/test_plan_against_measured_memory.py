@@ -63,7 +63,7 @@ TRACKED = {
     "lora, fp32": Case(llama_3_8b(3), _tuning(), ranks=2, tokens=4096, document=512, bf16=False),
     "lora, tied head": Case(llama_3_8b(3, tie_word_embeddings=True), _tuning(), ranks=4, tokens=2048, document=512),
     "dora": Case(llama_3_8b(3), _tuning(dora=True), ranks=12, tokens=2048, document=512),
-    "lora, few labels": Case(llama_3_8b(3), _tuning(), ranks=12, tokens=2048, document=512, labelled=40),
+    "lora, few labels": Case(llama_3_8b(3), _tuning(), ranks=12, tokens=4096, document=512, labelled=40),
     "full": Case(llama_3_8b(3), _tuning("full"), ranks=12, tokens=2048, document=512),
     "full, recomputed": Case(llama_3_8b(3), _tuning("full"), ranks=8, tokens=8192, document=512, checkpointing=True),
 }

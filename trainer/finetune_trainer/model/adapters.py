@@ -23,6 +23,7 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Lora, Method, Tuning
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import nf4
+from finetune_trainer.model.lora_linear import LoraLinear
 from finetune_trainer.model.weights import SafetensorsDirectory, fill, shape_mismatch, whole
 
 ADAPTER = "default"
@@ -53,6 +54,8 @@ def attach(model: PreTrainedModel, tuning: Tuning, adapter_directory: Path | Non
         )
     else:
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tuning.prefix.virtual_tokens)
+    if isinstance(config, LoraConfig) and tuning.method is not Method.QLORA:  # 4-bit layers are linear layers too
+        config._register_custom_module({nn.Linear: LoraLinear})
     try:
         peft_model: PeftModel = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
