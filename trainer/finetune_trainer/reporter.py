@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 1.0
 PATCH_SECONDS = 15.0
+_NEWS = ("resumedFromStep", "done", "failure")
+"""What is sent at once, as the history of attempts has it: an attempt may end before the next patch."""
 API_TOKEN_DIRECTORY = Path("/var/run/secrets/finetune-report")
 
 
@@ -99,6 +101,7 @@ class ConfigMapChannel:
         self._newest: Mapping[str, object] | None = None
         self._changed = threading.Condition()
         self._urgent = False
+        self._told: Mapping[str, object] = {}
         self._busy = False
         threading.Thread(target=self._send_forever, daemon=True, name="report").start()
 
@@ -114,8 +117,8 @@ class ConfigMapChannel:
     def offer(self, report: Mapping[str, object]) -> None:
         """Make `report` the next to be sent."""
         with self._changed:
-            ends = bool(report.get("done")) or "failure" in report
-            self._newest, self._urgent = report, self._urgent or ends
+            news = {name: report[name] for name in _NEWS if report.get(name)}
+            self._newest, self._urgent, self._told = report, self._urgent or news != self._told, news
             self._changed.notify_all()
 
     def flush(self, timeout_seconds: float) -> None:
