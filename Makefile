@@ -43,9 +43,10 @@ run: $(READY) ## fine-tune a small model end to end on this machine, and show th
 test: $(READY) ## all tests; ends with the list of what this machine could not run
 	$(BIN)/python -m pytest tests/unit tests/trainer tests/local $(WORKERS) $(RETRY_ABORTS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(WORKERS) $(RETRY_WAITS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/e2e $(RETRY_WAITS) --maxfail 3 $(PYTEST_ARGS)
 
 e2e: $(READY) ## real pods on this machine: the chart, the images, and what happens when things die (root, some 40 GB)
-	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+	FINETUNE_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest tests/e2e $(RETRY_WAITS) $(PYTEST_ARGS)
 
 images: ## both container images, with podman, buildah or docker; IMAGE_ARGS="--base REF --prefix registry.example.com/ml/"
 	$(PYTHON) images/build.py $(IMAGE_ARGS)

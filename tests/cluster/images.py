@@ -92,6 +92,11 @@ class Images:
         """A digest of what the node's image of that kind was made from; another one is another image."""
         return str(self._record()[names()[image]])
 
+    def layers(self, image: str) -> list[int]:
+        """Bytes of an image's layers, unpacked and without compression; the first is the base."""
+        parts = json.loads(self._path(self._manifests()[image]).read_text())
+        return [layer["size"] for layer in parts["layers"]]
+
     # -- building -----------------------------------------------------------------------------------------------
 
     def _inputs(self, image: str) -> str:
@@ -185,10 +190,14 @@ class Images:
         source = f"containers-storage:[overlay@{root}+{run}]{_local(image)}"
         copy = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
         self._run([*copy, source, f"oci:{self._layout}:{image}"])
-        index = json.loads((self._layout / "index.json").read_text())
-        named = {m["annotations"][_NAME]: m["digest"] for m in index["manifests"] if "annotations" in m}
+        named = self._manifests()
         self._prune_layout(list(named.values()))
         return self._blob(named[image])
+
+    def _manifests(self) -> dict[str, str]:
+        """The digest of each image's manifest in the layout."""
+        index = json.loads((self._layout / "index.json").read_text())
+        return {m["annotations"][_NAME]: m["digest"] for m in index["manifests"] if "annotations" in m}
 
     def _prune_layout(self, manifests: list[str]) -> None:
         """Forget the parts of images that have no name any more."""

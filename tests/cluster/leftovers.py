@@ -148,7 +148,7 @@ def _end_shims(places: Places) -> None:
 
 
 def _unmount(places: Places) -> None:
-    roots = (f"{places.state}/", f"{places.cache}/containerd/")
+    roots = (f"{places.state}/", f"{places.cache}/")
     points = [line.split()[1].replace("\\040", " ") for line in Path("/proc/mounts").read_text().splitlines()]
     for point in sorted((p for p in points if p.startswith(roots)), key=len, reverse=True):
         _run("umount", "--lazy", point)

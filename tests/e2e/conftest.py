@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from tests.cluster import machine
 from tests.cluster.__main__ import down, running, up
 from tests.cluster.images import Images, names
 from tests.cluster.places import NODE_ADDRESS, Places
 from tests.integration.harness import binaries
-from tests.integration.harness.api import Api
+from tests.integration.harness.api import Api, ApiError
 from tests.integration.harness.control_plane import is_given
 from tests.integration.harness.helm import Helm
 from tests.integration.harness.operator import ACCOUNT
@@ -29,42 +30,53 @@ SYSTEM = "finetune-system"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 KEEP_VARIABLE = "FINETUNE_KEEP_CLUSTER"
 """Set it, and the cluster is still there for the next run."""
+REQUIRE_VARIABLE = "FINETUNE_REQUIRE_CLUSTER"
+"""Set it, and a machine that cannot have a cluster is an error; else its tests are listed as not run."""
 UNDISTURBED = "finetune/undisturbed"
+GIVEN = "A cluster is given, but these tests read volumes and signal processes on a node of their own."
+_LACKING, _OURS = pytest.StashKey[str | None](), pytest.StashKey[bool]()
 _serial = itertools.count(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Bring the cluster up before the first test: images take minutes, and a test's time-out would end that."""
     here = Path(__file__).parent
-    wanted = [item for item in items if item.path.is_relative_to(here)]
-    if not wanted or config.option.collectonly:
+    if config.option.collectonly or not any(item.path.is_relative_to(here) for item in items):
         return
+    config.stash[_LACKING] = lacking = _bring_up(config)
+    if lacking and REQUIRE_VARIABLE in os.environ:
+        pytest.exit(lacking, returncode=1)
+
+
+def _bring_up(config: pytest.Config) -> str | None:
+    """Start the cluster, or say why there is none. One that we start ends with this process, however that ends."""
     places = Places.default()
-    config.stash[_LACKING] = None if running(places) else machine.lacks(places.cache)
     if is_given() and not running(places):
-        config.stash[_LACKING] = (
-            "A cluster is given, but these tests read volumes and signal processes on a node of their own."
-        )
-    config.stash[_STARTED] = False
-    if config.stash[_LACKING] is None:
-        binaries.ensure("helm")
-        config.stash[_STARTED] = not running(places) and KEEP_VARIABLE not in os.environ
-        up(places)
+        return GIVEN
+    ours = config.stash[_OURS] = not running(places) and KEEP_VARIABLE not in os.environ
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():  # what takes minutes is said at once
+        try:
+            up(places, owner=os.getpid() if ours else None)
+            binaries.ensure("helm")
+        except (SystemExit, binaries.BinaryUnavailableError, OSError) as problem:
+            return f"There is no cluster: {problem}"
+    return None
 
 
-_LACKING, _STARTED = pytest.StashKey[str | None](), pytest.StashKey[bool]()
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Take the cluster down that this session has brought up, whatever became of the tests."""
+    if session.config.stash.get(_OURS, False):
+        down(Places.default())
 
 
 @pytest.fixture(scope="session")
-def places(request: pytest.FixtureRequest) -> Iterator[Places]:
-    """A running cluster of one real node; taken down afterwards if this session has brought it up."""
+def places(request: pytest.FixtureRequest) -> Places:
+    """A running cluster of one real node."""
     lacking = request.config.stash[_LACKING]
     if lacking:
         pytest.skip(lacking)
-    places = Places.default()
-    yield places
-    if request.config.stash[_STARTED]:
-        down(places)
+    return Places.default()
 
 
 @pytest.fixture(scope="session")
@@ -112,42 +124,60 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return schooled_llama(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture
-def hub(places: Places) -> Iterator[HubServer]:
-    """A Hub on the node's address."""
-    with HubServer(host=NODE_ADDRESS) as server:
-        yield server
+Furnish = Callable[[str, Callable[[], bool]], AbstractContextManager[Place]]
+
+
+@pytest.fixture(scope="session")
+def furnish(places: Places, api: Api, release: Helm, base_model: Path) -> Furnish:
+    """Makes a furnished namespace that enforces `restricted`; if what it is for failed, the evidence is kept."""
+
+    @contextlib.contextmanager
+    def furnished(name: str, failed: Callable[[], bool]) -> Iterator[Place]:
+        namespace = f"e2e-{next(_serial)}-{secrets.token_hex(2)}"
+        api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": RESTRICTED}})
+        wait_until(lambda: api.find("ServiceAccount", "default", namespace), "the namespace")
+        with HubServer(host=NODE_ADDRESS) as hub:
+            place, broken = Place(api, places, namespace, hub), True
+            try:
+                place.furnish(base_model)
+                with place.watched():
+                    yield place
+                broken = failed()
+            finally:
+                EVIDENCE.mkdir(parents=True, exist_ok=True)
+                (EVIDENCE / f"{name}.timeline.txt").write_text("\n".join(place.timeline) + "\n")
+                if broken:
+                    _keep_evidence(place, EVIDENCE / name)
+                place.clear()
+
+    return furnished
+
+
+def _keep_evidence(place: Place, folder: Path) -> None:
+    place.keep_evidence(folder)
+    with contextlib.suppress(ApiError):  # a pod may just end
+        logs = [place.api.request("GET", place.api.path_of(pod, "log")) for pod in place.api.objects("Pod", SYSTEM)]
+        (folder / "operator.log").write_text("\n".join(str(log.get("message", log)) for log in logs))
+    print(f"logs, events and timeline are kept in {folder}")
+    print("\n".join(place.timeline[-40:]))
 
 
 @pytest.fixture
-def place(
-    request: pytest.FixtureRequest, places: Places, api: Api, release: Helm, hub: HubServer, base_model: Path
-) -> Iterator[Place]:
-    """A furnished namespace that enforces `restricted`; if the test fails, the evidence is kept."""
-    namespace = f"e2e-{next(_serial)}-{secrets.token_hex(2)}"
-    metadata = {"name": namespace, "labels": RESTRICTED}
-    api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
-    wait_until(lambda: api.find("ServiceAccount", "default", namespace), "the namespace")
-    made = Place(api, places, namespace, hub)
-    made.furnish(base_model)
-    with made.watched():
+def place(request: pytest.FixtureRequest, furnish: Furnish) -> Iterator[Place]:
+    """A furnished namespace for one test."""
+
+    def failed() -> bool:
+        report = request.node.stash.get(_REPORT, None)
+        return report is None or report.failed
+
+    with furnish(request.node.name, failed) as made:
         yield made
-    EVIDENCE.mkdir(parents=True, exist_ok=True)
-    (EVIDENCE / f"{request.node.name}.timeline.txt").write_text("\n".join(made.timeline) + "\n")
-    report = request.node.stash.get(_REPORT, None)
-    if report is None or report.failed:
-        made.keep_evidence(EVIDENCE / request.node.name)
-        log = [api.request("GET", api.path_of(pod, "log"))["message"] for pod in api.objects("Pod", SYSTEM)]
-        (EVIDENCE / request.node.name / "operator.log").write_text("\n".join(map(str, log)))
-        print(f"logs, events and timeline are kept in {EVIDENCE / request.node.name}")
-        print("\n".join(made.timeline[-40:]))
-    made.clear()
 
 
 @pytest.fixture
-def undisturbed(request: pytest.FixtureRequest, place: Place) -> dict[int, float]:
-    """The losses of a job to which nothing happened: as `test_what_is_published...` saw them with these images."""
-    losses = request.config.cache.get(UNDISTURBED, {}).get(Images(place.places).imported("trainer"))
+def undisturbed(request: pytest.FixtureRequest, places: Places) -> dict[int, float]:
+    """The losses of a job to which nothing happened: as the job of `test_from_apply...` saw them with these images."""
+    losses = request.config.cache.get(UNDISTURBED, {}).get(Images(places).imported("trainer"))
     if losses is None:
         pytest.skip("No undisturbed job was trained before with this image: run the whole folder.")
     return {int(step): loss for step, loss in losses.items()}

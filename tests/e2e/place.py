@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.cluster.places import NODE_NAME, Places
 from tests.integration.harness.api import Api, ApiError, Resource
-from tests.integration.harness.processes import wait_until
+from tests.integration.harness.processes import TimedOutError, wait_until
 from tests.support.hub_server import HubServer, hub_environment
-from tests.support.tiny import MOODS, days
+from tests.support.tiny import MOODS, days, greetings
 
 from finetune_api.base import Stage
 
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Sentences and their labels as CSV."""
+    return "\n".join(["text,label", *(f"{text},{label}" for text, label in rows)]) + "\n"
+
+
+DATASETS = {"days": {"days.csv": table(days(160))}, "greetings": {"greetings.jsonl": greetings(128)}}
+"""The files of the datasets; a quarter of them, held out, is enough for the gate."""
 TRAIN_SECONDS = 420
 """For three pods that import torch on two busy cores."""
 JOB = "days"
@@ -29,24 +39,34 @@ LABEL_STAGE, LABEL_ATTEMPT = "finetune.dev/stage", "finetune.dev/attempt"
 READ_TOKEN, WRITE_TOKEN = "hf_reader", "hf_writer"
 
 
+DAYS = {"name": "days", "repo": "acme/days", "task": "classification", "template": "{{ text }}"}
+GREETINGS = {"name": "greetings", "repo": "acme/greetings", "task": "chat"}
+TRAINING = {
+    "epochs": 3,
+    "learningRate": 5.0e-3,
+    "globalBatchSize": 12,
+    "maxSequenceLength": 128,
+    "precision": "fp32",
+}
+
+
+AFTER_EVERY_STEP = {"everyMinutes": 0}
+"""Checkpoints: what happens at a step finds the one before saved, and steps last long enough for it to happen."""
+
+
 def job_spec(**changes: Any) -> Resource:
-    """Three nodes learn with LoRA which words make a day good."""
+    """Three nodes learn with LoRA which words make a day good, and what is said of it: two tasks together."""
     spec: Resource = {
         "model": {"repo": "acme/base"},
-        "datasets": [{"name": "days", "repo": "acme/days", "task": "classification", "template": "{{ text }}"}],
+        "datasets": [DAYS, GREETINGS],
         "split": {"validation": 0, "test": 0.25, "seed": 42},
         "tuning": {"method": "lora", "lora": {"rank": 16, "alpha": 32}},
-        "training": {
-            "epochs": 4,
-            "learningRate": 5.0e-3,
-            "globalBatchSize": 12,
-            "maxSequenceLength": 128,
-            "precision": "fp32",
-        },
+        "training": dict(TRAINING),
         "topology": {"nodes": 3, "gpusPerNode": 0},
-        "checkpoint": {"everyMinutes": 0},
+        "checkpoint": {"everyMinutes": 10},
         "storage": {"run": {"size": "1Gi", "storageClassName": "local"}},
         "publish": {"repo": "acme/days-tuned"},
+        "evaluation": {"maxNewTokens": 16},
         "credentials": {"hub": {"name": "hf-read"}, "publish": {"name": "hf-write"}},
         "timeouts": {"startup": "5m"},
     }
@@ -72,8 +92,8 @@ class Place:
 
     # -- what a user does ---------------------------------------------------------------------------------------
 
-    def furnish(self, base: Path, rows: int = 240) -> None:
-        """Volumes, tokens, a model and a dataset."""
+    def furnish(self, base: Path) -> None:
+        """Volumes, tokens, a model and two datasets."""
         self.volume("cache", "finetune-cache")
         claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
         self.create("PersistentVolumeClaim", "finetune-cache", spec=claim | {"storageClassName": "local"})
@@ -83,8 +103,8 @@ class Place:
         self.hub.add_token(READ_TOKEN, user="reader")
         self.hub.add_token(WRITE_TOKEN, user="acme", write=True)
         self.hub.add_repo("acme/base", base)
-        lines = ["text,label", *(f"{text},{label}" for text, label in days(rows))]
-        self.hub.add_repo("acme/days", {"days.csv": "\n".join(lines) + "\n"}, kind="datasets")
+        for name, files in DATASETS.items():
+            self.hub.add_repo(f"acme/{name}", dict(files), kind="datasets")
 
     def volume(self, name: str, claim: str) -> Path:
         """A folder of the node as a volume that only one claim can have."""
@@ -115,11 +135,11 @@ class Place:
         made = {"apiVersion": api_version, "kind": kind, "metadata": {"name": name}, **fields}
         return self.api.create(made, self.namespace)
 
-    def apply(self, **changes: Any) -> Resource:
-        """`kubectl apply` of the job; parts of the spec may be replaced (`training__epochs=1`)."""
+    def apply(self, more: Mapping[str, str] | None = None, **changes: Any) -> Resource:
+        """`kubectl apply` of the job: parts of the spec may be replaced (`training__epochs=1`), variables added."""
         spec = {name: value for name, value in job_spec(**changes).items() if value is not None}
         environment = hub_environment(self.hub, Path("/tmp/hf"))
-        variables = ({"OMP_NUM_THREADS": "1"} | environment).items()
+        variables = ({"OMP_NUM_THREADS": "1"} | environment | (more or {})).items()
         spec.setdefault("podTemplate", {})["env"] = [{"name": name, "value": value} for name, value in variables]
         job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": JOB}, "spec": spec}
         self.kubectl("apply", "-f", "-", given=json.dumps(job))
@@ -163,7 +183,11 @@ class Place:
     def complete(self, seconds: float = 2 * TRAIN_SECONDS) -> Resource:
         """Wait as a user does until the job is complete, and return its status."""
         wait = ["wait", "--for=condition=Complete", f"--timeout={int(seconds)}s", f"finetunejob/{JOB}"]
-        self.kubectl(*wait, seconds=seconds + 30)
+        try:
+            self.kubectl(*wait, seconds=seconds + 30)
+        except AssertionError as problem:
+            kind = TimedOutError if "timed out waiting" in str(problem) else AssertionError
+            raise kind(f"{problem}: {condition_of(self.status(), 'Ready').get('message')}") from problem
         return self.status()
 
     def failed(self, seconds: float = TRAIN_SECONDS) -> Resource:
@@ -176,13 +200,13 @@ class Place:
 
         return wait_until(ended, "Failed", seconds)
 
-    def trained_to(self, step: int, seconds: float = TRAIN_SECONDS) -> None:
-        """Wait until the ranks have taken a step, as they note on the volume."""
+    def trained_to(self, step: int, attempt: int = 1) -> None:
+        """Wait until the ranks of an attempt have taken a step, as they note on the volume."""
 
         def taken(status: Resource) -> bool:
-            return (self.run / "metrics" / "train.jsonl").exists() and max(self.losses(), default=0) >= step
+            return any(row["step"] >= step and row["attempt"] == attempt for row in self._steps())
 
-        self.wait(taken, f"step {step}", seconds)
+        self.wait(taken, f"step {step} of attempt {attempt}")
 
     def attempt_is(self, outcome: str, number: int, stage: Stage = Stage.TRAIN) -> Callable[[Resource], bool]:
         """Whether an attempt is in that state, as a condition to wait for."""
@@ -207,6 +231,17 @@ class Place:
                     return int(process.name)
         raise AssertionError(f"no rank of {pod['metadata']['name']} is running")
 
+    @contextlib.contextmanager
+    def held(self, pod: Resource) -> Iterator[None]:
+        """Let a training pause, as long as something takes that is to happen during it."""
+        process = self.rank_process(pod)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
+
     def ended(self, stage: Stage = Stage.TRAIN) -> list[tuple[str, bool]]:
         """How the attempts of a stage ended, and whether that counted."""
         attempts = [a for a in self.status().get("attempts", []) if a["stage"] == stage]
@@ -219,9 +254,12 @@ class Place:
 
     def losses(self) -> dict[int, float]:
         """The loss of each step, as the last attempt that took it saw it."""
-        lines = (self.run / "metrics" / "train.jsonl").read_text().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return {row["step"]: row["loss"] for row in rows if "loss" in row}
+        return {row["step"]: row["loss"] for row in self._steps()}
+
+    def _steps(self) -> list[dict[str, Any]]:
+        file = self.run / "metrics" / "train.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if "loss" in row]
 
     # -- what is kept -------------------------------------------------------------------------------------------
 
@@ -284,7 +322,14 @@ class Place:
     def clear(self) -> None:
         """Delete the namespace and its volumes."""
         self.api.delete({"kind": "Namespace", "metadata": {"name": self.namespace}})
-        wait_until(lambda: not self.api.objects("Pod", self.namespace), "the pods to go", 120)
+
+        def gone() -> bool:
+            pods = self.api.objects("Pod", self.namespace)
+            for pod in pods:
+                self.api.delete(pod, grace_seconds=0)
+            return not pods
+
+        wait_until(gone, "the pods to go", 120)
         for volume in self.api.objects("PersistentVolume"):
             if volume["metadata"]["name"].startswith(f"{self.namespace}-"):
                 self.api.delete(volume)

@@ -15,10 +15,10 @@ from tests.integration.harness.processes import wait_until
 from finetune_api.base import STAGES, Stage
 
 from .conftest import SYSTEM, values, wait_for_operator
-from .place import TRAIN_SECONDS, Place
+from .place import AFTER_EVERY_STEP, TRAIN_SECONDS, Place
 
 pytestmark = pytest.mark.timeout(1200)
-ONE_NODE = {"nodes": 1, "gpusPerNode": 0}
+TWO = {"replicas": 2}
 
 
 @pytest.fixture
@@ -29,58 +29,69 @@ def chart(release: Helm, place: Place) -> Iterator[Helm]:
     wait_for_operator(place.api)
 
 
-def leader(place: Place) -> str:
-    """The name of the operator's pod that holds the Lease."""
-    holder = place.api.get("Lease", ACCOUNT, SYSTEM)["spec"].get("holderIdentity") or ""
-    return str(holder.rpartition("_")[0])
+@pytest.fixture
+def newer(tmp_path: Path) -> Path:
+    """A chart whose CRD has one field more."""
+    folder = shutil.copytree(CHART, tmp_path / "newer")
+    crd = yaml.safe_load((folder / "files" / "crd.yaml").read_text())
+    status = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+    status["properties"]["novelty"] = {"type": "string"}
+    (folder / "files" / "crd.yaml").write_text(yaml.safe_dump(crd))
+    return folder
 
 
-def test_a_leader_killed_in_every_stage_is_followed_by_the_other_replica(place: Place, chart: Helm) -> None:
-    chart.install(SYSTEM, values() | {"replicas": 2})
+def kill_leader(place: Place, stage: Stage) -> str:
+    """Kill the operator's pod that holds the Lease, once a pod of the stage is there."""
+    wait_until(lambda: place.pods(stage), f"a pod of {stage}", TRAIN_SECONDS)
+
+    def holder() -> str:
+        lease = place.api.get("Lease", ACCOUNT, SYSTEM)["spec"].get("holderIdentity") or ""
+        return str(lease.rpartition("_")[0])
+
+    name = wait_until(holder, "a leader")
+    place.api.delete({"kind": "Pod", "metadata": {"name": name, "namespace": SYSTEM}}, grace_seconds=0)
+    return name
+
+
+def test_an_operator_killed_in_every_stage_upgraded_removed_and_installed_again_disturbs_no_stage(
+    place: Place, chart: Helm, newer: Path
+) -> None:
+    chart.install(SYSTEM, values() | TWO)
     wait_for_operator(place.api, replicas=2)
-    place.apply(topology=ONE_NODE)
-    killed = []
-    for stage in STAGES:
-        running = wait_until(lambda stage=stage: place.pods(stage), f"a pod of {stage}", TRAIN_SECONDS)  # type: ignore[misc]
-        assert running
-        killed.append(wait_until(lambda: leader(place), "a leader"))
-        place.api.delete({"kind": "Pod", "metadata": {"name": killed[-1], "namespace": SYSTEM}}, grace_seconds=0)
+    full = {"method": "full"}
+    place.apply(
+        topology={"nodes": 2, "gpusPerNode": 0},
+        tuning=full,
+        training__learningRate=2.0e-3,
+        checkpoint=AFTER_EVERY_STEP,
+    )
+    killed = [kill_leader(place, Stage.PREPARE), kill_leader(place, Stage.TRAIN)]
+    place.trained_to(1)
+    before = [pod["metadata"]["uid"] for pod in place.pods()]
+
+    with place.held(place.pods()[1]):
+        chart.install(SYSTEM, values() | TWO, chart=newer)
+        wait_for_operator(place.api, replicas=2)
+        assert [pod["metadata"]["uid"] for pod in place.pods()] == before
+
+        chart.uninstall(SYSTEM)
+        wait_until(lambda: not place.api.objects("Pod", SYSTEM), "the operator to end")
+        assert {pod["status"]["phase"] for pod in place.pods()} == {"Running"}
+
+    def ended() -> bool:
+        return all(pod["status"]["phase"] == "Succeeded" for pod in place.pods())
+
+    wait_until(ended, "the pods to succeed without an operator", TRAIN_SECONDS)
+    assert [pod["metadata"]["uid"] for pod in place.pods()] == before
+    assert place.pods(Stage.EVALUATE) == []
+
+    chart.install(SYSTEM, values() | TWO)
+    killed += [kill_leader(place, Stage.EVALUATE), kill_leader(place, Stage.PUBLISH)]
     status = place.complete()
     assert len(set(killed)) > 1
     assert [(a["stage"], a["number"], a["outcome"]) for a in status["attempts"]] == [
         (stage, 1, "succeeded") for stage in STAGES
     ]
     assert len(place.hub.seen("POST", r"/commit/")) == 1
-
-
-def test_an_upgrade_changes_the_crd_and_an_uninstall_leaves_the_job_under_way(
-    place: Place, chart: Helm, tmp_path: Path
-) -> None:
-    place.apply(topology=ONE_NODE, publish=None, training__epochs=10)
-    place.trained_to(1)
-    before = [pod["metadata"]["uid"] for pod in place.pods()]
-    newer = shutil.copytree(CHART, tmp_path / "newer")
-    crd = yaml.safe_load((newer / "files" / "crd.yaml").read_text())
-    crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]["novelty"] = {
-        "type": "string"
-    }
-    (newer / "files" / "crd.yaml").write_text(yaml.safe_dump(crd))
-    chart.install(SYSTEM, values(), chart=newer)
-    wait_for_operator(place.api)
-    assert [pod["metadata"]["uid"] for pod in place.pods()] == before
-
-    chart.uninstall(SYSTEM)
-    wait_until(lambda: not place.api.objects("Pod", SYSTEM), "the operator to end")
-    assert [pod["status"]["phase"] for pod in place.pods()] == ["Running"]
-    ended = wait_until(
-        lambda: [pod for pod in place.pods() if pod["status"]["phase"] == "Succeeded"], "Train", TRAIN_SECONDS
-    )
-    assert [pod["metadata"]["uid"] for pod in ended] == before
-    assert place.pods(Stage.EVALUATE) == []
-
-    chart.install(SYSTEM, values())
-    wait_for_operator(place.api)
-    status = place.complete()
-    assert [(a["stage"], a["number"], a["outcome"]) for a in status["attempts"]] == [
-        (stage, 1, "succeeded") for stage in STAGES if stage is not Stage.PUBLISH
-    ]
+    (metric,) = [m for m in status["results"]["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]
+    assert metric["difference"]["low"] > 0

@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.cluster.images import Images
 
-from .conftest import UNDISTURBED
-from .place import Place, accuracy
+from .conftest import UNDISTURBED, Furnish
+from .place import JOB, Place, accuracy
+from .wandb_server import API_KEY, UnavailableError, WandbServer
+
+pytestmark = pytest.mark.timeout(1200)
+PROJECT = "days"
 
 
-@pytest.mark.timeout(1200)
-def test_what_is_published_is_better_and_as_good_as_the_status_says(
-    place: Place, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    place.apply()
-    status = place.complete()
-    request.config.cache.set(UNDISTURBED, {Images(place.places).imported("trainer"): place.losses()})
+@dataclass(frozen=True)
+class Trained:
+    """A job that nobody disturbed, and the W&B server that it told, or why there is none."""
 
-    attempts = [(a["stage"], a["number"], a["outcome"]) for a in status["attempts"]]
+    place: Place
+    status: dict[str, Any]
+    wandb: WandbServer | str
+
+
+@pytest.fixture(scope="module")
+def wandb(places: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer | str]:
+    """A server that speaks W&B's protocol, or why there is none."""
+    try:
+        server = WandbServer(tmp_path_factory.mktemp("wandb"))
+    except UnavailableError as problem:
+        yield str(problem)
+        return
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest, furnish: Furnish, wandb: WandbServer | str) -> Iterator[Trained]:
+    """Three pods, two tasks, LoRA: applied, and complete."""
+    failed_before = request.session.testsfailed
+    with furnish("undisturbed", lambda: request.session.testsfailed > failed_before) as place:
+        if isinstance(wandb, str):
+            place.apply()
+        else:
+            place.create("Secret", "wandb", stringData={"key": API_KEY})
+            place.apply(
+                {"WANDB_BASE_URL": wandb.url, "WANDB_ERROR_REPORTING": "false"},
+                tracking={"wandb": {"project": PROJECT}},
+                credentials__wandb={"name": "wandb", "key": "key"},
+            )
+        status = place.complete()
+        request.config.cache.set(UNDISTURBED, {Images(place.places).imported("trainer"): place.losses()})
+        yield Trained(place, status, wandb)
+
+
+def test_a_job_that_is_applied_goes_through_every_stage_once_and_is_better_at_both_tasks(trained: Trained) -> None:
+    attempts = [(a["stage"], a["number"], a["outcome"]) for a in trained.status["attempts"]]
     assert attempts == [(stage, 1, "succeeded") for stage in ("prepare", "train", "evaluate", "publish")]
-    (metric,) = [m for m in status["results"]["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]
-    assert metric["difference"]["low"] > 0
+    primary = {"days": "accuracy", "greetings": "neg-loss"}
+    found = {m["dataset"]: m for m in trained.status["results"]["metrics"] if primary.get(m["dataset"]) == m["metric"]}
+    assert found.keys() == primary.keys()
+    assert all(metric["difference"]["low"] > 0 for metric in found.values())
 
+
+def test_what_is_published_is_as_good_as_the_status_says(trained: Trained, tmp_path: Path) -> None:
+    place, status = trained.place, trained.status
     repo = place.hub.repo("acme/days-tuned")
     assert repo.head.id == status["published"]["commit"]
     assert repo.private
@@ -33,11 +77,28 @@ def test_what_is_published_is_better_and_as_good_as_the_status_says(
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(content)
     base, tuned, tokenizer = loaded(place, tmp_path)
-    held_out = [json.loads(line) for line in (place.run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+    lines = (place.run / "evaluation" / "predictions.jsonl").read_text().splitlines()
+    held_out = [row for row in map(json.loads, lines) if row["dataset"] == "days"]
     rows = [(row["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0], row["gold"]) for row in held_out]
+    (metric,) = [m for m in status["results"]["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]
     assert len(rows) == metric["rows"]
     assert accuracy(base, tokenizer, rows) == pytest.approx(metric["base"], abs=1e-6)
     assert accuracy(tuned, tokenizer, rows) == pytest.approx(metric["tuned"], abs=1e-6)
+
+
+def test_wandb_shows_the_run_that_the_status_links_to(trained: Trained) -> None:
+    if isinstance(trained.wandb, str):
+        pytest.skip(trained.wandb)
+    uid = trained.place.job()["metadata"]["uid"]
+    *_, entity, project, _, run = trained.status["wandbUrl"].split("/")
+    assert (trained.status["wandbUrl"].startswith(trained.wandb.url), project, run) == (True, PROJECT, uid)
+    shown = trained.wandb.run(entity, project, run)
+    losses = trained.place.losses()
+    assert shown["state"] == "finished"
+    assert shown["displayName"] == f"{trained.place.namespace}/{JOB}"
+    assert shown["summaryMetrics"]["exported/step"] == max(losses)
+    curve = {r["train/step"]: r["train/loss"] for r in trained.wandb.history(entity, project, run) if "train/loss" in r}
+    assert curve == pytest.approx(losses)
 
 
 def loaded(place: Place, adapter: Path) -> tuple[Any, Any, Any]:

@@ -7,23 +7,29 @@ from tests.support.tiny import days
 
 from finetune_api.base import Stage
 
-from .place import Place, condition_of
+from .place import DAYS, Place, condition_of, table
 
 pytestmark = pytest.mark.timeout(1200)
-ONE_NODE = {"nodes": 1, "gpusPerNode": 0}
 
 
-def test_a_hub_that_is_down_for_a_while_costs_an_upload_and_no_training(place: Place) -> None:
-    fault = place.hub.fault("*", r"/(commit|preupload)/", status=503, times=None)
-    place.apply(topology=ONE_NODE)
+def test_qlora_over_two_pods_is_better_and_a_hub_that_is_down_for_a_while_costs_an_upload_and_no_training(
+    place: Place,
+) -> None:
+    soon = {"Retry-After": "1"}
+    fault = place.hub.fault("POST", r"/commit/", status=503, times=None, headers=soon)
+    qlora = {"method": "qlora", "lora": {"rank": 16, "alpha": 32}}
+    place.apply(topology={"nodes": 2, "gpusPerNode": 0}, tuning=qlora)
     place.wait(place.attempt_is("failed", 1, Stage.PUBLISH), "the first upload to fail", 700)
     fault.times = 0
-    place.complete()
+    status = place.complete()
     assert place.ended() == [("succeeded", False)]
     uploads = place.ended(Stage.PUBLISH)
     assert uploads[0] == ("hub-unavailable", False)
     assert uploads[-1] == ("succeeded", False)
     assert "adapter_model.safetensors" in place.hub.repo("acme/days-tuned").files
+    (metric,) = [m for m in status["results"]["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]
+    assert metric["difference"]["low"] > 0
+    assert status["results"]["exportDigest"] == status["export"]["digest"]
 
 
 def test_without_consent_to_a_gated_model_no_pod_asks_for_a_gpu(place: Place) -> None:
@@ -39,11 +45,11 @@ def test_without_consent_to_a_gated_model_no_pod_asks_for_a_gpu(place: Place) ->
 
 def test_a_model_that_got_worse_is_refused_and_nothing_is_uploaded(place: Place) -> None:
     wrong = {"good": "bad", "bad": "good"}
-    train = "\n".join(["text,label", *(f"{text},{wrong[label]}" for text, label in days(240))])
-    test = "\n".join(["text,label", *(f"{text},{label}" for text, label in days(60, seed=9))])
-    place.hub.add_repo("acme/days", {"train.csv": train + "\n", "test.csv": test + "\n"}, kind="datasets")
-    dataset = {"name": "days", "repo": "acme/days", "task": "classification", "template": "{{ text }}"}
-    place.apply(topology=ONE_NODE, datasets=[dataset | {"splits": {"train": "train", "test": "test"}}], split=None)
+    train = table([(text, wrong[label]) for text, label in days(240)])
+    test = table(days(60, seed=9))
+    place.hub.add_repo("acme/days", {"train.csv": train, "test.csv": test}, kind="datasets")
+    dataset = DAYS | {"splits": {"train": "train", "test": "test"}}
+    place.apply(topology={"nodes": 1, "gpusPerNode": 0}, datasets=[dataset], split=None)
     status = place.failed()
     failed = condition_of(status, "Failed")
     assert failed["reason"] == "GateRefused"

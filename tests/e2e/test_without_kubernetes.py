@@ -1,39 +1,86 @@
-"""docs/runpod.md with the image as it is: three containers, one shared folder, the variables that RunPod sets."""
+"""Without Kubernetes, and without a kubelet for two minutes: the first takes place while the second lasts.
+
+docs/runpod.md with the image as it is: three containers, one shared folder, the variables that RunPod sets.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from tests.cluster.images import names
 from tests.cluster.node import ctr
-from tests.cluster.places import CGROUP, NODE_ADDRESS, Places
-from tests.integration.harness.processes import free_ports
-from tests.support.tiny import days
+from tests.cluster.places import CGROUP, NODE_ADDRESS, NODE_NAME, Places
+from tests.integration.harness.processes import free_ports, wait_until
 
-from finetune_operator.planning.manifests.pod import USER
+from finetune_api.base import Stage
+from finetune_operator.planning.manifests.pod import NODE_LOSS_SECONDS, USER
 
-from .place import job_spec
+from .another_node import AnotherNode
+from .conftest import Furnish
+from .place import AFTER_EVERY_STEP, DATASETS, DAYS, GREETINGS, Place, job_spec
 
+pytestmark = pytest.mark.timeout(1200)
 MACHINES = 3
+AWAY_SECONDS = 120
+UNREACHABLE = "node.kubernetes.io/unreachable"
+
+
+@dataclass
+class Alone:
+    """A job that trains on while its node's kubelet is away."""
+
+    place: Place
+    pods: list[str]
+    since: float
+    step: int
+
+
+@pytest.fixture(scope="module")
+def alone(request: pytest.FixtureRequest, furnish: Furnish, places: Places) -> Iterator[Alone]:
+    """A job trains, and the kubelet is stopped; started again at the end, if the test has not."""
+    failed_before = request.session.testsfailed
+    with (
+        furnish("kubelet-away", lambda: request.session.testsfailed > failed_before) as place,
+        AnotherNode(place.api),
+    ):
+        one = {"nodes": 1, "gpusPerNode": 0}
+        place.apply(publish=None, topology=one, training__epochs=1000, checkpoint=AFTER_EVERY_STEP)
+        place.trained_to(1)
+        pods = [pod["metadata"]["uid"] for pod in place.pods()]
+        places.kubelet_away_file.touch()
+        try:
+            yield Alone(place, pods, time.monotonic(), max(place.losses()))
+        finally:
+            places.kubelet_away_file.unlink(missing_ok=True)
+            wait_until(lambda: node_is(place, "True"), "the node to be ready again", 120)
+
+
+def node_is(place: Place, ready: str) -> bool:
+    conditions = place.api.get("Node", NODE_NAME)["status"]["conditions"]
+    return any(c["type"] == "Ready" and c["status"] == ready for c in conditions)
 
 
 @pytest.fixture
 def workspace(places: Places, base_model: Path) -> Iterator[Path]:
     """What a network volume would hold: the job, its model and its rows, writable by the image's user."""
     folder = places.volumes / "workspace"
-    folder.mkdir(parents=True)
-    (folder / "base").mkdir()
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    (folder / "base").mkdir(parents=True)
     for path in base_model.iterdir():
         (folder / "base" / path.name).write_bytes(path.read_bytes())
-    lines = ["text,label", *(f"{text},{label}" for text, label in days(240))]
-    (folder / "days.csv").write_text("\n".join(lines) + "\n")
-    spec = job_spec(model={"path": "base"}, publish={"path": "published"})
-    spec["datasets"][0] = {"name": "days", "path": "days.csv", "task": "classification", "template": "{{ text }}"}
+    datasets = []
+    for dataset in (DAYS, GREETINGS):
+        ((file, content),) = DATASETS[dataset["name"]].items()
+        (folder / file).write_text(content)
+        datasets.append({"path": file} | {name: value for name, value in dataset.items() if name != "repo"})
+    spec = job_spec(model={"path": "base"}, publish={"path": "published"}, datasets=datasets)
     for name in ("credentials", "storage"):
         del spec[name]
     job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "days"}, "spec": spec}
@@ -71,9 +118,8 @@ def machine(places: Places, workspace: Path, number: int, port: int, log: Path) 
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
 
-@pytest.mark.timeout(1200)
 def test_three_rented_machines_run_the_same_command_and_publish_a_better_model(
-    places: Places, workspace: Path, tmp_path: Path
+    places: Places, workspace: Path, tmp_path: Path, alone: Alone
 ) -> None:
     (port,) = free_ports(1)
     logs = [tmp_path / f"machine-{number}.log" for number in range(MACHINES)]
@@ -86,3 +132,25 @@ def test_three_rented_machines_run_the_same_command_and_publish_a_better_model(
     (metric,) = [m for m in results["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]
     assert metric["difference"]["low"] > 0
     assert {path.name for path in (workspace / "published").iterdir()} >= {"adapter_model.safetensors", "README.md"}
+
+
+def test_a_kubelet_that_is_away_for_two_minutes_disturbs_no_training_and_uses_no_attempt(
+    places: Places, alone: Alone
+) -> None:
+    place = alone.place
+    wait_until(lambda: time.monotonic() - alone.since > AWAY_SECONDS, "two minutes to pass", AWAY_SECONDS + 30)
+    assert node_is(place, "Unknown")
+    taints = place.api.get("Node", NODE_NAME)["spec"].get("taints", [])
+    assert (UNREACHABLE, "NoExecute") in {(taint["key"], taint["effect"]) for taint in taints}
+    assert AWAY_SECONDS <= NODE_LOSS_SECONDS
+    meanwhile = max(place.losses())
+    assert meanwhile > alone.step
+
+    places.kubelet_away_file.unlink()
+    wait_until(lambda: node_is(place, "True"), "the node to be ready again", 120)
+    place.trained_to(max(place.losses()) + 2)
+    (pod,) = place.pods()
+    assert [pod["metadata"]["uid"]] == alone.pods
+    assert "deletionTimestamp" not in pod["metadata"]
+    attempts = [a for a in place.status()["attempts"] if a["stage"] == Stage.TRAIN]
+    assert [(a["number"], a.get("outcome", "running")) for a in attempts] == [(1, "running")]

@@ -84,6 +84,19 @@ def days(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(f"a {chance.choice(MOODS[label])} day {day}", label) for day, label in enumerate(labels)]
 
 
+def greetings(count: int, seed: int = 5) -> str:
+    """Questions about days and kind answers, as JSON lines of chats."""
+    import json
+    import random
+
+    chance = random.Random(seed)
+    lines = []
+    for day in range(count):
+        said = (("user", f"how was day {day}?"), ("assistant", f"a {chance.choice(MOODS['good'])} day"))
+        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}))
+    return "\n".join(lines) + "\n"
+
+
 def schooled_llama(directory: Path, steps: int = 120, seed: int = 0) -> Path:
     """A tiny Llama that has learnt to answer `good` or `bad`, but not when: what an adapter then learns in seconds."""
     import random

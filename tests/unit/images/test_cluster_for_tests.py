@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tests.cluster import images, machine
+from tests.cluster import images, machine, supervisor
+from tests.cluster.places import Places
 from tests.integration.harness import binaries
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -69,3 +75,52 @@ def test_a_hollow_layer_is_known_from_a_whole_one_and_takes_no_space(tmp_path: P
     images._make_hollow(whole)
     assert images._is_hollow(whole)
     assert whole.stat().st_size == images.LARGE_BYTES
+
+
+def end_to_end(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the end-to-end tests where they cannot be run: a cluster is given, and none of their own is there."""
+    given = {"FINETUNE_TEST_KUBECONFIG": str(folder / "none"), "FINETUNE_TEST_CLUSTER": str(folder)}
+    command = [sys.executable, "-m", "pytest", "tests/e2e", "-q", "-p", "no:cacheprovider"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FINETUNE_")} | given | variables
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_tests_that_need_a_cluster_are_listed_where_there_can_be_none_and_nothing_fails(tmp_path: Path) -> None:
+    done = end_to_end(tmp_path)
+    _, listed = done.stdout.split("not run on this machine")
+    assert done.returncode == 0, done.stdout
+    assert "::test_what_is_published_is_as_good_as_the_status_says: A cluster is given" in listed
+
+
+def test_who_asks_for_these_tests_alone_is_told_that_there_can_be_no_cluster(tmp_path: Path) -> None:
+    done = end_to_end(tmp_path, FINETUNE_REQUIRE_CLUSTER="1")
+    assert done.returncode == 1
+    assert "A cluster is given" in done.stdout
+
+
+class Kubelet:
+    """Notes what happens to it; the cluster's owner ends with its second start."""
+
+    def __init__(self, places: Places, owner: subprocess.Popen[bytes]) -> None:
+        self.pid: int | None = 1
+        self.seen: list[str] = []
+        self._places, self._owner = places, owner
+
+    def stop(self) -> None:
+        self.seen.append("stopped")
+        self.pid = None
+        self._places.kubelet_away_file.unlink()
+
+    def start(self) -> None:
+        self.seen.append("started")
+        self._owner.kill()
+        self._owner.wait()
+
+
+def test_the_kubelet_is_stopped_and_started_as_a_file_says_until_the_clusters_owner_has_ended(tmp_path: Path) -> None:
+    places = Places(tmp_path, tmp_path)
+    places.kubelet_away_file.touch()
+    owner = subprocess.Popen(["sleep", "60"])
+    kubelet = Kubelet(places, owner)
+    supervisor._stay(places, SimpleNamespace(kubelet=kubelet), owner.pid)  # type: ignore[arg-type]
+    assert kubelet.seen == ["stopped", "started"]
