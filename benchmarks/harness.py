@@ -173,6 +173,24 @@ def matmul_flops(dtype: Any, size: int = MATMUL_SIZE, seconds: float = 0.5) -> f
     return products * 2 * size**3 / passed
 
 
+def own_products_flops(matrices: Sequence[Any], rows: int) -> float:
+    """Operations a second of the products that a model cannot do without: so many rows through each of its matrices,
+    and back. matrices: [out, in], in the order of the layers, so that they come from memory as in a step."""
+    import torch
+
+    of_width = {width: torch.randn(rows, width).to(matrices[0].dtype) for m in matrices for width in m.shape}
+    with torch.no_grad():
+        for matrix in matrices[:8]:
+            of_width[matrix.shape[1]] @ matrix.T
+        begun = time.perf_counter()
+        for matrix in matrices:
+            of_width[matrix.shape[1]] @ matrix.T
+        for matrix in reversed(matrices):
+            of_width[matrix.shape[0]] @ matrix
+        passed = time.perf_counter() - begun
+    return 4 * rows * sum(matrix.numel() for matrix in matrices) / passed
+
+
 def slope(points: Iterable[tuple[float, float]]) -> float:
     """Least-squares slope of y over x."""
     return statistics.linear_regression(*zip(*points, strict=True)).slope

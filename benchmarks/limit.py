@@ -1,6 +1,8 @@
 """How near the trainer comes to what the machine can multiply: model FLOPs utilisation, and where the rest goes.
 
-The FLOPs are those of `flops`.
+The FLOPs are those of `flops`. They are held against two rates, both measured after every step in the same process and
+type: one large square product, the most that the machine does; and the products of the model's own matrices with as
+many tokens as the step has, which no implementation of this model can leave out.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ def document_sums(job: jobs.PreparedJob) -> tuple[float, float, float]:
     return float(lengths.mean()), float((lengths**2).mean()), float(store.target_counts.mean())
 
 
-def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, steps: int, rank: int = 16) -> Figures:
-    """Steps of the trainer, each followed by a plain matrix product in the same process."""
+def measure(
+    workload: jobs.Workload, model: jobs.Model, folder: Path, steps: int, rank: int = 16, precision: str = "auto"
+) -> Figures:
+    """Steps of the trainer, each followed by plain matrix products in the same process."""
     from finetune_trainer.data.manifest import PreparedManifest
 
-    job = jobs.prepare(folder, model, workload)
+    job = jobs.prepare(folder, model, workload, training={"precision": precision})
     counts = flops.flops_of(Path(PreparedManifest.read(job.prepared).model.directory), rank)
     tokens, squares, labelled = document_sums(job)
     with ExitStack() as stack:
@@ -46,6 +50,7 @@ def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, steps: int
         needed = counts.of_step(distinct, round(share * squares), round(share * labelled))
         sample["flopsPerSecond"] = needed / sample["seconds"]
         sample["utilisation"] = sample["flopsPerSecond"] / sample["matmulFlops"]
+        sample["ofOwnProducts"] = sample["flopsPerSecond"] / sample["ownProductsFlops"]
     profile = profiled["profile"]
     return {
         "workload": workload.name,
@@ -61,22 +66,24 @@ def run(size: Size) -> Result:
     """Utilisation on tweets and on chats of mixed length, with a profile of one step of each."""
     model = jobs.smollm2()
     figures: Figures = {}
-    table = Table(
-        "Against the measured matrix product (2048 x 2048, same type, same process)",
-        ("", "tokens/s", "GFLOP/s needed", "GFLOP/s of the product", "utilisation"),
-    )
-    found = [jobs.tweets(600), jobs.chats(400)][: size.pick(1, 2)]
-    for workload in found:
+    head = ("tokens/s", "GFLOP/s needed", "large product: GFLOP/s", "utilisation", "own products: GFLOP/s", "of these")
+    table = Table("Against matrix products of the same type in the same process", ("", *head))
+    found = [(jobs.tweets(600), "auto"), (jobs.chats(400), "auto"), (jobs.tweets(600), "fp32")][: size.pick(1, 3)]
+    for workload, precision in found:
         with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
-            figures[workload.name] = one = measure(workload, model, Path(folder), size.pick(2, 6, 12))
-        samples = one["samples"]
+            one = measure(workload, model, Path(folder), size.pick(2, 6, 12), precision=precision)
         name = f"{workload.name}, {one['precision']}"
-        speed = spread([s["tokens"] / s["seconds"] for s in samples], 0)
-        needed, limit = (statistics.median(s[key] for s in samples) for key in ("flopsPerSecond", "matmulFlops"))
-        used = statistics.median(s["utilisation"] for s in samples)
-        figures[workload.name]["utilisation"] = used
-        table.rows.append([name, speed, f"{needed / 1e9:,.0f}", f"{limit / 1e9:,.0f}", f"{used:.0%}"])
+        figures[name] = one
+        table.rows.append([name, *cells(one["samples"])])
     return Result("limit", figures, [table, profile_table(figures)], [flops.__doc__.replace("\n", " ").strip()])
+
+
+def cells(samples: list[Figures]) -> list[str]:
+    """Medians of the samples, as the table has them."""
+    keys = ("flopsPerSecond", "matmulFlops", "utilisation", "ownProductsFlops", "ofOwnProducts")
+    needed, limit, used, own, of_own = (statistics.median(sample[key] for sample in samples) for key in keys)
+    speed = spread([sample["tokens"] / sample["seconds"] for sample in samples], 0)
+    return [speed, f"{needed / 1e9:,.0f}", f"{limit / 1e9:,.0f}", f"{used:.0%}", f"{own / 1e9:,.0f}", f"{of_own:.0%}"]
 
 
 def profile_table(figures: Figures) -> Table:

@@ -1,8 +1,8 @@
 """The trainer's own loop as a measured process: what a Train pod runs, stopped after every step.
 
 Nothing of it is changed: the loop reports each step to its monitor, and the monitor waits. With `--matmul` a plain
-matrix product is timed after each step, with `--profile N` step N is profiled, with `--validate-every N` the held-out
-documents are looked at; none of that is in a step's time.
+matrix product and the model's own products are timed after each step, with `--profile N` step N is profiled, with
+`--validate-every N` the held-out documents are looked at; none of that is in a step's time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.harness import matmul_flops
+from benchmarks.harness import matmul_flops, own_products_flops
 from benchmarks.pace import Pace
 
 from finetune_trainer.context import context_from_environment
@@ -46,6 +46,12 @@ def build() -> Loop:
         context.take_fence()
     watchdog = Watchdog(context.logs, context.rank, context.world_size, 600, lambda sentence: None)
     return stage.build_loop(context, device, group, Interrupt(), watchdog)
+
+
+def frozen_matrices(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The decoder's matrices that are not trained, in the order of the layers."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    return [p for p in model.parameters() if p.ndim == 2 and not p.requires_grad and id(p) not in tables]
 
 
 def kind_of(name: str) -> str:
@@ -94,6 +100,7 @@ def run(matmul: bool = False, profiled: int = 0, validate_every: int = 0) -> Non
             figures |= {"profile": profile_by_kind(profiler), "communicationShare": communication_share(profiler)}
         if matmul:
             figures["matmulFlops"] = matmul_flops(precision)
+            figures["ownProductsFlops"] = own_products_flops(frozen_matrices(loop.model), sum(computed))
         if validate_every and done % validate_every == 0:
             assert loop.validator is not None
             figures["validationLoss"] = loop.validator(loop.model).loss

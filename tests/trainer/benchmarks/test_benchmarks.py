@@ -63,6 +63,7 @@ def test_what_is_needed_is_what_torch_counts(tmp_path: Path) -> None:
 def test_utilisation_is_measured_beside_a_product_and_a_profile(model: Model, tmp_path: Path) -> None:
     found = limit.measure(rows(), model, tmp_path, steps=1)
     assert 0 < found["samples"][0]["utilisation"] < 1
+    assert found["samples"][0]["ofOwnProducts"] > 0
     assert sum(found["profileShares"].values()) == pytest.approx(1)
     assert found["profileShares"]["matrix products"] > 0
 
