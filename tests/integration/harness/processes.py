@@ -51,11 +51,11 @@ def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds
 
 
 def free_ports(count: int) -> list[int]:
-    """Return that many different TCP ports on loopback on which nobody listens."""
+    """Return that many different TCP ports on which nobody listens, on loopback or elsewhere."""
     candidates = random.sample(_own_ports(), k=min(100 * count, len(_own_ports())))
     free = list(itertools.islice((port for port in candidates if _is_free(port)), count))
     if len(free) < count:
-        raise RuntimeError(f"Of {len(candidates)} random ports on loopback fewer than {count} are free.")
+        raise RuntimeError(f"Of {len(candidates)} random ports fewer than {count} are free.")
     return free
 
 
@@ -67,7 +67,8 @@ def _own_ports() -> range:
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         try:
-            probe.bind(("127.0.0.1", port))
+            # On every address: the operator listens on all, and others may listen on another one than loopback.
+            probe.bind(("", port))
         except OSError:
             return False
     return True
