@@ -12,7 +12,6 @@ import pytest
 
 from finetune_api.base import STAGES, Stage
 from finetune_api.crd import definition
-from finetune_operator.planning import deadlines
 
 from .harness.api import Resource
 from .harness.control_plane import ControlPlane
@@ -41,7 +40,7 @@ def test_a_quota_of_gpus_that_is_used_up_is_said_and_waited_for_although_only_po
     story.apply(topology={"nodes": 3, "gpusPerNode": 4})
     (pod,) = story.pods(1, Stage.PREPARE)
     story.end_well(story.kubelet.run(pod))
-    assert "2 of 3 pods are made. A quota" in story.message("WaitingForPods", 90)
+    assert "2 of 3 pods are made. A quota" in story.message("WaitingForPods")
     (used,) = story.api.objects("ResourceQuota", story.namespace)
     assert used["status"]["used"] == {"requests.nvidia.com/gpu": "8"}
     story.api.patch(made, {"spec": {"hard": {"requests.nvidia.com/gpu": "12"}}})
@@ -76,6 +75,13 @@ def lose_a_node_while_training(story: Story) -> tuple[str, str]:
     return node, lost
 
 
+LONG = 60.0
+"""Seconds that the operator is told to wait for further words: that it does would show on a busy machine too."""
+
+
+@pytest.mark.parametrize(
+    "operator", [{"tuned": {"SETTLE_SECONDS": LONG, "GRACE_MARGIN_SECONDS": LONG}}], indirect=True, ids=[""]
+)
 def test_a_lost_nodes_attempt_is_concluded_at_once_and_its_pod_is_waited_for(story: Story) -> None:
     node, lost = lose_a_node_while_training(story)
     others_ended = datetime.now(UTC)
@@ -90,8 +96,8 @@ def test_a_lost_nodes_attempt_is_concluded_at_once_and_its_pod_is_waited_for(sto
     told = f"Waits until pod {lost} on node {node} of train attempt 1 is gone."
     status = story.wait(lambda status: any(c["message"] == told for c in status["conditions"]), "to wait for the pod")
     (record,) = [a for a in status["attempts"] if a["stage"] == "train"]
-    # The lost pod never says how it ended, and its grace period and the margin after it are not waited for.
-    assert (datetime.fromisoformat(record["ended"]) - others_ended).total_seconds() < deadlines.GRACE_MARGIN_SECONDS
+    # The lost pod never says how it ended: neither its grace period nor the time that ranks have to name a cause.
+    assert (datetime.fromisoformat(record["ended"]) - others_ended).total_seconds() < LONG / 2
     story.kubelet.out_of_service(node)
     done = story.carry_on()
     assert story.attempts(done, Stage.TRAIN) == ["node-lost", "succeeded"]

@@ -35,8 +35,8 @@ from .harness.processes import wait_until
 
 NAMESPACES = 4
 """Jobs that are carried at a time: most of the time of each is waiting for the real controllers."""
-ENDS_WITHIN_SECONDS = 240
-"""Some ten seconds on an idle machine; two busy cores take a multiple."""
+ENDS_WITHIN_SECONDS = 120
+"""Some ten seconds on an idle machine; the longest seen with four times the load was 26."""
 MANAGED = "app.kubernetes.io/managed-by=finetune-operator"
 MEASURED = frozenset({"activeSeconds", "gpuHours", "price"})
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z")

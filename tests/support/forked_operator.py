@@ -26,6 +26,7 @@ _TUNABLE = {
     "TRANSIENT_POLL_SECONDS": following,
     "POD_CREATION_SECONDS": following,
     "GRACE_MARGIN_SECONDS": deadlines,
+    "SETTLE_SECONDS": deadlines,
     "WRITE_INTERVAL_SECONDS": progress,
 }
 

@@ -36,7 +36,7 @@ class TimedOutError(AssertionError):
     """A condition did not come true in time; the message says which."""
 
 
-def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds: float = 90) -> _Seen:
+def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds: float = 60) -> _Seen:
     """Return the first truthy value of a condition, or raise `TimedOutError` naming what was awaited."""
     deadline = time.monotonic() + timeout_seconds
     pause, longest = _POLL_SECONDS

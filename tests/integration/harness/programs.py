@@ -60,7 +60,7 @@ _AUDIT_POLICY: Resource = {
 class Programs:
     """The four processes, their ports, certificates and flags."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, api_server_environment: Mapping[str, str] | None = None) -> None:
         self._folder = folder
         self._etcd_port, self._etcd_peer_port, self._api_port, *others = free_ports(6)
         self._manager_port, self._webhook_port, self._probe_port = others
@@ -70,7 +70,7 @@ class Programs:
         self._webhook_server = self._webhook_authority.server(f"training-operator.{TRAINING_OPERATOR_NAMESPACE}.svc")
         self._write_files()
         self._etcd = self._process("etcd", self._etcd_flags())
-        self._api_server = self._process("kube-apiserver", self._api_server_flags())
+        self._api_server = self._process("kube-apiserver", self._api_server_flags(), api_server_environment)
         self._manager = self._process("kube-controller-manager", self._manager_flags())
         self._training_operator: Process | None = None
 
@@ -159,9 +159,9 @@ class Programs:
 
         wait_until(healthy, f"{process.name} to be healthy", START_TIMEOUT_SECONDS)
 
-    def _process(self, name: str, flags: Mapping[str, object]) -> Process:
+    def _process(self, name: str, flags: Mapping[str, object], environment: Mapping[str, str] | None = None) -> Process:
         command = [str(binaries.ensure(name)), *(f"--{flag}={value}" for flag, value in flags.items())]
-        return Process(name, command, self._folder / f"{name}.log")
+        return Process(name, command, self._folder / f"{name}.log", environment)
 
     def _write_files(self) -> None:
         folder = self._folder
