@@ -115,12 +115,9 @@ def _rows(spec: FineTuneJobSpec, plan: Plan, price_per_gpu_hour: float | None) -
     ]
     if plan.hours is not None and plan.utilisation is not None:
         gpus = f"{plan.world_size} {plan.device}"
-        rows.append(
-            (
-                "Time",
-                f"about {duration(plan.hours * 3600)} on {gpus}, at an assumed {plan.utilisation:.0%} of their peak",
-            )
-        )
+        about = f"about {duration(plan.hours * 3600)} on {gpus}, at an assumed {plan.utilisation:.0%} of their peak"
+        whole = training.shared_prefixes is False or spec.tuning.method in (Method.PROMPT, Method.PREFIX)
+        rows.append(("Time", about if whole else f"{about}; less where examples of a step begin alike"))
         hours = plan.hours * plan.world_size
         cost = f"; {plan.price:,.2f} at {price_per_gpu_hour:g} an hour" if plan.price is not None else ""
         rows.append(("Price", f"{hours:,.2f} GPU-hours{cost or ' (--price NUMBER says what they cost)'}"))

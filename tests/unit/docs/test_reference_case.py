@@ -42,5 +42,7 @@ def test_the_sentences_are_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "48% of 39.4 GiB" in planned(capsys, "--gpu", "A100-40GB")
     one_node = planned(capsys, "--set", "topology.nodes=1")
     assert "weights 1.3 GiB" in one_node
+    assert "of their peak; less where examples of a step begin alike" in one_node
+    assert "begin alike" not in planned(capsys, "--set", "training.sharedPrefixes=false")
     assert "about 11m 37s on 4 A100-80GB" in one_node
     assert "weights 3.7 GiB" in planned(capsys, "--set", "topology.nodes=1", "--set", "tuning.method=lora")
