@@ -36,8 +36,12 @@ class TimedOutError(AssertionError):
     """A condition did not come true in time; the message says which."""
 
 
-def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds: float = 60) -> _Seen:
-    """Return the first truthy value of a condition, or raise `TimedOutError` naming what was awaited."""
+def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds: float = 90) -> _Seen:
+    """Return the first truthy value of a condition, or raise `TimedOutError` naming what was awaited.
+
+    The integration tests need 12 of the 90 seconds where four programs share a core; real pods, which import
+    torch there, a multiple.
+    """
     deadline = time.monotonic() + timeout_seconds
     pause, longest = _POLL_SECONDS
     while True:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import pickle
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -29,6 +29,11 @@ KEY = Key("ml", "support")
 FAR = datetime(2100, 1, 1, tzinfo=UTC)
 CHILD_KINDS = ("Job", "PyTorchJob")
 WATCHED = ("Job", "PyTorchJob", "Pod", "ConfigMap", FINE_TUNE_JOB)
+
+
+def copied(body: Any) -> Any:
+    """A copy that shares nothing, in a fraction of the time of `deepcopy`."""
+    return pickle.loads(pickle.dumps(body, pickle.HIGHEST_PROTOCOL))
 
 
 class Killed(BaseException):
@@ -65,14 +70,14 @@ class FakeCluster:
     # What the operator asks
 
     async def find(self, kind: str, namespace: str, name: str) -> Object | None:
-        return self._asked("get", kind, lambda: copy.deepcopy(self.objects.get((kind, name))))
+        return self._asked("get", kind, lambda: copied(self.objects.get((kind, name))))
 
     async def list(self, kind: str, namespace: str, labels: str) -> list[Object]:
         wanted = dict(part.split("=") for part in labels.split(","))
         return self._asked(
             "list",
             kind,
-            lambda: [copy.deepcopy(o) for o in self.of(kind) if wanted.items() <= o["metadata"]["labels"].items()],
+            lambda: [copied(o) for o in self.of(kind) if wanted.items() <= o["metadata"]["labels"].items()],
         )
 
     async def pages(self, kind: str, namespace: str, labels: str, size: int) -> AsyncIterator[Object]:
@@ -108,14 +113,14 @@ class FakeCluster:
         if made["kind"] in CHILD_KINDS:
             alive = [o for kind in CHILD_KINDS for o in self.of(kind) if not o.get("status")]
             assert not alive, f"{name} is made while {alive[0]['metadata']['name']} lives"
-        return copy.deepcopy(self._put(copy.deepcopy(made)))
+        return copied(self._put(copied(made)))
 
     def _replace_status(self, changed: Object) -> Object:
         stored = self.objects[changed["kind"], changed["metadata"]["name"]]
         if changed["metadata"]["resourceVersion"] != stored["metadata"]["resourceVersion"]:
             raise ApiError(409, "Conflict", "")
-        stored["status"] = copy.deepcopy(changed["status"])
-        return copy.deepcopy(self._touch(stored))
+        stored["status"] = copied(changed["status"])
+        return copied(self._touch(stored))
 
     def _put(self, made: Object) -> Object:
         made["born"] = self.now
@@ -172,7 +177,7 @@ class FakeCluster:
             owners = [{"kind": child["kind"], "uid": owner, "controller": True}]
             name = f"{child['metadata']['name']}-{rank}"
             meta = {"name": name, "namespace": "ml", "labels": labels, "ownerReferences": owners}
-            spec = copy.deepcopy(template["spec"])
+            spec = copied(template["spec"])
             self._put({"kind": "Pod", "metadata": meta, "spec": spec, "status": {"phase": "Pending"}, "owner": owner})
 
     def _run(self, pod: Object, rank: int) -> None:
@@ -253,7 +258,7 @@ class FakeCluster:
                     continue
                 version = body["metadata"]["resourceVersion"]
                 if name not in known or known[name]["metadata"]["resourceVersion"] != version:
-                    store.put(kind, copy.deepcopy(body))
+                    store.put(kind, copied(body))
                     told = True
         return told
 
