@@ -454,8 +454,8 @@ def test_a_restart_writes_nothing_about_jobs_whose_state_did_not_change(arena: A
     pattern = undisturbed(arena, "happy-finished")
     place = arena.places.get()
     try:
-        finished = [f"finished-{number}" for number in range(200)]
-        running = [f"running-{number}" for number in range(50)]
+        finished = [f"finished-{number}" for number in range(100)]
+        running = [f"running-{number}" for number in range(20)]
         place.finished([*finished, "zz-last"], pattern.status)
         place.running(running)
         # Jobs that had ended are looked at last and in their order: once this one's retry is seen, all have been.
