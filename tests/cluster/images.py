@@ -6,6 +6,7 @@ there unpacked only; what stands for it afterwards are its name and its size.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -167,6 +169,25 @@ class Images:
         parts = json.loads(self._path(manifest.digest).read_text())
         config = self._blob(parts["config"]["digest"])
         layers = [self._blob(layer["digest"]) for layer in parts["layers"]]
+        with self._former_kept(name):
+            for last in (False, True):
+                lacking = self._lacking(image, layers)
+                blobs = [manifest, config, *lacking]
+                try:
+                    self._send(blobs, manifest, name)
+                    break
+                except SystemExit:  # a snapshot that nothing referred to went away meanwhile
+                    if last:
+                        raise
+        self._forget_former(config, name)
+        for layer in lacking:
+            if layer.size >= LARGE_BYTES:
+                ctr(self.places, "content", "rm", layer.digest)
+                _make_hollow(self._path(layer.digest))
+        return sum(blob.size for blob in blobs)
+
+    def _lacking(self, image: str, layers: list[Blob]) -> list[Blob]:
+        """The layers that containerd does not hold unpacked, all of them with their bytes."""
         unpacked = self._snapshots()
         lacking = [layer for layer, chain in zip(layers, _chains(layers), strict=True) if chain not in unpacked]
         hollow = [layer for layer in lacking if _is_hollow(self._path(layer.digest))]
@@ -174,14 +195,16 @@ class Images:
             for layer in hollow:
                 self._path(layer.digest).unlink()
             self._export(image)
-        blobs = [manifest, config, *lacking]
-        self._send(blobs, manifest, name)
-        self._forget_former(config, name)
-        for layer in lacking:
-            if layer.size >= LARGE_BYTES:
-                ctr(self.places, "content", "rm", layer.digest)
-                _make_hollow(self._path(layer.digest))
-        return sum(blob.size for blob in blobs)
+        return lacking
+
+    @contextlib.contextmanager
+    def _former_kept(self, name: str) -> Iterator[None]:
+        """Hold on to the image of that name: as a new one takes the name, containerd may collect layers of both."""
+        former = f"{name}-former"
+        if self._has(name) and not self._has(former):  # one that is there is from an import that failed
+            ctr(self.places, "images", "tag", name, former)
+        yield
+        ctr(self.places, "images", "rm", former, check=False)
 
     def _export(self, image: str) -> Blob:
         """Put a built image into the layout, uncompressed, but for the layers that are there; returns its manifest."""

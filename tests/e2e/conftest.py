@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import secrets
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from tests.cluster.__main__ import down, running, up
@@ -34,7 +38,9 @@ REQUIRE_VARIABLE = "FINETUNE_REQUIRE_CLUSTER"
 """Set it, and a machine that cannot have a cluster is an error; else its tests are listed as not run."""
 UNDISTURBED = "finetune/undisturbed"
 GIVEN = "A cluster is given, but these tests read volumes and signal processes on a node of their own."
-_LACKING, _OURS = pytest.StashKey[str | None](), pytest.StashKey[bool]()
+OTHERS_SECONDS = 20 * 60
+"""How long another run of these tests on this machine is waited for: addresses and names are the same."""
+_LACKING, _OURS, _LOCK = pytest.StashKey[str | None](), pytest.StashKey[bool](), pytest.StashKey[TextIO]()
 _serial = itertools.count(1)
 
 
@@ -53,15 +59,33 @@ def _bring_up(config: pytest.Config) -> str | None:
     places = Places.default()
     if is_given() and not running(places):
         return GIVEN
-    ours = config.stash[_OURS] = not running(places) and KEEP_VARIABLE not in os.environ
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():  # what takes minutes is said at once
         try:
+            config.stash[_LOCK] = _alone(places.cache.parent / "e2e.lock")
+            ours = config.stash[_OURS] = not running(places) and KEEP_VARIABLE not in os.environ
             up(places, owner=os.getpid() if ours else None)
             binaries.ensure("helm")
         except (SystemExit, binaries.BinaryUnavailableError, OSError) as problem:
             return f"There is no cluster: {problem}"
     return None
+
+
+def _alone(path: Path, seconds: float = OTHERS_SECONDS) -> TextIO:
+    """Wait until no other run uses the cluster; the kernel forgets the lock with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, deadline, told = path.open("w"), time.monotonic() + seconds, False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"Another run of these tests has had it for {seconds / 60:.0f} minutes.") from None
+        if not told:
+            print("waiting for another run of these tests ...", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -98,7 +122,7 @@ def release(places: Places, api: Api, tmp_path_factory: pytest.TempPathFactory) 
 
 def values() -> dict[str, object]:
     """What is set for tests: short waits, and the image as it is now."""
-    waits = {"FINETUNE_BACKOFF_BASE_SECONDS": "1", "FINETUNE_GRACE_SECONDS": "45"}
+    waits = {"FINETUNE_BACKOFF_BASE_SECONDS": "1", "FINETUNE_GRACE_SECONDS": "30", "FINETUNE_LEASE_SECONDS": "8"}
     return {
         "extraEnv": [{"name": name, "value": value} for name, value in waits.items()],
         "log": {"level": "debug"},
@@ -144,16 +168,20 @@ def furnish(places: Places, api: Api, release: Helm, base_model: Path) -> Furnis
                     yield place
                 broken = failed()
             finally:
-                EVIDENCE.mkdir(parents=True, exist_ok=True)
-                (EVIDENCE / f"{name}.timeline.txt").write_text("\n".join(place.timeline) + "\n")
-                if broken:
-                    _keep_evidence(place, EVIDENCE / name)
-                place.clear()
+                try:
+                    _keep_evidence(place, name, broken)
+                finally:
+                    place.clear()
 
     return furnished
 
 
-def _keep_evidence(place: Place, folder: Path) -> None:
+def _keep_evidence(place: Place, name: str, broken: bool) -> None:
+    EVIDENCE.mkdir(parents=True, exist_ok=True)
+    (EVIDENCE / f"{name}.timeline.txt").write_text("\n".join(place.told()) + "\n")
+    if not broken:
+        return
+    folder = EVIDENCE / name
     place.keep_evidence(folder)
     with contextlib.suppress(ApiError):  # a pod may just end
         logs = [place.api.request("GET", place.api.path_of(pod, "log")) for pod in place.api.objects("Pod", SYSTEM)]

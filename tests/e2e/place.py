@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,16 @@ class Place:
             for pod in self.api.objects("Pod", self.namespace)
         ]
         return f"{status.get('phase', '')} {ready.get('reason', '')} step {step}: {' '.join(pods)}"
+
+    def told(self) -> list[str]:
+        """The timeline, and when each attempt had made its first step, by the volume's own notes."""
+        first: dict[int, float] = {}
+        with contextlib.suppress(ApiError, OSError):  # the job may be gone
+            applied = datetime.fromisoformat(self.job()["metadata"]["creationTimestamp"]).timestamp()
+            for row in self._steps():
+                first.setdefault(row["attempt"], row["time"] - applied)
+        steps = [f"{seconds:7.1f} s after it was applied: attempt {n}'s first step" for n, seconds in first.items()]
+        return [*self.timeline, *steps]
 
     def keep_evidence(self, folder: Path) -> None:
         """Write logs of all pods, events, objects and the timeline into a folder."""

@@ -124,3 +124,30 @@ def test_the_kubelet_is_stopped_and_started_as_a_file_says_until_the_clusters_ow
     kubelet = Kubelet(places, owner)
     supervisor._stay(places, SimpleNamespace(kubelet=kubelet), owner.pid)  # type: ignore[arg-type]
     assert kubelet.seen == ["stopped", "started"]
+
+
+@pytest.mark.parametrize(
+    ("there", "held"),
+    [
+        ([], []),
+        (["trainer"], ["tag trainer trainer-former", "rm trainer-former"]),
+        (["trainer", "trainer-former"], ["rm trainer-former"]),
+    ],
+    ids=["the first image", "an image", "after an import that failed"],
+)
+def test_layers_of_the_former_image_are_held_until_a_new_one_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str], held: list[str]
+) -> None:
+    said: list[str] = []
+
+    def ctr(_: Places, *words: str, check: bool = True) -> SimpleNamespace:
+        if words[:2] == ("images", "ls"):
+            return SimpleNamespace(stdout="\n".join(there))
+        said.append(" ".join(words[1:]))
+        return SimpleNamespace(stdout="")
+
+    monkeypatch.setattr(images, "ctr", ctr)
+    with images.Images(Places(tmp_path, tmp_path))._former_kept("trainer"):
+        before = list(said)
+    assert before == held[:-1]
+    assert [word for word in said if there] == held
