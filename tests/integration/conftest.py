@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,24 @@ from .harness.helm import Helm
 from .harness.operator import OperatorProcess
 from .harness.story import Story
 
+NEEDED = (*binaries.CONTROL_PLANE, "helm", "jobset", "kubeflow-trainer")
 LONG_FIRST = ("test_killed_between_calls", "test_trainjob", "test_disturbances", "test_failures")
 """Files whose tests take longest: begun last, they would keep one worker busy while the others have ended."""
 TOGETHER = ("test_trainjob", "test_chart", "test_command_line_on_a_cluster")
 """Files whose tests share what is made for the file: one worker for all of each; a given cluster has but one."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Build what is missing before there are workers, aloud: they would be silent for minutes."""
+    if config.option.collectonly or is_given() or not binaries.can_build():
+        return
+    capture = config.pluginmanager.getplugin("capturemanager")
+    aloud = capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext()
+    # What cannot be built is said by the tests that need it.
+    with aloud, contextlib.suppress(binaries.BinaryUnavailableError):
+        for name in binaries.missing(NEEDED):
+            binaries.ensure(name)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,7 +48,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if is_given() or item.path.stem in TOGETHER:
             item.add_marker(pytest.mark.xdist_group("given" if is_given() else item.path.stem))
     items.sort(key=lambda item: LONG_FIRST.index(item.path.stem) if item.path.stem in LONG_FIRST else len(LONG_FIRST))
-    _build({name for item in ours for name in getattr(item, "fixturenames", ())}, config)
+    with contextlib.suppress(binaries.BinaryUnavailableError):
+        _build({name for item in ours for name in getattr(item, "fixturenames", ())}, config)
 
 
 def _build(fixtures: set[str], config: pytest.Config) -> None:
