@@ -1,15 +1,19 @@
 """What happens to a training on real pods when a pod, a process or the memory goes; and that nothing is lost by it.
 
-A start of three pods is what costs here, so disturbances that a job survives follow each other in one job.
+A start of three pods is what costs here, so disturbances that a job survives follow each other in one job, and what
+takes its time goes on beside other tests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.cluster.node import FAKE_GPUS
@@ -19,12 +23,13 @@ from tests.integration.harness.processes import wait_until
 
 from finetune_api.base import Stage
 
+from .conftest import Furnish
 from .place import AFTER_EVERY_STEP, JOB, TRAINING, Place, condition_of, is_true
 
 pytestmark = pytest.mark.timeout(1200)
 
 
-def train_attempts(place: Place) -> list[dict[str, object]]:
+def train_attempts(place: Place) -> list[dict[str, Any]]:
     return [a for a in place.status()["attempts"] if a["stage"] == Stage.TRAIN]
 
 
@@ -42,7 +47,7 @@ def test_a_pod_deleted_a_rank_killed_and_a_job_suspended_cost_no_step_and_one_at
     os.kill(place.rank_process(place.pods(attempt=2)[2]), signal.SIGKILL)
     place.wait(place.attempt_is("running", 3), "a third attempt")
     killed = train_attempts(place)[1]
-    assert "SIGKILL" in str(killed["message"])
+    assert "SIGKILL" in killed["message"]
     assert killed["rank"] == 2
 
     place.trained_to(22, attempt=3)
@@ -54,41 +59,54 @@ def test_a_pod_deleted_a_rank_killed_and_a_job_suspended_cost_no_step_and_one_at
     place.complete()
     assert place.ended() == [(deleted["reason"], False), ("crash", True), ("suspended", False), ("succeeded", False)]
     resumed = [a["resumedFromStep"] for a in train_attempts(place)[1:]]
-    assert all(int(str(step)) >= least for step, least in zip(resumed, (6, 13, 22), strict=True))
+    assert all(step >= least for step, least in zip(resumed, (6, 13, 22), strict=True))
     assert place.losses() == undisturbed
 
 
-@pytest.fixture
-def small_volume(place: Place) -> Iterator[Path]:
-    """The run's volume, with room for 64 MB."""
-    folder = place.places.volumes / place.namespace / "run"
+@dataclass
+class Stopped:
+    """A job whose volume was full, that a retry took on, and one of whose ranks has been stopped since."""
+
+    place: Place
+    full: dict[str, Any]
+    """Its status when the volume was full."""
+
+
+@pytest.fixture(scope="module")
+def stopped(request: pytest.FixtureRequest, furnish: Furnish) -> Iterator[Stopped]:
+    """The peers notice after a minute, and its pod bears its grace: meanwhile there are other tests."""
+    failed_before = request.session.testsfailed
+    with (
+        furnish("full-then-stopped", lambda: request.session.testsfailed > failed_before) as place,
+        little_room(place.places.volumes / place.namespace / "run") as volume,
+    ):
+        place.apply(publish=None, checkpoint=AFTER_EVERY_STEP, timeouts={"startup": "5m", "hang": "1m"})
+        place.trained_to(6)
+        filler = volume / "filler"
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, check=False)
+        full = place.failed()
+        filler.unlink()
+        place.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
+        wait_until(lambda: place.attempt_is("running", 2)(place.status()), "a second attempt", 60)
+        place.trained_to(14, attempt=2)
+        os.kill(place.rank_process(place.pods(attempt=2)[1]), signal.SIGSTOP)
+        yield Stopped(place, full)
+
+
+@contextlib.contextmanager
+def little_room(folder: Path) -> Iterator[Path]:
+    """A volume with room for 64 MB."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "finetune-test", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_volume_ends_a_job_that_a_retry_takes_on_and_a_stopped_rank_is_named_and_survived(
-    place: Place, small_volume: Path, undisturbed: dict[int, float]
-) -> None:
-    place.apply(publish=None, checkpoint=AFTER_EVERY_STEP, timeouts={"startup": "5m", "hang": "1m"})
-    place.trained_to(6)
-    filler = small_volume / "filler"
-    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, check=False)
-    status = place.failed()
-    assert place.ended() == [("storage-full", False)]
-    assert "storage.run.size" in condition_of(status, "Failed")["message"]
-    filler.unlink()
-    place.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
-
-    wait_until(lambda: place.attempt_is("running", 2)(place.status()), "a second attempt", 60)
-    place.trained_to(14, attempt=2)
-    os.kill(place.rank_process(place.pods(attempt=2)[1]), signal.SIGSTOP)
-    place.wait(place.attempt_is("succeeded", 3), "the third attempt to succeed", 600)
-    assert place.ended() == [("storage-full", False), ("hang", True), ("succeeded", False)]
-    assert "rank 1" in str(train_attempts(place)[1]["message"]).lower()
-    for rank in (0, 2):
-        assert "train" in (place.run / "logs" / "train-2" / f"stacks-rank{rank}.txt").read_text()
-    assert place.losses() == undisturbed
+def test_a_full_volume_ends_a_job_with_a_sentence(stopped: Stopped) -> None:
+    (train,) = [a for a in stopped.full["attempts"] if a["stage"] == Stage.TRAIN]
+    assert (train["reason"], train["counted"]) == ("storage-full", False)
+    assert "storage.run.size" in condition_of(stopped.full, "Failed")["message"]
 
 
 def test_a_pod_at_its_memory_limit_is_told_from_a_crash_and_the_limit_is_named(place: Place) -> None:
@@ -97,8 +115,8 @@ def test_a_pod_at_its_memory_limit_is_told_from_a_crash_and_the_limit_is_named(p
     place.failed()
     assert place.ended() == [("host-oom", True)]
     (train,) = train_attempts(place)
-    assert "256Mi" in str(train["message"])
-    assert "podTemplate.resources.limits.memory" in str(train["message"])
+    assert "256Mi" in train["message"]
+    assert "podTemplate.resources.limits.memory" in train["message"]
 
 
 @pytest.fixture
@@ -122,7 +140,7 @@ def test_pods_are_scheduled_for_their_gpus_and_say_so_where_cuda_finds_none(plac
     place.failed()
     assert place.ended() == [("crash", True)]
     (train,) = train_attempts(place)
-    assert "2 GPUs (topology.gpusPerNode), and CUDA finds 0 (Found no NVIDIA driver" in str(train["message"])
+    assert "2 GPUs (topology.gpusPerNode), and CUDA finds 0 (Found no NVIDIA driver" in train["message"]
     (pod,) = place.pods()
     assert pod["spec"]["nodeName"] == NODE_NAME
     assert pod["spec"]["containers"][0]["resources"]["requests"][gpus] == "2"
@@ -156,3 +174,15 @@ def test_a_job_deleted_and_applied_again_saves_keeps_its_volume_and_starts_afres
     assert place.job()["metadata"]["uid"] != old
     assert place.run != before
     assert sorted(place.losses()) == list(range(1, 19))
+
+
+def test_a_retry_goes_on_after_a_full_volume_and_a_stopped_rank_is_named_with_its_peers_stacks(
+    stopped: Stopped, undisturbed: dict[int, float]
+) -> None:
+    place = stopped.place
+    place.wait(place.attempt_is("succeeded", 3), "the third attempt to succeed", 600)
+    assert place.ended() == [("storage-full", False), ("hang", True), ("succeeded", False)]
+    assert "rank 1" in train_attempts(place)[1]["message"].lower()
+    for rank in (0, 2):
+        assert "train" in (place.run / "logs" / "train-2" / f"stacks-rank{rank}.txt").read_text()
+    assert place.losses() == undisturbed
