@@ -46,10 +46,11 @@ class Nursery:
     """Starts operators under the rights that the chart gives a cluster-wide one; use it in a `with` block."""
 
     control_plane: ControlPlane
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="finetune-forked-")))
     environment: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Nursery:
+        # With the control plane's logs, and as long as they.
+        self.folder = Path(tempfile.mkdtemp(prefix="forked-", dir=self.control_plane.folder))
         self.ops = self.control_plane.create_namespace("ops")
         values = {"namespaces": [], "crd": {"install": False}, "rbac": {"aggregate": False}}
         Helm(self.folder, self.control_plane.kubeconfig).install(self.ops, values)
