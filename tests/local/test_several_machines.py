@@ -100,8 +100,8 @@ def test_a_rank_that_dies_on_another_machine_is_named_and_the_attempt_is_tried_a
 def test_ctrl_c_on_machine_0_stops_all_after_a_checkpoint_and_the_same_commands_go_on(place: Place) -> None:
     place.script(train=[{"endless": True}, {"steps": 40}])
     running = all_machines(place)
-    all_train(place)
     place.wait_for_step(5)
+    all_train(place)
     running[0].send_signal(signal.SIGINT)
     assert ends(running) == [130, 130, 130]
     assert training(place) == [("suspended", "suspended")]
@@ -112,8 +112,8 @@ def test_ctrl_c_on_machine_0_stops_all_after_a_checkpoint_and_the_same_commands_
 def test_a_machine_that_is_stopped_is_waited_for_and_joins_again(place: Place) -> None:
     place.script(train=[{"endless": True}, {"steps": 5}])
     running = all_machines(place)
-    all_train(place)
     place.wait_for_step(3)
+    all_train(place)
     running[2].send_signal(signal.SIGINT)
     assert ends(running[2:]) == [130]
     until(lambda: len(training(place)) == 2, 30)
