@@ -16,7 +16,6 @@ from benchmarks import flops, jobs
 from benchmarks.harness import Figures, Result, Size, Table, spread
 from benchmarks.workers import Worker, rounds, start_all
 
-AIM = 0.80
 PROFILED_STEP = 3
 
 

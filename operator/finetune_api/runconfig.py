@@ -13,7 +13,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel, Stage
 from finetune_api.known_datasets import KNOWN_DATASETS
 from finetune_api.report import attempt_id
-from finetune_api.spec import Columns, Dataset, FineTuneJobSpec, Method, Splits, Task
+from finetune_api.spec import UNPACKED, Columns, Dataset, FineTuneJobSpec, Method, Splits, Task
 
 ATTEMPT_VARIABLE = "FINETUNE_ATTEMPT"
 GPUS_VARIABLE = "FINETUNE_GPUS_PER_NODE"
@@ -121,7 +121,7 @@ def resolve(spec: FineTuneJobSpec) -> FineTuneJobSpec:
                 update={
                     "learning_rate": training.learning_rate or DEFAULT_LEARNING_RATE[spec.tuning.method],
                     "loss_reduction": reduction or training.loss_reduction,
-                    "packing": False if spec.tuning.method in (Method.PROMPT, Method.PREFIX) else training.packing,
+                    "packing": False if spec.tuning.method in UNPACKED else training.packing,
                 }
             ),
             "storage": spec.storage.model_copy(update={"run": run.model_copy(update={"access_mode": access_mode})}),

@@ -61,6 +61,9 @@ class Method(StrEnum):
     PREFIX = "prefix"
 
 
+UNPACKED = (Method.PROMPT, Method.PREFIX)
+"""Methods whose documents would see each other's virtual tokens in a packed row."""
+
 TASK_COLUMNS: dict[Task, tuple[str, ...]] = {
     Task.CLASSIFICATION: ("text", "label"),
     Task.MULTIPLE_CHOICE: ("question", "choices", "answer", "context"),

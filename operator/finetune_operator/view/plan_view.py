@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.report import Plan
-from finetune_api.spec import FineTuneJobSpec, Method
+from finetune_api.spec import UNPACKED, FineTuneJobSpec, Method
 from finetune_operator.view.words import count, duration
 
 GIB = 1 << 30
@@ -116,7 +116,7 @@ def _rows(spec: FineTuneJobSpec, plan: Plan, price_per_gpu_hour: float | None) -
     if plan.hours is not None and plan.utilisation is not None:
         gpus = f"{plan.world_size} {plan.device}"
         about = f"about {duration(plan.hours * 3600)} on {gpus}, at an assumed {plan.utilisation:.0%} of their peak"
-        whole = training.shared_prefixes is False or spec.tuning.method in (Method.PROMPT, Method.PREFIX)
+        whole = training.shared_prefixes is False or spec.tuning.method in UNPACKED
         rows.append(("Time", about if whole else f"{about}; less where examples of a step begin alike"))
         hours = plan.hours * plan.world_size
         cost = f"; {plan.price:,.2f} at {price_per_gpu_hour:g} an hour" if plan.price is not None else ""

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import AutoTokenizer, PreTrainedModel
 
 from finetune_api.report import Choice, FailureClass
-from finetune_api.spec import Method, Tuning
+from finetune_api.spec import UNPACKED, Method, Tuning
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import adapters, nf4
@@ -36,8 +36,6 @@ from finetune_trainer.model.weights import (
     shape_mismatch,
 )
 
-UNPACKED = (Method.PROMPT, Method.PREFIX)
-"""Methods whose documents would leak into each other in a packed row."""
 PACKED_DEVIATION = 0.05
 """Relative difference of logits that rounding may make in bfloat16; a leak makes several times as much."""
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from finetune_api.report import EXIT_CODES, ExportRef, Failure, FailureClass
 from finetune_api.runconfig import DEFAULT_LEARNING_RATE
-from finetune_api.spec import Method, ResumeFrom, Task
+from finetune_api.spec import UNPACKED, Method, ResumeFrom, Task
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.manifest import PreparedManifest
@@ -31,7 +31,7 @@ from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.build import CausalModel, load_model
 from finetune_trainer.model.device import choose_compile, choose_device, choose_precision
 from finetune_trainer.train import processes
-from finetune_trainer.train.batches import Batcher
+from finetune_trainer.train.batches import Batcher, Division
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.collective import StepReduction
 from finetune_trainer.train.identity import Identity, refuse_other, refuse_other_weights, training_identity
@@ -112,8 +112,8 @@ def build_loop(
         raise TrainerError(FailureClass.BAD_DATA, "There are no examples to train on.", "datasets")
     if train.share_prefixes:
         sample = [order.step(step) for step in range(min(order.steps_an_epoch, SAMPLED_STEPS))]
-        train = with_longer_rows(train, sample, device, context)
-        context.reporter.choose("sharedPrefixes", "on", repetition(train, sample))
+        train, divided = with_longer_rows(train, sample, device, context)
+        context.reporter.choose("sharedPrefixes", "on", repetition(divided))
     total = order.total_steps(training.epochs, training.max_steps)
     validator = None
     if validation is not None:
@@ -216,7 +216,7 @@ def build_batchers(
     """The batchers of training and of validation (None where there is nothing to validate on)."""
     spec, choose = context.config.spec, context.reporter.choose
     method, training = spec.tuning.method, spec.training
-    unpacked = method in (Method.PROMPT, Method.PREFIX)
+    unpacked = method in UNPACKED
     packing = not unpacked if training.packing is None else training.packing
     choose("packing", "on" if packing else "off", _why_packed(unpacked, training.packing))
     virtual = {Method.PROMPT: spec.tuning.prompt.virtual_tokens, Method.PREFIX: spec.tuning.prefix.virtual_tokens}
@@ -251,27 +251,28 @@ def build_batchers(
 
 def with_longer_rows(
     batcher: Batcher, sample: Sequence[NDArray[np.int64]], device: torch.device, context: RunContext
-) -> Batcher:
-    """The batcher with rows twice as long, if prefixes then repeat so much less that it pays.
+) -> tuple[Batcher, list[Division]]:
+    """The batcher with rows twice as long, if prefixes then repeat so much less that it pays; how it divides `sample`.
 
     `sample` are the examples of a few steps. Only on a CPU, whose rows are short because longer ones are no faster,
     not because memory is short.
     """
+    divided = [batcher.divide(step) for step in sample]
     if device.type != "cpu":
-        return batcher
+        return batcher, divided
     longer = replace(batcher, micro_batch_tokens=2 * batcher.micro_batch_tokens)
-    before, after = (sum(each.divide(step).computed_tokens for step in sample) for each in (batcher, longer))
+    otherwise = [longer.divide(step) for step in sample]
+    before, after = (sum(one.computed_tokens for one in each) for each in (divided, otherwise))
     if after > LONGER_ROWS_PAY * before:
-        return batcher
+        return batcher, divided
     why = f"twice what it would be: prefixes repeat in fewer rows, and {1 - after / before:.0%} less is computed"
     context.reporter.choose("microBatchTokens", longer.micro_batch_tokens, why)
-    return longer
+    return longer, otherwise
 
 
-def repetition(batcher: Batcher, sample: Sequence[NDArray[np.int64]]) -> str:
-    """How much sharing prefixes saves, from the examples of a few steps."""
-    divided = [batcher.divide(step) for step in sample]
-    logical, computed = (sum(getattr(one, kind) for one in divided) for kind in ("tokens", "computed_tokens"))
+def repetition(divided: Sequence[Division]) -> str:
+    """How much sharing prefixes saves, from a few steps."""
+    logical, computed = sum(one.tokens for one in divided), sum(one.computed_tokens for one in divided)
     return f"{computed / logical:.0%} of the tokens are computed: the others begin examples of one step alike"
 
 
