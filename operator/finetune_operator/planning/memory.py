@@ -24,8 +24,8 @@ MIB = 1 << 20
 
 LOGITS_IN_A_CHUNK = 1 << 25
 """Positions times vocabulary whose logits exist at once (model/loss.py)."""
-BYTES_A_LOGIT = 12
-"""Logits, their log-softmax and its gradient in float32."""
+LOGITS_IN_A_BLOCK = 1 << 22
+"""Those that a GPU looks at in float32 at a time, with as much again for what comes of them (model/loss.py)."""
 QUANTISED_BLOCK = 64
 """Weights that share one 4-bit quantisation constant; 256 constants share one of the second level."""
 CUDA_CONTEXT_BYTES = 640 * MIB
@@ -462,8 +462,13 @@ class Memory:
     def _logits(self, tokens: int) -> tuple[int, int]:
         """Bytes of the logits of one chunk, and the number of chunks."""
         labelled = max(1, ceil(tokens * self.run.labelled_share))
-        chunk = max(1, LOGITS_IN_A_CHUNK // self.shape.facts.vocab_size)
-        return BYTES_A_LOGIT * self.shape.facts.vocab_size * min(chunk, labelled), ceil(labelled / chunk)
+        vocabulary = self.shape.facts.vocab_size
+        chunk = max(1, LOGITS_IN_A_CHUNK // vocabulary)
+        # The logits and their gradient, in the type of the products; a cap keeps what it was given, too.
+        tensors = 3 if self.shape.family.capped_logits else 2
+        logits = vocabulary * min(chunk, labelled)
+        kept = tensors * self.run.compute_bytes * logits
+        return kept + 8 * min(logits, LOGITS_IN_A_BLOCK), ceil(labelled / chunk)
 
     def _trains_head(self) -> bool:
         return self.run.trains_base or "lm_head" in self.run.tuning.lora.modules_to_save

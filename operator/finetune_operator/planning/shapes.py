@@ -39,6 +39,8 @@ class Family:
     """The MLP is a mixture of experts, stored as stacked tensors that no adapter reaches."""
     masked: bool = False
     """Its attention needs a dense mask and materialised scores."""
+    capped_logits: bool = False
+    """Its head ends with a cap (tanh)."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -50,7 +52,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(qk_norm="head"),
     "Olmo2ForCausalLM": Family(qk_norm="width"),
     "GemmaForCausalLM": Family(),
-    "Gemma2ForCausalLM": Family(norms=4, masked=True),
+    "Gemma2ForCausalLM": Family(norms=4, masked=True, capped_logits=True),
     "Gemma3ForCausalLM": Family(norms=4, qk_norm="head"),
     "Phi3ForCausalLM": Family(qkv_bias=False, o_bias=False, fused=True),
     "Starcoder2ForCausalLM": Family(

@@ -18,35 +18,83 @@ from finetune_trainer.model.loss import target_losses
 TOKENS, HIDDEN, VOCABULARY = 40, 8, 50
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(("chunk", "block"), [(1, 1), (7, 3), (1000, 4), (1000, 1000)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_and_gradients_in_chunks_are_those_of_all_positions_at_once(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, smoothing: float
+    monkeypatch: pytest.MonkeyPatch, chunk: int, block: int, smoothing: float
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk * VOCABULARY)
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block * VOCABULARY)
     torch.manual_seed(0)
     head = nn.Linear(HIDDEN, VOCABULARY)
     hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     position, target = torch.randint(TOKENS, (23,)), torch.randint(VOCABULARY, (23,))
 
+    weight = torch.rand(23)
+
     losses, correct = target_losses(hidden, position, target, head, VOCABULARY, smoothing)
-    losses.sum().backward()
+    (losses * weight).sum().backward()
     found = hidden.grad, head.weight.grad
     hidden.grad = head.weight.grad = None
     logits = head(hidden)[position]
     expected = functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
-    expected.sum().backward()
+    (expected * weight).sum().backward()
 
     torch.testing.assert_close(losses, expected)
     assert torch.equal(correct, logits.argmax(-1) == target)
     torch.testing.assert_close(found, (hidden.grad, head.weight.grad))
 
 
-def test_losses_are_float32_when_products_are_bfloat16() -> None:
-    head = nn.Linear(HIDDEN, VOCABULARY, dtype=torch.bfloat16)
-    hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16)
-    losses, _ = target_losses(hidden, torch.arange(3), torch.arange(3), head, VOCABULARY)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_bfloat16_products_are_float32_and_round_as_if_all_logits_were(smoothing: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(TOKENS, VOCABULARY).mul(20).bfloat16().requires_grad_()
+    target, weight = torch.randint(VOCABULARY, (TOKENS,)), torch.rand(TOKENS)
+
+    losses, correct = target_losses(logits, torch.arange(TOKENS), target, nn.Identity(), VOCABULARY, smoothing)
+    (losses * weight).sum().backward()
+    found, logits.grad = logits.grad, None
+    expected = functional.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
+    (expected * weight).sum().backward()
+
     assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected)
+    assert torch.equal(correct, logits.argmax(-1) == target)
+    torch.testing.assert_close(found, logits.grad, rtol=2**-8, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_chunk_the_logits_are_kept_once_in_their_own_type(dtype: torch.dtype) -> None:
+    head, hidden = nn.Linear(HIDDEN, VOCABULARY, dtype=dtype), torch.randn(TOKENS, HIDDEN, dtype=dtype)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses, _ = target_losses(hidden, torch.arange(TOKENS), torch.arange(TOKENS), head, VOCABULARY)
+    assert losses.requires_grad
+    large = [size for size in kept.values() if size >= TOKENS * VOCABULARY]
+    assert large == [TOKENS * VOCABULARY * dtype.itemsize]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_leaves_the_logits_as_they_were(dtype: torch.dtype) -> None:
+    logits = torch.randn(TOKENS, VOCABULARY, dtype=dtype, requires_grad=True)
+    before = logits.detach().clone()
+    losses, _ = target_losses(logits, torch.arange(TOKENS), torch.arange(TOKENS), nn.Identity(), VOCABULARY)
+    losses.sum().backward()
+    assert torch.equal(logits, before)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = torch.tensor([[3e38, 0.0], [-3e38, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    losses, _ = target_losses(logits, torch.arange(2), torch.tensor([0, 1]), nn.Identity(), 2)
+    losses.sum().backward()
+    assert losses.tolist() == [0.0, 0.0]
+    assert logits.grad is not None
+    assert not logits.grad.any()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

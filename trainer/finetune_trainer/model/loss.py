@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 CHUNK_ELEMENTS = 2**25
-"""Logits (positions times vocabulary) of one chunk: 128 MiB in float32, about four such tensors at the peak."""
+"""Logits (positions times vocabulary) of one chunk: with their gradient 128 MiB in bfloat16, 256 in float32."""
+BLOCK_ELEMENTS = 2**20
+"""Logits that are looked at in float32 at a time: they stay in a CPU's cache."""
+CUDA_BLOCK_ELEMENTS = 2**22
+"""The same on a GPU, which is idle between small kernels."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -29,10 +33,8 @@ def target_losses(
     size = max(1, CHUNK_ELEMENTS // vocabulary)
 
     def chunk(part: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(part).float()
-        return functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing), logits.argmax(
-            -1
-        ) == wanted
+        found: tuple[Tensor, Tensor] = _CrossEntropy.apply(head(part), wanted, smoothing)
+        return found
 
     if len(target) <= size:
         return chunk(labelled, target)
@@ -42,6 +44,54 @@ def target_losses(
     ]
     losses, correct = zip(*parts, strict=True)
     return torch.cat(losses), torch.cat(correct)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Computed in float32 whatever the logits' type, but a block of rows at a time.
+
+    What is kept for the gradient are the logits as they are and one number a row; PyTorch's own would keep the logits'
+    logarithmic softmax too, and has it, the logits and the gradient in float32 at the same time.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        """logits [L, V], target int64[L] -> losses float32[L], correct bool[L]."""
+        norm = logits.new_empty(len(target), dtype=torch.float32)
+        losses, correct = torch.empty_like(norm), torch.empty_like(norm, dtype=torch.bool)
+        for rows in _blocks(logits):
+            block, wanted = logits[rows].float(), target[rows, None]
+            norm[rows] = block.logsumexp(-1)
+            expected = block.gather(1, wanted).squeeze(1)
+            if smoothing:
+                expected = (1 - smoothing) * expected + smoothing * block.mean(-1)
+            losses[rows] = norm[rows] - expected
+            correct[rows] = block.argmax(-1, keepdim=True).eq(wanted).squeeze(1)
+        ctx.save_for_backward(logits, target, norm)
+        ctx.smoothing = smoothing  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(correct)
+        return losses, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        """Softmax less what was wanted, times the gradient float32[L] of each loss."""
+        logits, target, norm = ctx.saved_tensors  # type: ignore[attr-defined]
+        smoothing: float = ctx.smoothing  # type: ignore[attr-defined]
+        result = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            block = (logits[rows] - norm[rows, None]).exp_()  # in float32, which is the other's type
+            if smoothing:
+                block.sub_(smoothing / block.shape[1])
+            block.scatter_add_(1, target[rows, None], torch.full_like(norm[rows, None], smoothing - 1))
+            result[rows] = block.mul_(gradient[rows, None])
+        return result, None, None
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """The rows of [L, V], some at a time."""
+    elements = CUDA_BLOCK_ELEMENTS if logits.is_cuda else BLOCK_ELEMENTS
+    size = max(1, elements // logits.shape[1])
+    return (slice(first, first + size) for first in range(0, len(logits), size))
 
 
 def logits_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
