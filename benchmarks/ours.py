@@ -11,11 +11,16 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from finetune_trainer.__main__ import import_stage
+from finetune_trainer.context import context_from_environment
+
+if __name__ == "__main__":  # as `python -m finetune_trainer` does
+    import_stage(context_from_environment(), "train")
+
 import torch
 from benchmarks.harness import matmul_flops, own_products_flops
 from benchmarks.pace import Pace
 
-from finetune_trainer.context import context_from_environment
 from finetune_trainer.model.device import choose_device
 from finetune_trainer.train import processes, stage
 from finetune_trainer.train.interrupt import Interrupt

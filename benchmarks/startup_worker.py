@@ -1,4 +1,4 @@
-"""A Train process with a stop-watch on its parts. Nothing else differs from `python -m finetune_trainer train`."""
+"""A stage's process with a stop-watch on its parts. Nothing else differs from `python -m finetune_trainer STAGE`."""
 
 import os
 import time
@@ -45,24 +45,14 @@ class Parts:
         setattr(owner, function, watched)
 
 
-def run(out: Path) -> None:
-    """Train until the first step has been reported."""
-    parts = Parts()
-    parts.seconds["interpreter"] = BEGUN - float(os.environ["BENCHMARK_STARTED"])
-    parts.begin("import torch")
-    import torch
-
-    assert torch.get_num_threads()
-    parts.end()
-    parts.begin("import the trainer")
-    from finetune_trainer import __main__ as program
+def watch_train(parts: Parts, ended: Callable[..., None]) -> None:
+    """Parts of Train until its first step has been reported."""
     from finetune_trainer.train import processes, stage
     from finetune_trainer.train.checkpoint import Checkpoints
     from finetune_trainer.train.loop import Loop
     from finetune_trainer.train.monitor import Monitor
 
     parts.end()
-    parts.watch(program, "context_from_environment", "run config")
     parts.watch(processes, "meet", "meeting")
     parts.watch(stage, "build_model", "loading the model")
     parts.watch(stage, "build_batchers", "data")
@@ -70,15 +60,50 @@ def run(out: Path) -> None:
     parts.watch(Checkpoints, "save", "first checkpoint, held")
     parts.watch(Loop, "_begin", "largest micro-batch, tried")
     parts.watch(Loop, "run", "first step")
+    Monitor.step = ended  # type: ignore[method-assign]
 
-    def first(*_: Any, **__: Any) -> None:
-        parts.end()  # Loop.run
-        out.write_text(json.dumps(parts.seconds))
+
+def watch_evaluate(parts: Parts, ended: Callable[..., None]) -> None:
+    """Parts of Evaluate until its first rows have been answered."""
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.evaluate import models, stage
+
+    parts.end()
+    parts.watch(stage, "_digest_of_export", "digest of the export")
+    parts.watch(stage, "_asked", "data")
+    parts.watch(AutoTokenizer, "from_pretrained", "tokenizer")
+    parts.watch(models, "_load", "loading the model")
+    parts.watch(models, "_tuned", "adding the adapter")
+    parts.watch(stage, "_settings", "ways of scoring compared")
+    parts.watch(stage, "answer_rows", "first rows answered")
+    stage._RowProgress.add = ended  # type: ignore[method-assign]
+
+
+WATCHES = {"train": watch_train, "evaluate": watch_evaluate}
+
+
+def run(stage: str, out: Path) -> None:
+    """Run the stage until its first result."""
+    parts = Parts()
+    parts.seconds["interpreter"] = BEGUN - float(os.environ["BENCHMARK_STARTED"])
+    parts.begin("imports")
+    from finetune_trainer import __main__ as program
+
+    program.import_stage(program.context_from_environment(), stage)
+
+    def ended(*_: Any, **__: Any) -> None:
+        parts.end()  # the part that the first result is part of
+        out.write_text(json.dumps({"seconds": parts.seconds, "importedMB": imported, "peakMB": peak_megabytes()}))
         os._exit(0)
 
-    Monitor.step = first  # type: ignore[method-assign]
-    program.main(["train"])
+    WATCHES[stage](parts, ended)
+    from benchmarks.harness import peak_megabytes
+
+    imported = peak_megabytes()
+    parts.watch(program, "context_from_environment", "run config")
+    program.main([stage])
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    run(sys.argv[1], Path(sys.argv[2]))

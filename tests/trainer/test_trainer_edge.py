@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from finetune_api.runconfig import Attempt
 SPEC = {"datasets": [{"name": "a", "path": "a.csv", "task": "classification"}]}
 
 
-def environment(work: Path, stage: Stage) -> dict[str, str]:
-    """What a process of that stage is given."""
-    context = prepare_context(work, SPEC)
+def environment(work: Path, stage: Stage, **spec: object) -> dict[str, str]:
+    """What a process of that stage is given; `spec` are further blocks of the job's."""
+    context = prepare_context(work, SPEC | spec)
     (work / "run-config.json").write_text(json.dumps(context.config.to_wire()))
     (work / "termination").touch()
     return {
@@ -76,3 +77,18 @@ def test_a_volume_that_takes_no_logs_still_leaves_a_termination_message(tmp_path
     code, _, failure = started(arguments, given)
     assert code == EXIT_CODES[failure.failure_class]
     assert "logs" in failure.sentence
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_process_imports_no_library_that_its_job_has_no_use_for(tmp_path: Path, method: str) -> None:
+    given = environment(tmp_path, Stage.TRAIN, tuning={"method": method}, topology={"gpusPerNode": 0})
+    program = (
+        "import sys; from finetune_trainer.__main__ import main; main(['train']); import peft\n"
+        "from finetune_trainer.versions import versions\n"
+        "found = [name for name in ('bitsandbytes', 'triton', 'scipy') if sys.modules.get(name)]\n"
+        "print(*found, versions()['bitsandbytes'])"
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FINETUNE_")} | given
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
+    installed = version("bitsandbytes")
+    assert done.stdout.split() == ([installed] if method == "lora" else ["bitsandbytes", installed]), done.stderr

@@ -6,6 +6,7 @@ This is the edge at which every exception becomes a failure with a class, a sent
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 from finetune_api.report import EXIT_CODES, Failure
 from finetune_trainer.context import RunContext, context_from_environment
 from finetune_trainer.failures import TrainerError, classify, failure_file, redact, write_json
+from finetune_trainer.imports import few_walks, leave_out, unneeded
 
 STAGES = {
     "prepare": ("finetune_trainer.prepare.stage", "run"),
@@ -52,11 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_CODES[failure.failure_class]
     try:
         _log_to_volume(context)
-        module, function = STAGES[arguments[0]]
-        getattr(importlib.import_module(module), function)(context)
+        import_stage(context, arguments[0])(context)
     except BaseException as error:
         return _fail(context, error)
+    finally:
+        gc.unfreeze()  # else libraries complain at the end that their objects were never let go
     return 0
+
+
+def import_stage(context: RunContext, name: str) -> Callable[[RunContext], None]:
+    """The function of a stage, with what this job needs of the libraries and no more."""
+    module, function = STAGES[name]
+    leave_out(unneeded(context.config.spec, context.attempt.stage, context.gpus_per_node))
+    with few_walks():
+        found: Callable[[RunContext], None] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _fail(context: RunContext, error: BaseException) -> int:

@@ -68,12 +68,14 @@ def test_utilisation_is_measured_beside_a_product_and_a_profile(model: Model, tm
     assert found["profileShares"]["matrix products"] > 0
 
 
-def test_a_start_is_told_by_part(model: Model, tmp_path: Path) -> None:
-    job = jobs.prepare(tmp_path, model, rows())
-    parts = startup.one_start(job)
-    assert set(parts) == set(startup.PARTS)
-    assert all(seconds >= 0 for seconds in parts.values())
-    assert "json" in startup.imports_by_library("json")
+def test_starts_are_told_by_part(model: Model, tmp_path: Path) -> None:
+    found = startup.measure(rows(), model, tmp_path, starts=1)
+    for stage, parts in startup.PARTS.items():
+        (start,) = found[stage]
+        assert set(start["seconds"]) == set(parts)
+        assert all(seconds >= 0 for seconds in start["seconds"].values())
+        assert 0 < start["importedMB"] <= start["peakMB"]
+    assert "torch" in found["imports"]
 
 
 def test_a_save_holds_the_loop_for_less_than_it_takes() -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from finetune_api.spec import Method
 from finetune_trainer.data.manifest import PreparedManifest, PreparedModel
@@ -94,23 +96,17 @@ def opened_both(source: Source, *, base: bool) -> Iterator[tuple[Variant, Any]]:
 def _tuned(source: Source) -> Any:
     if not source.is_adapter:
         return _prepared(_load(source, source.export), source)
-    from peft import PeftModel
-
     return _prepared(PeftModel.from_pretrained(_load(source, source.base_directory), str(source.export)), source)
 
 
 def _base(source: Source) -> Any:
     model = _load(source, source.base_directory)
     if source.base.adapter_directory:
-        from peft import PeftModel
-
         model = PeftModel.from_pretrained(model, source.base.adapter_directory)
     return _prepared(model, source)
 
 
 def _load(source: Source, directory: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.from_pretrained(directory, trust_remote_code=source.trust_remote_code)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict):
@@ -131,8 +127,6 @@ def _load(source: Source, directory: Path) -> Any:
 
 def _prepared(model: Any, source: Source) -> Any:
     """Greedy decoding and nothing else: no sampling, penalty or stop word of a generation config takes part."""
-    from transformers import GenerationConfig
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=list(source.end_token_ids), pad_token_id=source.pad_token_id

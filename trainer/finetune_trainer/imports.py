@@ -1,0 +1,57 @@
+"""Imports at a process's start: what this job does not need, and fewer walks of the garbage collector.
+
+What each of these costs is in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from finetune_api.base import Stage
+from finetune_api.spec import FineTuneJobSpec, Method
+
+OBJECTS_BETWEEN_WALKS = 50_000
+"""New objects after which the collector looks at the young ones, while modules are imported; else 700."""
+
+
+def unneeded(spec: FineTuneJobSpec, stage: Stage, gpus: int | None) -> list[str]:
+    """Installed packages that others import where they find them, and that this process has no use for.
+
+    `gpus` a node, None if it is not known. A model that brings its own code may want any of them.
+    """
+    if spec.model.trust_remote_code:
+        return []
+    found = {
+        "bitsandbytes": spec.tuning.method is not Method.QLORA,  # PEFT imports it, for 4-bit layers
+        "triton": gpus == 0,  # torch imports it, to compile for GPUs
+        "scipy": stage is Stage.TRAIN,  # transformers imports it, for losses of object detection
+    }
+    return [name for name, without_use in found.items() if without_use]
+
+
+def leave_out(packages: list[str]) -> None:
+    """Make packages look as if they were not installed, unless they are imported already.
+
+    None in `sys.modules` is Python's own word for that: `find_spec` finds nothing, and `import` says so. What is
+    installed, and in which version, is still known from the metadata.
+    """
+    for name in packages:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def few_walks() -> Iterator[None]:
+    """Import much in four fifths of the time: the collector does not walk all modules again and again.
+
+    Nor does it in training, where it would make the other ranks wait: they are frozen, until `gc.unfreeze`.
+    """
+    usual = gc.get_threshold()
+    gc.set_threshold(OBJECTS_BETWEEN_WALKS, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.freeze()
