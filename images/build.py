@@ -1,6 +1,7 @@
 """`python images/build.py [operator] [trainer]`: build the images with podman, buildah or docker, whichever is there.
 
-Layers carry no time, so that a tag builds the same again; the commit and the version are labels.
+Layers carry no time, so that a tag builds the same again; the commit and the version are labels. Words after `--` go to
+the tool's `build` as they are: `-- --isolation chroot`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def project_version() -> str:
 
 def revision() -> str:
     """The commit that is built, with `-dirty` where files differ from it."""
+    if shutil.which("git") is None:
+        return "unknown"
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         cwd=ROOT,
@@ -79,19 +82,21 @@ def command(tool: Tool, image: str, tag: str, base: str | None, more: Sequence[s
 
 def main(words: Sequence[str] | None = None) -> None:
     """Build what was asked for, and say what was made."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", help="operator, trainer; default: both")
     parser.add_argument("--tool", choices=tuple(ASKED), help="default: the first of these that is there")
     parser.add_argument("--base", help="base image: a Debian or Ubuntu with Python 3.11 or newer")
     parser.add_argument("--prefix", default="", help="put before the name, such as registry.example.com/ml/")
-    given = parser.parse_args(words)
+    words = list(sys.argv[1:] if words is None else words)
+    end = words.index("--") if "--" in words else len(words)
+    given, more = parser.parse_args(words[:end]), words[end + 1 :]
     if unknown := set(given.images) - set(IMAGES):
         parser.error(f"there is no image {', '.join(sorted(unknown))}: {' and '.join(IMAGES)} are")
     tool = find_tool([given.tool] if given.tool else tuple(ASKED))
     for image in given.images or IMAGES:
         tag = f"{given.prefix}finetune-{image}:{project_version()}"
         begun = time.monotonic()
-        done = subprocess.run(command(tool, image, tag, given.base), cwd=ROOT, check=False)
+        done = subprocess.run(command(tool, image, tag, given.base, more), cwd=ROOT, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{tool.name} could not build {tag}.")
         print(f"{tag} built with {tool.name} in {time.monotonic() - begun:.0f} s", file=sys.stderr)
