@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.report import Plan
-from finetune_api.spec import UNPACKED, FineTuneJobSpec, Method
+from finetune_api.spec import FineTuneJobSpec, Method
 from finetune_operator.view.words import count, duration
 
 GIB = 1 << 30
@@ -116,12 +116,18 @@ def _rows(spec: FineTuneJobSpec, plan: Plan, price_per_gpu_hour: float | None) -
     if plan.hours is not None and plan.utilisation is not None:
         gpus = f"{plan.world_size} {plan.device}"
         about = f"about {duration(plan.hours * 3600)} on {gpus}, at an assumed {plan.utilisation:.0%} of their peak"
-        whole = training.shared_prefixes is False or spec.tuning.method in UNPACKED
-        rows.append(("Time", about if whole else f"{about}; less where examples of a step begin alike"))
+        shared = _may_share_prefixes(spec)
+        rows.append(("Time", f"{about}; less where examples of a step begin alike" if shared else about))
         hours = plan.hours * plan.world_size
         cost = f"; {plan.price:,.2f} at {price_per_gpu_hour:g} an hour" if plan.price is not None else ""
         rows.append(("Price", f"{hours:,.2f} GPU-hours{cost or ' (--price NUMBER says what they cost)'}"))
     return rows
+
+
+def _may_share_prefixes(spec: FineTuneJobSpec) -> bool:
+    """What the spec's rule asks of `sharedPrefixes: true`: rows are shared, and nothing is drawn for their tokens."""
+    training, drawn = spec.training, spec.tuning.lora.dropout or spec.training.neftune_alpha
+    return training.shared_prefixes is not False and training.packing is not False and not drawn
 
 
 def _epochs(spec: FineTuneJobSpec) -> str:

@@ -43,6 +43,21 @@ def test_the_sentences_are_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     one_node = planned(capsys, "--set", "topology.nodes=1")
     assert "weights 1.3 GiB" in one_node
     assert "of their peak; less where examples of a step begin alike" in one_node
-    assert "begin alike" not in planned(capsys, "--set", "training.sharedPrefixes=false")
     assert "about 11m 37s on 4 A100-80GB" in one_node
     assert "weights 3.7 GiB" in planned(capsys, "--set", "topology.nodes=1", "--set", "tuning.method=lora")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "training.sharedPrefixes=false",
+        "training.packing=false",
+        "training.neftuneAlpha=5",
+        "tuning.lora.dropout=0.1",
+        "tuning={method: prompt}",
+    ],
+)
+def test_less_time_is_promised_only_where_prefixes_are_shared(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = planned(capsys, "--set", setting)
+    assert "of their peak" in said
+    assert "begin alike" not in said
