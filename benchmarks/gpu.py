@@ -74,6 +74,13 @@ def device() -> Any:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def precision() -> Any:
+    """The type that the model computes in."""
+    import torch
+
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def synchronise() -> None:
     """Wait for the GPU."""
     import torch
@@ -97,7 +104,6 @@ def random_model(folder: Path, config: Figures, case: Figures, mesh: Any = None)
     from finetune_trainer.model import build, nf4
 
     tuning = Tuning.model_validate({"method": case["method"], "lora": {"rank": RANK}})
-    precision = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     build.SafetensorsDirectory = lambda source: contextlib.nullcontext()  # type: ignore[assignment, misc]
     build.ModelWeights = lambda files, base: None  # type: ignore[assignment, misc]
     nf4.read_states = lambda base, files, on: None  # _fill makes them
@@ -109,14 +115,14 @@ def random_model(folder: Path, config: Figures, case: Figures, mesh: Any = None)
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 torch.nn.init.normal_(local.data, std=0.02)
         if tuning.method is Method.QLORA:
-            quantise(base, tuning, precision)
+            quantise(base, tuning)
 
     build._fill = fill
     return build.load_model(
         directory=config_directory(folder, config),
         method=tuning.method,
         tuning=tuning,
-        precision=precision,
+        precision=precision(),
         device=device(),
         mesh=mesh,
         seed=1,
@@ -126,7 +132,7 @@ def random_model(folder: Path, config: Figures, case: Figures, mesh: Any = None)
     )
 
 
-def quantise(base: Any, tuning: Any, precision: Any) -> None:
+def quantise(base: Any, tuning: Any) -> None:
     """Random 4-bit weights with their constants, tensor by tensor."""
     import torch
     from bitsandbytes.functional import QuantState
@@ -134,7 +140,7 @@ def quantise(base: Any, tuning: Any, precision: Any) -> None:
     from finetune_trainer.model import nf4
 
     for module in nf4.linear_4bit(base).values():
-        weight = torch.randn(module.out_features, module.in_features, device=device(), dtype=precision)
+        weight = torch.randn(module.out_features, module.in_features, device=device(), dtype=precision())
         packed = nf4.quantize(weight, tuning.quantization)
         state = {key.removeprefix("."): value for key, value in packed.items() if key}
         module.quant_state = QuantState.from_dict(state, device=device())
@@ -164,23 +170,6 @@ def batch_of(folder: Path, tokens: int, vocabulary: int) -> Any:
     )
     [batch] = batcher.batches(batcher.divide(np.arange(DOCUMENTS)))
     return batch.to(device())
-
-
-def matmul_rate(size: int) -> float:
-    """Operations a second of a plain product in the type that the model computes in."""
-    import torch
-
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    left = torch.randn(size, size, device=device(), dtype=dtype)
-    for _ in range(3):
-        left @ left
-    synchronise()
-    begun = time.perf_counter()
-    repetitions = 30
-    for _ in range(repetitions):
-        left @ left
-    synchronise()
-    return repetitions * 2 * size**3 / (time.perf_counter() - begun)
 
 
 def planned_bytes(config: Figures, case: Figures, tokens: int) -> int:
@@ -219,6 +208,7 @@ def speed(case: Figures, config: Figures, tokens: int, steps: int) -> Figures:
     """Steps of forward, backward and update."""
     import torch
     from benchmarks.flops import flops_of
+    from benchmarks.harness import matmul_flops
 
     from finetune_operator.planning.hardware import find_gpu
     from finetune_trainer.train.optimizer import Optimizer
@@ -250,7 +240,7 @@ def speed(case: Figures, config: Figures, tokens: int, steps: int) -> Figures:
     length = tokens // DOCUMENTS
     needed = flops.of_step(tokens, DOCUMENTS * length**2, tokens - DOCUMENTS)
     rate = needed / sorted(seconds)[len(seconds) // 2]
-    limit = matmul_rate(8192 if torch.cuda.is_available() else 512)
+    limit = matmul_flops(precision(), 8192 if torch.cuda.is_available() else 512, device=device())
     gpu = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return {
         "buildSeconds": built,

@@ -160,17 +160,21 @@ def _status(pid: int | str, name: str) -> float:
     return 0.0
 
 
-def matmul_flops(dtype: Any, size: int = MATMUL_SIZE, seconds: float = 0.5) -> float:
-    """Operations a second of a plain square matrix product in this process, 2 n^3 each: the limit on this machine."""
+def matmul_flops(dtype: Any, size: int = MATMUL_SIZE, seconds: float = 0.5, device: Any = "cpu") -> float:
+    """Operations a second of a plain square matrix product in this process, 2 n^3 each: the limit on this device."""
     import torch
 
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    left @ right
-    products, begun = 0, time.perf_counter()
-    while (passed := time.perf_counter() - begun) < seconds:
-        left @ right
-        products += 1
-    return products * 2 * size**3 / passed
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def multiply(times: int) -> None:
+        for _ in range(times):
+            left @ right
+        if left.is_cuda:
+            torch.cuda.synchronize()
+
+    multiply(3)
+    times = max(3, int(seconds / timed(lambda: multiply(1))))
+    return times * 2 * size**3 / timed(lambda: multiply(times))
 
 
 def own_products_flops(matrices: Sequence[Any], rows: int) -> float:
