@@ -37,6 +37,23 @@ NEVER_RUN_WITHOUT = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A cluster to use instead of one of our own, and what the end-to-end tests have to be told of it."""
+    group = parser.getgroup("given cluster", "tests on a cluster that exists already (tests/e2e/README.md)")
+    group.addoption("--kubeconfig", metavar="FILE", help="that cluster; the same as FINETUNE_TEST_KUBECONFIG")
+    group.addoption("--storage-class", metavar="NAME", help="of the volumes; default: the cluster's default class")
+    group.addoption("--host-address", metavar="IP", help="this machine, as pods reach it; default: towards a node")
+    group.addoption("--image-prefix", metavar="TEXT", default="", help="before the images' names; see images/build.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the option where all tests, and the workers of this run, look for it."""
+    if config.option.kubeconfig:
+        from tests.integration.harness.control_plane import KUBECONFIG_VARIABLE
+
+        os.environ[KUBECONFIG_VARIABLE] = str(Path(config.option.kubeconfig).expanduser().absolute())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, but for the long ones beside them; one worker a file, unless a folder says otherwise."""
     root = Path(__file__).parent

@@ -47,10 +47,10 @@ def _builder() -> ModuleType:
     return load_script("images/build.py", "images_build")
 
 
-def names() -> dict[str, str]:
-    """The names under which pods ask for the images: the chart's defaults."""
+def names(prefix: str = "docker.io/library/") -> dict[str, str]:
+    """The names under which pods ask for the images: the chart's defaults, or those of `images/build.py --prefix`."""
     version = _builder().project_version()
-    return {image: f"docker.io/library/finetune-{image}:{version}" for image in _builder().IMAGES}
+    return {image: f"{prefix}finetune-{image}:{version}" for image in _builder().IMAGES}
 
 
 @dataclass(frozen=True)

@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
 import secrets
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TextIO
 
 import pytest
-from tests.cluster.__main__ import down, running, up
-from tests.cluster.images import Images, names
-from tests.cluster.places import NODE_ADDRESS, Places
+from tests.cluster.__main__ import running
+from tests.cluster.places import Places
 from tests.integration.harness import binaries
 from tests.integration.harness.api import Api, ApiError
-from tests.integration.harness.control_plane import is_given
+from tests.integration.harness.control_plane import KUBECONFIG_VARIABLE
 from tests.integration.harness.helm import Helm
 from tests.integration.harness.operator import ACCOUNT
 from tests.integration.harness.processes import wait_until
 from tests.support.hub_server import HubServer
 from tests.support.tiny import schooled_llama
 
+from .clusters import KEEP_VARIABLE, Cluster, OwnNode
+from .given import CRD, OF_TESTS, SYSTEM, GivenCluster
 from .place import Place
 
 EVIDENCE = Path(__file__).parents[2] / "build" / "e2e"
-SYSTEM = "finetune-system"
-RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
-KEEP_VARIABLE = "FINETUNE_KEEP_CLUSTER"
-"""Set it, and the cluster is still there for the next run."""
 REQUIRE_VARIABLE = "FINETUNE_REQUIRE_CLUSTER"
 """Set it, and a machine that cannot have a cluster is an error; else its tests are listed as not run."""
 UNDISTURBED = "finetune/undisturbed"
-GIVEN = "A cluster is given, but these tests read volumes and signal processes on a node of their own."
-OTHERS_SECONDS = 20 * 60
-"""How long another run of these tests on this machine is waited for: addresses and names are the same."""
-_LACKING, _OURS, _LOCK = pytest.StashKey[str | None](), pytest.StashKey[bool](), pytest.StashKey[TextIO]()
+GIVEN = "This test mounts, stops or looks into something of the node itself, and the cluster is a given one."
+_LACKING, _CLUSTER = pytest.StashKey[str | None](), pytest.StashKey[Cluster]()
 _serial = itertools.count(1)
 
 
@@ -49,85 +40,93 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     here = Path(__file__).parent
     if config.option.collectonly or not any(item.path.is_relative_to(here) for item in items):
         return
-    config.stash[_LACKING] = lacking = _bring_up(config)
-    if lacking and REQUIRE_VARIABLE in os.environ:
+    config.stash[_CLUSTER] = cluster = _chosen(config)
+    config.stash[_LACKING] = lacking = _bring_up(cluster, config)
+    if lacking and (REQUIRE_VARIABLE in os.environ or config.option.kubeconfig):
         pytest.exit(lacking, returncode=1)
 
 
-def _bring_up(config: pytest.Config) -> str | None:
-    """Start the cluster, or say why there is none. One that we start ends with this process, however that ends."""
-    places = Places.default()
-    if is_given() and not running(places):
-        return GIVEN
+def _chosen(config: pytest.Config) -> Cluster:
+    """The cluster that is given, or a node of our own; also where what is given is that node."""
+    own, named = OwnNode(Places.default()), os.environ.get(KUBECONFIG_VARIABLE)
+    if not named or (Path(named) == own.kubeconfig and running(own.places)):
+        return own
+    option = config.option
+    return GivenCluster(Path(named), option.storage_class, option.host_address, option.image_prefix)
+
+
+def _bring_up(cluster: Cluster, config: pytest.Config) -> str | None:
+    """Make the cluster usable, or say why it is not."""
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():  # what takes minutes is said at once
         try:
-            config.stash[_LOCK] = _alone(places.cache.parent / "e2e.lock")
-            ours = config.stash[_OURS] = not running(places) and KEEP_VARIABLE not in os.environ
-            up(places, owner=os.getpid() if ours else None)
+            cluster.start()
             binaries.ensure("helm")
         except (SystemExit, binaries.BinaryUnavailableError, OSError) as problem:
-            return f"There is no cluster: {problem}"
+            return f"{'There is no cluster' if cluster.owned else 'The given cluster cannot be used'}: {problem}"
     return None
-
-
-def _alone(path: Path, seconds: float = OTHERS_SECONDS) -> TextIO:
-    """Wait until no other run uses the cluster; the kernel forgets the lock with the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock, deadline, told = path.open("w"), time.monotonic() + seconds, False
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"Another run of these tests has had it for {seconds / 60:.0f} minutes.") from None
-        if not told:
-            print("waiting for another run of these tests ...", file=sys.stderr, flush=True)
-            told = True
-        time.sleep(1)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Take the cluster down that this session has brought up, whatever became of the tests."""
-    if session.config.stash.get(_OURS, False):
-        down(Places.default())
+    if _CLUSTER in session.config.stash:
+        session.config.stash[_CLUSTER].leave()
 
 
 @pytest.fixture(scope="session")
-def places(request: pytest.FixtureRequest) -> Places:
-    """A running cluster of one real node."""
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    """A running cluster that takes pods."""
     lacking = request.config.stash[_LACKING]
     if lacking:
         pytest.skip(lacking)
-    return Places.default()
+    return request.config.stash[_CLUSTER]
 
 
 @pytest.fixture(scope="session")
-def api(places: Places) -> Api:
+def own_node(cluster: Cluster) -> OwnNode:
+    """The cluster, for tests that need its machine; skipped on a given one."""
+    if not isinstance(cluster, OwnNode):
+        pytest.skip(GIVEN)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def places(own_node: OwnNode) -> Places:
+    """Where the node of our own keeps its things."""
+    return own_node.places
+
+
+@pytest.fixture(scope="session")
+def api(cluster: Cluster) -> Api:
     """The cluster, as its administrator."""
-    return Api(places.kubeconfig)
+    return cluster.api
 
 
 @pytest.fixture(scope="session")
-def release(places: Places, api: Api, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+def release(cluster: Cluster, api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Helm]:
     """The chart, installed by Helm into a namespace that enforces `restricted`; its operator runs."""
     if api.find("Namespace", SYSTEM) is None:
-        api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": RESTRICTED}})
-    helm = Helm(tmp_path_factory.mktemp("helm"), places.kubeconfig)
-    helm.install(SYSTEM, values())
+        cluster.namespace(SYSTEM, OF_TESTS)
+    helm = Helm(tmp_path_factory.mktemp("helm"), cluster.kubeconfig)
+    helm.install(SYSTEM, values(cluster))
     wait_for_operator(api)
-    return helm
+    yield helm
+    if not cluster.owned and KEEP_VARIABLE not in os.environ:
+        helm.uninstall(SYSTEM)
+        for kind, name in (("CustomResourceDefinition", CRD), ("Namespace", SYSTEM)):
+            api.delete({"kind": kind, "metadata": {"name": name}})
 
 
-def values() -> dict[str, object]:
-    """What is set for tests: short waits, and the image as it is now."""
+def values(cluster: Cluster) -> dict[str, object]:
+    """What is set for tests: short waits, and the images as they are now."""
+    repository, _, tag = cluster.images["operator"].rpartition(":")
     waits = {"FINETUNE_BACKOFF_BASE_SECONDS": "1", "FINETUNE_GRACE_SECONDS": "30", "FINETUNE_LEASE_SECONDS": "8"}
     return {
         "extraEnv": [{"name": name, "value": value} for name, value in waits.items()],
         "log": {"level": "debug"},
-        "podAnnotations": {"tests/built": Images(Places.default()).imported("operator")},
-        "trainerImage": names()["trainer"],
+        "image": {"repository": repository, "tag": tag},
+        "podAnnotations": {"tests/built": cluster.built("operator")},
+        "trainerImage": cluster.images["trainer"],
         "resources": {"requests": {"cpu": "50m", "memory": "100Mi"}},
     }
 
@@ -152,16 +151,15 @@ Furnish = Callable[[str, Callable[[], bool]], AbstractContextManager[Place]]
 
 
 @pytest.fixture(scope="session")
-def furnish(places: Places, api: Api, release: Helm, base_model: Path) -> Furnish:
+def furnish(cluster: Cluster, api: Api, release: Helm, base_model: Path) -> Furnish:
     """Makes a furnished namespace that enforces `restricted`; if what it is for failed, the evidence is kept."""
 
     @contextlib.contextmanager
     def furnished(name: str, failed: Callable[[], bool]) -> Iterator[Place]:
         namespace = f"e2e-{next(_serial)}-{secrets.token_hex(2)}"
-        api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": RESTRICTED}})
-        wait_until(lambda: api.find("ServiceAccount", "default", namespace), "the namespace")
-        with HubServer(host=NODE_ADDRESS) as hub:
-            place, broken = Place(api, places, namespace, hub), True
+        cluster.namespace(namespace)
+        with HubServer(host=cluster.address) as hub:
+            place, broken = Place(api, cluster, namespace, hub), True
             try:
                 place.furnish(base_model)
                 with place.watched():
@@ -203,9 +201,9 @@ def place(request: pytest.FixtureRequest, furnish: Furnish) -> Iterator[Place]:
 
 
 @pytest.fixture
-def undisturbed(request: pytest.FixtureRequest, places: Places) -> dict[int, float]:
+def undisturbed(request: pytest.FixtureRequest, cluster: Cluster) -> dict[int, float]:
     """The losses of a job to which nothing happened: as the job of `test_from_apply...` saw them with these images."""
-    losses = request.config.cache.get(UNDISTURBED, {}).get(Images(places).imported("trainer"))
+    losses = request.config.cache.get(UNDISTURBED, {}).get(cluster.built("trainer"))
     if losses is None:
         pytest.skip("No undisturbed job was trained before with this image: run the whole folder.")
     return {int(step): loss for step, loss in losses.items()}

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.places import NODE_NAME, Places
 from tests.integration.harness.api import Api, ApiError, Resource
 from tests.integration.harness.processes import TimedOutError, wait_until
 from tests.support.hub_server import HubServer, hub_environment
 from tests.support.tiny import MOODS, days, greetings
 
 from finetune_api.base import Stage
+
+from .clusters import JOB, Cluster
 
 
 def table(rows: list[tuple[str, str]]) -> str:
@@ -35,9 +33,21 @@ DATASETS = {"days": {"days.csv": table(days(160))}, "greetings": {"greetings.jso
 """The files of the datasets; a quarter of them, held out, is enough for the gate."""
 TRAIN_SECONDS = 420
 """For three pods that import torch on two busy cores."""
-JOB = "days"
-LABEL_STAGE, LABEL_ATTEMPT = "finetune.dev/stage", "finetune.dev/attempt"
+LABEL_STAGE, LABEL_ATTEMPT, LABEL_UID = "finetune.dev/stage", "finetune.dev/attempt", "finetune.dev/uid"
 READ_TOKEN, WRITE_TOKEN = "hf_reader", "hf_writer"
+_SIGNAL_RANK = """
+import os, pathlib, sys
+for process in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+        words = (process / "cmdline").read_bytes().split(b"\\0")
+    except OSError:
+        continue
+    if words[-2:] == [b"train", b""] and b"launch" not in words:
+        os.kill(int(process.name), int(sys.argv[1]))
+        sys.exit()
+sys.exit("no rank is running")
+"""
+"""Run in a training pod: the rank is the child of its first process, the launcher."""
 
 
 DAYS = {"name": "days", "repo": "acme/days", "task": "classification", "template": "{{ text }}"}
@@ -65,7 +75,6 @@ def job_spec(**changes: Any) -> Resource:
         "training": dict(TRAINING),
         "topology": {"nodes": 3, "gpusPerNode": 0},
         "checkpoint": {"everyMinutes": 10},
-        "storage": {"run": {"size": "1Gi", "storageClassName": "local"}},
         "publish": {"repo": "acme/days-tuned"},
         "evaluation": {"maxNewTokens": 16},
         "credentials": {"hub": {"name": "hf-read"}, "publish": {"name": "hf-write"}},
@@ -85,7 +94,7 @@ class Place:
     """What a test has: a namespace, and everything that a user of it would ask for."""
 
     api: Api
-    places: Places
+    cluster: Cluster
     namespace: str
     hub: HubServer
     timeline: list[str] = field(default_factory=list)
@@ -95,10 +104,7 @@ class Place:
 
     def furnish(self, base: Path) -> None:
         """Volumes, tokens, a model and two datasets."""
-        self.volume("cache", "finetune-cache")
-        claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
-        self.create("PersistentVolumeClaim", "finetune-cache", spec=claim | {"storageClassName": "local"})
-        self.volume("run", f"{JOB}-run")
+        self.cluster.furnish(self.namespace)
         self.create("Secret", "hf-read", stringData={"token": READ_TOKEN})
         self.create("Secret", "hf-write", stringData={"token": WRITE_TOKEN})
         self.hub.add_token(READ_TOKEN, user="reader")
@@ -106,29 +112,6 @@ class Place:
         self.hub.add_repo("acme/base", base)
         for name, files in DATASETS.items():
             self.hub.add_repo(f"acme/{name}", dict(files), kind="datasets")
-
-    def volume(self, name: str, claim: str) -> Path:
-        """A folder of the node as a volume that only one claim can have."""
-        folder = self.places.volumes / self.namespace / name
-        folder.mkdir(parents=True)
-        node = {"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE_NAME]}
-        self.api.create(
-            {
-                "apiVersion": "v1",
-                "kind": "PersistentVolume",
-                "metadata": {"name": f"{self.namespace}-{name}"},
-                "spec": {
-                    "capacity": {"storage": "1Gi"},
-                    "accessModes": ["ReadWriteMany", "ReadWriteOnce"],
-                    "persistentVolumeReclaimPolicy": "Retain",
-                    "storageClassName": "local",
-                    "claimRef": {"namespace": self.namespace, "name": claim},
-                    "local": {"path": str(folder)},
-                    "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [node]}]}},
-                },
-            }
-        )
-        return folder
 
     def create(self, kind: str, name: str, **fields: Any) -> Resource:
         """Create an object in the namespace."""
@@ -138,7 +121,8 @@ class Place:
 
     def apply(self, more: Mapping[str, str] | None = None, **changes: Any) -> Resource:
         """`kubectl apply` of the job: parts of the spec may be replaced (`training__epochs=1`), variables added."""
-        spec = {name: value for name, value in job_spec(**changes).items() if value is not None}
+        made = job_spec(**{"storage": {"run": self.cluster.storage}} | changes)
+        spec = {name: value for name, value in made.items() if value is not None}
         environment = hub_environment(self.hub, Path("/tmp/hf"))
         variables = ({"OMP_NUM_THREADS": "1"} | environment | (more or {})).items()
         spec.setdefault("podTemplate", {})["env"] = [{"name": name, "value": value} for name, value in variables]
@@ -148,11 +132,7 @@ class Place:
 
     def kubectl(self, *words: str, given: str | None = None, seconds: float = 60) -> str:
         """Run kubectl as the user; raises AssertionError with what it said."""
-        program = Path(sys.executable).parent / "kubectl"
-        command = [str(program), "--kubeconfig", str(self.places.kubeconfig), "-n", self.namespace, *words]
-        done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=seconds)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return self.cluster.kubectl(self.namespace, *words, given=given, seconds=seconds)
 
     def patch(self, body: Resource) -> None:
         """Change the job."""
@@ -221,27 +201,20 @@ class Place:
         labels = {LABEL_STAGE: str(stage)} | ({LABEL_ATTEMPT: str(attempt)} if attempt else {})
         return self.api.objects("Pod", self.namespace, labels)
 
-    def rank_process(self, pod: Resource) -> int:
-        """The process on this machine that is the rank of a training pod: the child of the pod's first process."""
-        uid = pod["metadata"]["uid"]
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                is_rank = words[-2:] == [b"train", b""] and b"launch" not in words
-                if is_rank and uid in (process / "cgroup").read_text():
-                    return int(process.name)
-        raise AssertionError(f"no rank of {pod['metadata']['name']} is running")
+    def signal(self, pod: Resource, number: int) -> None:
+        """Send a signal to the rank of a training pod; raises AssertionError if none is running."""
+        name = pod["metadata"]["name"]
+        self.kubectl("exec", name, "--", "python", "-c", _SIGNAL_RANK, str(int(number)))
 
     @contextlib.contextmanager
     def held(self, pod: Resource) -> Iterator[None]:
         """Let a training pause, as long as something takes that is to happen during it."""
-        process = self.rank_process(pod)
-        os.kill(process, signal.SIGSTOP)
+        self.signal(pod, signal.SIGSTOP)
         try:
             yield
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGCONT)
+            with contextlib.suppress(AssertionError):  # it may have ended
+                self.signal(pod, signal.SIGCONT)
 
     def ended(self, stage: Stage = Stage.TRAIN) -> list[tuple[str, bool]]:
         """How the attempts of a stage ended, and whether that counted."""
@@ -249,17 +222,24 @@ class Place:
         return [(a.get("reason") or a.get("outcome", "running"), a.get("counted", False)) for a in attempts]
 
     @property
-    def run(self) -> Path:
-        """The run directory, on the volume."""
-        return self.places.volumes / self.namespace / "run" / self.namespace / JOB / self.job()["metadata"]["uid"]
+    def run(self) -> str:
+        """The run directory of the present job, on the volume."""
+        return f"{self.namespace}/{JOB}/{self.job()['metadata']['uid']}"
+
+    def read(self, path: str) -> str:
+        """A file of the run directory; empty where there is none."""
+        return self.cluster.read(self.namespace, f"{self.run}/{path}")
+
+    def files(self, folder: str, run: str | None = None) -> list[str]:
+        """The names in a folder of a run directory."""
+        return self.cluster.files(self.namespace, f"{run or self.run}/{folder}")
 
     def losses(self) -> dict[int, float]:
         """The loss of each step, as the last attempt that took it saw it."""
         return {row["step"]: row["loss"] for row in self._steps()}
 
     def _steps(self) -> list[dict[str, Any]]:
-        file = self.run / "metrics" / "train.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        lines = self.read("metrics/train.jsonl").splitlines(keepends=True)
         return [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if "loss" in row]
 
     # -- what is kept -------------------------------------------------------------------------------------------
@@ -299,7 +279,7 @@ class Place:
     def told(self) -> list[str]:
         """The timeline, and when each attempt had made its first step, by the volume's own notes."""
         first: dict[int, float] = {}
-        with contextlib.suppress(ApiError, OSError):  # the job may be gone
+        with contextlib.suppress(ApiError, OSError, AssertionError):  # the job may be gone
             applied = datetime.fromisoformat(self.job()["metadata"]["creationTimestamp"]).timestamp()
             for row in self._steps():
                 first.setdefault(row["attempt"], row["time"] - applied)
@@ -319,9 +299,8 @@ class Place:
         (folder / "events.txt").write_text("\n".join(lines) + "\n")
         for pod in self.api.objects("Pod", self.namespace):
             self._keep_log(pod, folder)
-        logs = self.places.volumes / self.namespace / "run"
-        if logs.exists():
-            shutil.copytree(logs, folder / "run", ignore=shutil.ignore_patterns("*.distcp", "*.safetensors", "*.npy"))
+        with contextlib.suppress(OSError, AssertionError):  # files come and go
+            self.cluster.keep(self.namespace, folder / "run")
 
     def _keep_log(self, pod: Resource, folder: Path) -> None:
         for container in (*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]):
@@ -341,10 +320,7 @@ class Place:
             return not pods
 
         wait_until(gone, "the pods to go", 120)
-        for volume in self.api.objects("PersistentVolume"):
-            if volume["metadata"]["name"].startswith(f"{self.namespace}-"):
-                self.api.delete(volume)
-        shutil.rmtree(self.places.volumes / self.namespace, ignore_errors=True)
+        self.cluster.forget(self.namespace)
 
 
 def condition_of(status: Resource, kind: str) -> Resource:

@@ -14,7 +14,8 @@ from tests.integration.harness.processes import wait_until
 
 from finetune_api.base import STAGES, Stage
 
-from .conftest import SYSTEM, values, wait_for_operator
+from .conftest import values, wait_for_operator
+from .given import SYSTEM
 from .place import AFTER_EVERY_STEP, TRAIN_SECONDS, Place
 
 pytestmark = pytest.mark.timeout(1200)
@@ -25,7 +26,7 @@ TWO = {"replicas": 2}
 def chart(release: Helm, place: Place) -> Iterator[Helm]:
     """The release, put back afterwards as it was."""
     yield release
-    release.install(SYSTEM, values())
+    release.install(SYSTEM, values(place.cluster))
     wait_for_operator(place.api)
 
 
@@ -56,7 +57,7 @@ def kill_leader(place: Place, stage: Stage) -> str:
 def test_an_operator_killed_in_every_stage_upgraded_removed_and_installed_again_disturbs_no_stage(
     place: Place, chart: Helm, newer: Path
 ) -> None:
-    chart.install(SYSTEM, values() | TWO)
+    chart.install(SYSTEM, values(place.cluster) | TWO)
     wait_for_operator(place.api, replicas=2)
     full = {"method": "full"}
     place.apply(
@@ -70,7 +71,7 @@ def test_an_operator_killed_in_every_stage_upgraded_removed_and_installed_again_
     before = [pod["metadata"]["uid"] for pod in place.pods()]
 
     with place.held(place.pods()[1]):
-        chart.install(SYSTEM, values() | TWO, chart=newer)
+        chart.install(SYSTEM, values(place.cluster) | TWO, chart=newer)
         wait_for_operator(place.api, replicas=2)
         assert [pod["metadata"]["uid"] for pod in place.pods()] == before
 
@@ -85,7 +86,7 @@ def test_an_operator_killed_in_every_stage_upgraded_removed_and_installed_again_
     assert [pod["metadata"]["uid"] for pod in place.pods()] == before
     assert place.pods(Stage.EVALUATE) == []
 
-    chart.install(SYSTEM, values() | TWO)
+    chart.install(SYSTEM, values(place.cluster) | TWO)
     killed += [kill_leader(place, Stage.EVALUATE), kill_leader(place, Stage.PUBLISH)]
     status = place.complete()
     assert len(set(killed)) > 1

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.images import Images
 
+from .clusters import JOB, Cluster
 from .conftest import UNDISTURBED, Furnish
-from .place import JOB, Place, accuracy
+from .place import Place, accuracy
 from .wandb_server import API_KEY, UnavailableError, WandbServer
 
 pytestmark = pytest.mark.timeout(1200)
@@ -29,10 +29,10 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def wandb(places: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer | str]:
+def wandb(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer | str]:
     """A server that speaks W&B's protocol, or why there is none."""
     try:
-        server = WandbServer(tmp_path_factory.mktemp("wandb"))
+        server = WandbServer(tmp_path_factory.mktemp("wandb"), cluster.address)
     except UnavailableError as problem:
         yield str(problem)
         return
@@ -55,7 +55,7 @@ def trained(request: pytest.FixtureRequest, furnish: Furnish, wandb: WandbServer
                 credentials__wandb={"name": "wandb", "key": "key"},
             )
         status = place.complete()
-        request.config.cache.set(UNDISTURBED, {Images(place.places).imported("trainer"): place.losses()})
+        request.config.cache.set(UNDISTURBED, {place.cluster.built("trainer"): place.losses()})
         yield Trained(place, status, wandb)
 
 
@@ -77,7 +77,7 @@ def test_what_is_published_is_as_good_as_the_status_says(trained: Trained, tmp_p
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(content)
     base, tuned, tokenizer = loaded(place, tmp_path)
-    lines = (place.run / "evaluation" / "predictions.jsonl").read_text().splitlines()
+    lines = place.read("evaluation/predictions.jsonl").splitlines()
     held_out = [row for row in map(json.loads, lines) if row["dataset"] == "days"]
     rows = [(row["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0], row["gold"]) for row in held_out]
     (metric,) = [m for m in status["results"]["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]

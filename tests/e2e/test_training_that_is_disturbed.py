@@ -7,7 +7,6 @@ takes its time goes on beside other tests.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,16 +16,17 @@ from typing import Any
 
 import pytest
 from tests.cluster.node import FAKE_GPUS
-from tests.cluster.places import NODE_NAME
-from tests.integration.harness.api import Api
+from tests.integration.harness.api import ApiError
 from tests.integration.harness.processes import wait_until
 
 from finetune_api.base import Stage
 
+from .clusters import JOB, Cluster, OwnNode
 from .conftest import Furnish
-from .place import AFTER_EVERY_STEP, JOB, TRAINING, Place, condition_of, is_true
+from .place import AFTER_EVERY_STEP, LABEL_UID, TRAINING, Place, condition_of, is_true
 
 pytestmark = pytest.mark.timeout(1200)
+GPU = "nvidia.com/gpu"
 
 
 def train_attempts(place: Place) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def test_a_pod_deleted_a_rank_killed_and_a_job_suspended_cost_no_step_and_one_at
     assert deleted["reason"] in ("preempted", "deleted")
 
     place.trained_to(14, attempt=2)
-    os.kill(place.rank_process(place.pods(attempt=2)[2]), signal.SIGKILL)
+    place.signal(place.pods(attempt=2)[2], signal.SIGKILL)
     place.wait(place.attempt_is("running", 3), "a third attempt")
     killed = train_attempts(place)[1]
     assert "SIGKILL" in killed["message"]
@@ -73,12 +73,12 @@ class Stopped:
 
 
 @pytest.fixture(scope="module")
-def stopped(request: pytest.FixtureRequest, furnish: Furnish) -> Iterator[Stopped]:
+def stopped(request: pytest.FixtureRequest, own_node: OwnNode, furnish: Furnish) -> Iterator[Stopped]:
     """The peers notice after a minute, and its pod bears its grace: meanwhile there are other tests."""
     failed_before = request.session.testsfailed
     with (
         furnish("full-then-stopped", lambda: request.session.testsfailed > failed_before) as place,
-        little_room(place.places.volumes / place.namespace / "run") as volume,
+        little_room(own_node.volume(place.namespace)) as volume,
     ):
         place.apply(publish=None, checkpoint=AFTER_EVERY_STEP, timeouts={"startup": "5m", "hang": "1m"})
         place.trained_to(6)
@@ -89,7 +89,7 @@ def stopped(request: pytest.FixtureRequest, furnish: Furnish) -> Iterator[Stoppe
         place.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
         wait_until(lambda: place.attempt_is("running", 2)(place.status()), "a second attempt", 60)
         place.trained_to(14, attempt=2)
-        os.kill(place.rank_process(place.pods(attempt=2)[1]), signal.SIGSTOP)
+        place.signal(place.pods(attempt=2)[1], signal.SIGSTOP)
         yield Stopped(place, full)
 
 
@@ -120,30 +120,46 @@ def test_a_pod_at_its_memory_limit_is_told_from_a_crash_and_the_limit_is_named(p
 
 
 @pytest.fixture
-def gpus(api: Api) -> str:
-    """The name of a resource that the node pretends to have."""
-    node = {"kind": "Node", "metadata": {"name": NODE_NAME}}
-    name = "nvidia.com/gpu"
+def gpu_node(cluster: Cluster) -> Iterator[str]:
+    """The name of a node that pretends to have GPUs."""
+    node = {"kind": "Node", "metadata": {"name": cluster.node}}
 
-    def allocatable() -> bool:
-        if api.get("Node", NODE_NAME)["status"]["allocatable"].get(name) == str(FAKE_GPUS):
+    def allocatable() -> str | None:
+        found: str | None = cluster.api.get("Node", cluster.node)["status"]["allocatable"].get(GPU)
+        return found
+
+    def pretended() -> bool:
+        if allocatable() == str(FAKE_GPUS):
             return True
-        api.patch(node, {"status": {"capacity": {name: str(FAKE_GPUS)}}}, "status")  # a kubelet forgets it as it starts
+        cluster.api.patch(node, _gpus(str(FAKE_GPUS)), "status")  # a kubelet forgets it as it starts
         return False
 
-    wait_until(allocatable, f"{FAKE_GPUS} pretended GPUs")
-    return name
+    if not cluster.owned and allocatable() is not None:
+        pytest.skip(f"The node {cluster.node} of the given cluster has GPUs of its own.")
+    try:
+        wait_until(pretended, f"{FAKE_GPUS} pretended GPUs")
+    except ApiError as error:
+        if cluster.owned:
+            raise
+        pytest.skip(f"The node {cluster.node} of the given cluster may not pretend to have GPUs: {error.message}")
+    yield cluster.node
+    if not cluster.owned:
+        cluster.api.patch(node, _gpus(None), "status")
 
 
-def test_pods_are_scheduled_for_their_gpus_and_say_so_where_cuda_finds_none(place: Place, gpus: str) -> None:
+def _gpus(count: str | None) -> dict[str, Any]:
+    return {"status": {"capacity": {GPU: count}}}
+
+
+def test_pods_are_scheduled_for_their_gpus_and_say_so_where_cuda_finds_none(gpu_node: str, place: Place) -> None:
     place.apply(publish=None, retry={"limit": 0}, topology={"nodes": 1, "gpusPerNode": 2})
     place.failed()
     assert place.ended() == [("crash", True)]
     (train,) = train_attempts(place)
     assert "2 GPUs (topology.gpusPerNode), and CUDA finds 0 (Found no NVIDIA driver" in train["message"]
     (pod,) = place.pods()
-    assert pod["spec"]["nodeName"] == NODE_NAME
-    assert pod["spec"]["containers"][0]["resources"]["requests"][gpus] == "2"
+    assert pod["spec"]["nodeName"] == gpu_node
+    assert pod["spec"]["containers"][0]["resources"]["requests"][GPU] == "2"
 
 
 def test_a_job_deleted_and_applied_again_saves_keeps_its_volume_and_starts_afresh_after_the_old_pods(
@@ -162,11 +178,12 @@ def test_a_job_deleted_and_applied_again_saves_keeps_its_volume_and_starts_afres
 
     def left() -> bool:
         there = [pod["metadata"] for pod in place.api.objects("Pod", place.namespace)]
-        met.append(len({metadata["labels"]["finetune.dev/uid"] for metadata in there}) > 1)
+        there = [metadata for metadata in there if LABEL_UID in metadata.get("labels", {})]
+        met.append(len({metadata["labels"][LABEL_UID] for metadata in there}) > 1)
         return not any(metadata["uid"] in pods for metadata in there)
 
     wait_until(left, "the old pods to end within their grace", 60)
-    assert list((before / "checkpoints").glob("step-*"))
+    assert any(name.startswith("step-") for name in place.files("checkpoints", run=before))
     claim = place.api.get("PersistentVolumeClaim", f"{JOB}-run", place.namespace)
     assert "deletionTimestamp" not in claim["metadata"]
     place.wait(lambda status: bool(left()) and place.attempt_is("succeeded", 1)(status), "the new job to be trained")
@@ -184,5 +201,5 @@ def test_a_retry_goes_on_after_a_full_volume_and_a_stopped_rank_is_named_with_it
     assert place.ended() == [("storage-full", False), ("hang", True), ("succeeded", False)]
     assert "rank 1" in train_attempts(place)[1]["message"].lower()
     for rank in (0, 2):
-        assert "train" in (place.run / "logs" / "train-2" / f"stacks-rank{rank}.txt").read_text()
+        assert "train" in place.read(f"logs/train-2/stacks-rank{rank}.txt")
     assert place.losses() == undisturbed

@@ -81,8 +81,7 @@ def workspace(places: Places, base_model: Path) -> Iterator[Path]:
         (folder / file).write_text(content)
         datasets.append({"path": file} | {name: value for name, value in dataset.items() if name != "repo"})
     spec = job_spec(model={"path": "base"}, publish={"path": "published"}, datasets=datasets)
-    for name in ("credentials", "storage"):
-        del spec[name]
+    del spec["credentials"]
     job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "days"}, "spec": spec}
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     subprocess.run(["chown", "-R", f"{USER}:{USER}", str(folder)], check=True)

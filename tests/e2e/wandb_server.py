@@ -1,4 +1,4 @@
-"""A server that speaks W&B's protocol, on the node's address: openwandb, installed into a folder of its own.
+"""A server that speaks W&B's protocol: openwandb, installed into a folder of its own.
 
 Its licence (CC-BY-NC) keeps it out of the project's dependencies: only this test runs it.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
-from tests.cluster.places import NODE_ADDRESS
 from tests.integration.harness import binaries
 from tests.integration.harness.processes import Process, free_ports, wait_until
 
@@ -48,11 +47,11 @@ def install() -> Path:
 class WandbServer:
     """The server and what it was sent."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str) -> None:
         (port,) = free_ports(1)
-        self.url = f"http://{NODE_ADDRESS}:{port}"
+        self.url = f"http://{address}:{port}"
         self._data = folder / "data"
-        words = ["serve", "--host", NODE_ADDRESS, "--port", str(port), "--data-dir", str(self._data)]
+        words = ["serve", "--host", address, "--port", str(port), "--data-dir", str(self._data)]
         self._process = Process("openwandb", [install(), *words], folder / "openwandb.log")
 
     def __enter__(self) -> WandbServer:

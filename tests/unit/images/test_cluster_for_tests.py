@@ -77,25 +77,25 @@ def test_a_hollow_layer_is_known_from_a_whole_one_and_takes_no_space(tmp_path: P
     assert whole.stat().st_size == images.LARGE_BYTES
 
 
-def end_to_end(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the end-to-end tests where they cannot be run: a cluster is given, and none of their own is there."""
-    given = {"FINETUNE_TEST_KUBECONFIG": str(folder / "none"), "FINETUNE_TEST_CLUSTER": str(folder)}
-    command = [sys.executable, "-m", "pytest", "tests/e2e", "-q", "-p", "no:cacheprovider"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FINETUNE_")} | given | variables
+def end_to_end(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the end-to-end tests where they cannot be run."""
+    command = [sys.executable, "-m", "pytest", "tests/e2e", "-q", "-p", "no:cacheprovider", *options]
+    own = {"FINETUNE_TEST_CLUSTER": str(folder)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FINETUNE_")} | own | variables
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_tests_that_need_a_cluster_are_listed_where_there_can_be_none_and_nothing_fails(tmp_path: Path) -> None:
-    done = end_to_end(tmp_path)
+    done = end_to_end(tmp_path, FINETUNE_TEST_KUBECONFIG=str(tmp_path / "none"))
     _, listed = done.stdout.split("not run on this machine")
     assert done.returncode == 0, done.stdout
-    assert "::test_what_is_published_is_as_good_as_the_status_says: A cluster is given" in listed
+    assert "::test_what_is_published_is_as_good_as_the_status_says: The given cluster cannot be used: there" in listed
 
 
-def test_who_asks_for_these_tests_alone_is_told_that_there_can_be_no_cluster(tmp_path: Path) -> None:
-    done = end_to_end(tmp_path, FINETUNE_REQUIRE_CLUSTER="1")
+def test_who_names_a_cluster_for_these_tests_is_told_why_it_cannot_be_used(tmp_path: Path) -> None:
+    done = end_to_end(tmp_path, "--kubeconfig", str(tmp_path / "none"))
     assert done.returncode == 1
-    assert "A cluster is given" in done.stdout
+    assert f"The given cluster cannot be used: there is no file {tmp_path / 'none'}." in done.stdout
 
 
 class Kubelet:
