@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.data.documents import DocumentStore, DocumentWriter
+from finetune_trainer.data.documents import DocumentBatch, DocumentStore, DocumentWriter
 
 
 @st.composite
@@ -39,9 +39,31 @@ def test_every_document_is_read_back_as_it_was_written(
         assert (document.id, document.dataset, document.row, document.parent) == (number, number % 3, number * 7, -1)
 
 
+@given(documents(), st.integers(0, 8))
+def test_documents_in_batches_are_written_as_one_by_one(
+    tmp_path_factory: pytest.TempPathFactory, written: list[tuple[list[int], list[int]]], first: int
+) -> None:
+    apart, together = tmp_path_factory.mktemp("apart"), tmp_path_factory.mktemp("together")
+    with DocumentWriter(apart) as one, DocumentWriter(together) as many:
+        batches = [DocumentBatch(), DocumentBatch()]
+        for number, (ids, positions) in enumerate(written):
+            targets = [ids[position + 1] for position in positions]
+            one.add(ids, positions, targets, dataset=2, row=number)
+            batches[number >= first].add(ids, positions, targets, row=number)
+        for batch in batches:
+            many.extend(batch, dataset=2)
+        assert len(many) == len(one)
+    for path in apart.iterdir():
+        assert (together / path.name).read_bytes() == path.read_bytes()
+
+
 def test_a_target_outside_its_document_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="outside its document"), DocumentWriter(tmp_path) as writer:
         writer.add([1, 2, 3], [3], [1])
+    with pytest.raises(ValueError, match="outside its document"):
+        DocumentBatch().add([1, 2, 3], [3], [1], row=1)
+    with pytest.raises(ValueError, match="one length"):
+        DocumentBatch().add([1, 2, 3], [1], [1, 2], row=1)
 
 
 def test_a_store_whose_writer_was_interrupted_cannot_be_read(tmp_path: Path) -> None:

@@ -1,9 +1,25 @@
 """Near-duplicates are found by what they say, not by how they are written."""
 
-import numpy as np
-import pytest
+import re
+from collections import defaultdict
+from pathlib import Path
 
-from finetune_trainer.prepare.near_duplicates import clusters, joined, keep_together, signature
+import numpy as np
+import numpy.typing as npt
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_trainer.prepare import near_duplicates
+from finetune_trainer.prepare.near_duplicates import (
+    SignatureFile,
+    clusters,
+    joined,
+    keep_together,
+    normalise,
+    signatures,
+)
 
 SENTENCE = (
     "the committee met on tuesday to discuss the budget for the coming year and decided that the "
@@ -12,7 +28,7 @@ SENTENCE = (
 
 
 def cluster(*texts: str) -> list[int]:
-    return clusters(np.stack([signature(text) for text in texts])).tolist()
+    return clusters(signatures(texts)).tolist()
 
 
 def jaccard(first: str, second: str) -> float:
@@ -40,7 +56,7 @@ def test_the_signatures_estimate_the_jaccard_similarity() -> None:
     for number, shared in enumerate(range(10, 400, 6)):
         words = [f"{number}w{i}" for i in range(400)]
         first, second = " ".join(words), " ".join([*words[:shared], *(f"x{i}" for i in range(400 - shared))])
-        estimate = float((signature(first) == signature(second)).mean())
+        estimate = float(np.equal(*signatures([first, second])).mean())
         errors.append(estimate - jaccard(first, second))
     assert abs(np.mean(errors)) < 0.02
     assert max(map(abs, errors)) < 0.25
@@ -69,3 +85,65 @@ def test_groups_and_near_duplicates_are_joined(first: list[int], second: list[st
 
 def test_no_rows_make_no_clusters() -> None:
     assert clusters(np.empty((0, 64), np.uint32)).tolist() == []
+
+
+def plain_signature(text: str) -> list[int]:
+    """The definition: for each permutation the least hash of all shingles."""
+    words = normalise(text).split()
+    width = min(5, max(len(words), 1))
+    shingles = {" ".join(words[i : i + width]) for i in range(max(len(words) - width + 1, 1))}
+    hashes = [xxhash.xxh64_intdigest(shingle.encode()) for shingle in shingles]
+    return [min((h * int(factor) % 2**64) >> 32 for h in hashes) for factor in near_duplicates._FACTORS]
+
+
+def plain_clusters(rows: npt.NDArray[np.uint32]) -> list[int]:
+    """The definition: in each bucket of each band every row is compared with the first one of each kind."""
+    near: list[tuple[int, int]] = []
+    for band in range(0, 64, 4):
+        buckets: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row, values in enumerate(rows[:, band : band + 4].tolist()):
+            buckets[tuple(values)].append(row)
+        for members in buckets.values():
+            while members:
+                first, *rest = members
+                alike = {row for row in rest if (rows[row] == rows[first]).mean() >= 0.8}
+                near += [(first, row) for row in alike]
+                members = [row for row in rest if row not in alike]
+    cluster = list(range(len(rows)))
+    for a, b in near:
+        low, high = sorted((cluster[a], cluster[b]))
+        cluster = [low if of == high else of for of in cluster]
+    return cluster
+
+
+@given(st.lists(st.one_of(st.text(), st.text("aB_1 é,\n", max_size=60)), min_size=1, max_size=20))
+def test_many_texts_at_once_have_the_signatures_of_their_definition(texts: list[str]) -> None:
+    assert signatures(texts).tolist() == [plain_signature(text) for text in texts]
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_a_text_of_ascii_is_normalised_as_any_other(text: str) -> None:
+    assert normalise(text) == re.sub(r"[\W_]+", " ", text.lower()).strip()
+
+
+def test_long_and_short_texts_together_have_the_signatures_of_their_definition() -> None:
+    texts = ["", " ".join(f"w{i % 700}" for i in range(3000)), "a b", "!", " ".join(f"w{i}" for i in range(513))]
+    assert signatures(texts).tolist() == [plain_signature(text) for text in texts]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 4), st.floats(0, 0.3))
+def test_clusters_are_those_of_their_definition(seed: int, rows: int, kinds: int, changed: float) -> None:
+    random = np.random.default_rng(seed)
+    of_kind = random.integers(0, 2**32, (kinds, 64), dtype=np.uint32)
+    found = of_kind[random.integers(0, kinds, rows)]
+    found = np.where(random.random(found.shape) < changed, random.integers(0, 9, found.shape, dtype=np.uint32), found)
+    assert clusters(found).tolist() == plain_clusters(found)
+
+
+def test_signatures_in_a_file_make_the_same_clusters_and_leave_nothing(tmp_path: Path) -> None:
+    texts = [SENTENCE, "something else", SENTENCE.upper(), "a third text"]
+    with SignatureFile(tmp_path) as file:
+        file.append(signatures(texts[:3]))
+        file.append(signatures(texts[3:]))
+        assert file.clusters().tolist() == cluster(*texts) == [0, 1, 0, 3]
+        assert list(tmp_path.iterdir()) == []

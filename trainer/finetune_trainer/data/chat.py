@@ -73,6 +73,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._backend = _plain_backend(tokenizer)
         self._control_tokens = _control_token_pattern(tokenizer)
         self._anchor = _anchor(tokenizer)
         self.adds_bos = _adds_bos(tokenizer)
@@ -107,7 +108,9 @@ class ChatFormat:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The template's text for the messages; control tokens in their contents are marked as plain text."""
-        marked = [message | {"content": self._mark(message["content"])} for message in messages]
+        return self._render(self._marked(messages), add_generation_prompt=add_generation_prompt)
+
+    def _render(self, marked: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 marked, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -138,6 +141,7 @@ class ChatFormat:
         One document, or one for each learnt turn where the template rewrites earlier turns.
         Raises ChatTemplateError where the template refuses the messages.
         """
+        messages = self._marked(messages)
         # A greeting at the very beginning answers nothing: it is part of what is given.
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         if not self.keeps_history:
@@ -146,7 +150,7 @@ class ChatFormat:
         pieces: list[Segment] = []
         done = ""
         for turn in turns:
-            prompt = self.render(messages[:turn], add_generation_prompt=True)
+            prompt = self._render(messages[:turn], add_generation_prompt=True)
             if not prompt.startswith(done):
                 return [self._last_turn(messages[: turn + 1]) for turn in (turns if learn == "all" else turns[-1:])]
             learnt = self._learnt(prompt, messages[: turn + 1])
@@ -154,13 +158,13 @@ class ChatFormat:
             done = prompt + learnt
         return [pieces]
 
-    def _last_turn(self, messages: Sequence[Message]) -> list[Segment]:
-        prompt = self.render(messages[:-1], add_generation_prompt=True)
-        return [Segment(prompt, False), Segment(self._learnt(prompt, messages), True)]
+    def _last_turn(self, marked: Sequence[Message]) -> list[Segment]:
+        prompt = self._render(marked[:-1], add_generation_prompt=True)
+        return [Segment(prompt, False), Segment(self._learnt(prompt, marked), True)]
 
-    def _learnt(self, prompt: str, messages: Sequence[Message]) -> str:
+    def _learnt(self, prompt: str, marked: Sequence[Message]) -> str:
         """The last turn's text with its end token."""
-        whole = self.render(messages)
+        whole = self._render(marked)
         if not whole.startswith(prompt) or not whole.endswith(self._after_end):
             raise ChatTemplateError("the chat template renders this answer otherwise than its prompt promises")
         return whole[len(prompt) : len(whole) - len(self._after_end)]
@@ -178,7 +182,7 @@ class ChatFormat:
 
     def _compute_answer_ids(self, answer: str) -> tuple[int, ...]:
         turns = [{"role": "user", "content": _PROBE_USER}, {"role": "assistant", "content": answer}]
-        segments = self._last_turn(turns)
+        segments = self._last_turn(self._marked(turns))
         ids = self.encode([segments[1]], inside=True)[0]
         return tuple(ids if self.end_text else [*ids, self.end_token_ids[0]])
 
@@ -218,8 +222,20 @@ class ChatFormat:
     def _encode_part(self, text: str, *, begun: bool, as_plain: bool) -> list[int]:
         anchored = begun and self._anchor and not as_plain
         given = f"{self._anchor}{text}" if anchored else text
-        ids = self.tokenizer.encode(given, add_special_tokens=False, split_special_tokens=as_plain)
-        return list(ids[1:] if anchored else ids)
+        ids = self._ids(given, as_plain)
+        return ids[1:] if anchored else ids
+
+    def _ids(self, text: str, as_plain: bool) -> list[int]:
+        if self._backend is None:
+            return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=as_plain))
+        if self._backend.encode_special_tokens != as_plain:
+            self._backend.encode_special_tokens = as_plain
+        # "Fast" only in that it keeps no offsets.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    def _marked(self, messages: Sequence[Message]) -> list[Message]:
+        return [message | {"content": self._mark(message["content"])} for message in messages]
 
     def _mark(self, content: str) -> str:
         if self._control_tokens is None or not self._control_tokens.search(content):
@@ -237,19 +253,12 @@ class ChatFormat:
         return ids
 
     def _has_prefix_property(self) -> bool:
-        chat: list[Message] = [
-            {"role": role, "content": content}
-            for role, content in [
-                ("user", _PROBE_USER),
-                ("assistant", _PROBE_ANSWER),
-                ("user", _PROBE_USER),
-                ("assistant", _PROBE_ANSWER),
-            ]
-        ]
+        exchange = [{"role": "user", "content": _PROBE_USER}, {"role": "assistant", "content": _PROBE_ANSWER}]
+        marked = self._marked([*exchange, *exchange])
         try:
-            prompt = self.render(chat[:1], add_generation_prompt=True)
-            first = prompt + self._learnt(prompt, chat[:2])
-            return bool(self.end_text) and self.render(chat[:3], add_generation_prompt=True).startswith(first)
+            prompt = self._render(marked[:1], add_generation_prompt=True)
+            first = prompt + self._learnt(prompt, marked[:2])
+            return bool(self.end_text) and self._render(marked[:3], add_generation_prompt=True).startswith(first)
         except ChatTemplateError:
             return False
 
@@ -270,6 +279,22 @@ class ChatFormat:
         if before.startswith(head) and before.endswith(tail) and len(before) > len(head) + len(tail):
             return before[len(head) : len(before) - len(tail)].strip()
         return ""
+
+
+def _plain_backend(tokenizer: Any) -> Any | None:
+    """The library that a tokenizer's `encode` only wraps, at several times the cost; None where it does more."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    wraps = (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.encode is PreTrainedTokenizerBase.encode
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+    )
+    if not wraps:
+        return None
+    tokenizer.encode("x")  # takes away the truncation and padding that a tokenizer's file may ask for
+    return tokenizer.backend_tokenizer
 
 
 def _control_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:

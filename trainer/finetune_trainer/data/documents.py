@@ -8,8 +8,9 @@ position j - 1. There are no shifted labels anywhere. Nothing here may know abou
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -59,6 +60,31 @@ class Document:
     """Row number in the dataset's split, from 1, for error messages; -1 unknown."""
 
 
+@dataclass
+class DocumentBatch:
+    """Documents end to end on their way to a store: a few arrays, which go from process to process at little cost."""
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    target_position: array[int] = field(default_factory=lambda: array("i"))
+    target_id: array[int] = field(default_factory=lambda: array("i"))
+    target_counts: array[int] = field(default_factory=lambda: array("q"))
+    rows: array[int] = field(default_factory=lambda: array("q"))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def add(self, ids: Sequence[int], target_position: Sequence[int], target_id: Sequence[int], row: int) -> None:
+        """Append one document. Raises ValueError where a target lies outside it or the lengths disagree."""
+        _check(ids, target_position, target_id)
+        self.ids.extend(ids)
+        self.lengths.append(len(ids))
+        self.target_position.extend(target_position)
+        self.target_id.extend(target_id)
+        self.target_counts.append(len(target_id))
+        self.rows.append(row)
+
+
 class DocumentWriter:
     """Appends documents to the arrays of a directory, with memory that does not grow with the tokens.
 
@@ -95,10 +121,9 @@ class DocumentWriter:
         Raises ValueError where a target lies outside the document or the lengths disagree.
         """
         weights = np.ones(len(target_id), np.float32) if target_weight is None else np.asarray(target_weight)
-        if not len(target_position) == len(target_id) == len(weights):
+        if len(target_id) != len(weights):
             raise ValueError("positions, targets and weights must have one length")
-        if len(target_position) and not 0 <= min(target_position) <= max(target_position) < len(ids):
-            raise ValueError("a target's position lies outside its document")
+        _check(ids, target_position, target_id)
         self._tokens += len(ids)
         self._targets += len(target_id)
         self._write("ids", ids)
@@ -112,6 +137,22 @@ class DocumentWriter:
         self._write("row", [row])
         self._count += 1
         return self._count - 1
+
+    def extend(self, batch: DocumentBatch, *, dataset: int = 0) -> None:
+        """Append the documents of a batch, with weights of 1 and no parents."""
+        count, targets = len(batch), len(batch.target_id)
+        self._write("ids", np.asarray(batch.ids))
+        self._write("offsets", self._tokens + np.cumsum(batch.lengths, dtype=np.int64))
+        self._write("target_position", np.asarray(batch.target_position))
+        self._write("target_id", np.asarray(batch.target_id))
+        self._write("target_weight", np.ones(targets, np.float32))
+        self._write("target_offsets", self._targets + np.cumsum(batch.target_counts, dtype=np.int64))
+        self._write("dataset", np.full(count, dataset))
+        self._write("parent", np.full(count, -1))
+        self._write("row", np.asarray(batch.rows))
+        self._tokens += len(batch.ids)
+        self._targets += targets
+        self._count += count
 
     def close(self) -> None:
         """Flush the arrays and write the header that makes the store readable."""
@@ -129,6 +170,13 @@ class DocumentWriter:
             return
         for file in self._files.values():
             file.close()
+
+
+def _check(ids: IntSequence, target_position: IntSequence, target_id: IntSequence) -> None:
+    if len(target_position) != len(target_id):
+        raise ValueError("positions, targets and weights must have one length")
+    if len(target_position) and not 0 <= min(target_position) <= max(target_position) < len(ids):
+        raise ValueError("a target's position lies outside its document")
 
 
 class DocumentStore:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,8 +54,15 @@ class BaselineRow:
     """Whether the model is trained on it; false for rows that `maxRows` left out."""
 
 
+def json_line(row: EvaluationRow | BaselineRow) -> str:
+    """The row as a JSON object with the end of its line, without fields that hold nothing."""
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    kept: dict[str, Any] = {name: value for name, value in values.items() if value not in (None, [], "")}
+    return json.dumps(kept, ensure_ascii=False) + "\n"
+
+
 class RowWriter:
-    """Writes rows to a file, one JSON object a line, without fields that hold nothing."""
+    """Writes rows to a file, one `json_line` a row."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +70,11 @@ class RowWriter:
 
     def write(self, row: EvaluationRow | BaselineRow) -> None:
         """Append one row."""
-        kept: dict[str, Any] = {name: value for name, value in asdict(row).items() if value not in (None, [], "")}
-        self._file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+        self._file.write(json_line(row))
+
+    def write_lines(self, lines: str) -> None:
+        """Append rows that `json_line` made."""
+        self._file.write(lines)
 
     def __enter__(self) -> Self:
         return self

@@ -39,6 +39,7 @@ def compile_template(source: str) -> Render:
     return render
 
 
+@lru_cache(maxsize=64)
 def compile_filter(source: str) -> Callable[[Mapping[str, Any]], bool]:
     """A function from a row's columns to whether the row is kept, from a jinja expression.
 

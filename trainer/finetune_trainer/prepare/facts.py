@@ -11,7 +11,7 @@ from finetune_api.report import DatasetFacts, LengthFacts
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, Span
 from finetune_trainer.prepare.mixture import UNSEEN_HALF, Division
-from finetune_trainer.prepare.write import Written
+from finetune_trainer.prepare.rendering import Written
 from finetune_trainer.reporter import Reporter
 
 FACTS_FILE = "facts.json"
@@ -57,7 +57,7 @@ def say(reporter: Reporter, divisions: list[Division], manifest: PreparedManifes
     for division in divisions:
         for sentence in division.warnings:
             reporter.warn(f"{sentence}.")
-        foreign = sum(scan.counts.foreign for scan in division.scans.values())
+        foreign = sum(scan.foreign for scan in division.scans.values())
         if foreign:
             reporter.warn(
                 f"{foreign} rows of {division.reading.name} are not UTF-8: their odd bytes were read as Windows-1252."
@@ -83,7 +83,7 @@ def dataset_facts(division: Division, written: Written, most: int) -> DatasetFac
     bad = sum(scan.bad.count for scan in scans) + written.bad.count
     first = [line for scan in scans for line in scan.bad.first] + written.bad.first
     left_out = division.count("left out") + division.count("excluded")
-    filtered = sum(scan.counts.filtered for scan in scans)
+    filtered = sum(scan.filtered for scan in scans)
     notes = [
         *division.reading.source.notes,
         *([f"the filter left out {filtered} rows"] if filtered else []),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,13 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Split, Task
 from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.prepare.near_duplicates import METHOD, clusters, joined, keep_together
+from finetune_trainer.prepare.near_duplicates import METHOD, joined, keep_together
 from finetune_trainer.prepare.scan import Reading, Scan
 from finetune_trainer.prepare.split import Side, assign, draw
 
 EvaluationSplit = Literal["test", "validation", "unseen half of validation", "none"]
 UNSEEN_HALF: EvaluationSplit = "unseen half of validation"
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -56,46 +57,34 @@ def divide(
 
     Raises TrainerError (bad-data): a held-out label that never occurs in training, nothing left to train on.
     """
-    cluster_of = _clusters([scan for _, scans in readings for scan in scans.values()])
     divisions = []
     for reading, scans in readings:
-        division = _divide(reading, scans, split, {name: cluster_of[id(s)] for name, s in scans.items()}, selects)
+        division = _divide(reading, scans, split, selects)
         _check_labels(division)
         if not division.count("train"):
             raise TrainerError(FailureClass.BAD_DATA, f"Nothing of {reading.name} is left to train on.", reading.field)
         if max_rows is not None:
             division.scored = _draw_scored(division, max_rows)
         divisions.append(division)
-    _say_contamination(divisions, cluster_of)
+    _say_contamination(divisions)
     return divisions
 
 
-def _clusters(scans: Sequence[Scan]) -> dict[int, npt.NDArray[np.int64]]:
-    """Near-duplicate clusters over all rows of the job, by the id of the scan; nobody needs the signatures after."""
-    signatures = scans[0].signatures if len(scans) == 1 else np.concatenate([scan.signatures for scan in scans])
-    for scan in scans:
-        scan.signatures = signatures[:0].copy()
-    together = clusters(signatures)
-    ends = np.cumsum([len(scan) for scan in scans])
-    return {id(scan): part for scan, part in zip(scans, np.split(together, ends[:-1]), strict=True)}
-
-
-def _divide(
-    reading: Reading, scans: dict[str, Scan], split: Split, cluster: dict[str, npt.NDArray[np.int64]], selects: bool
-) -> Division:
+def _divide(reading: Reading, scans: dict[str, Scan], split: Split, selects: bool) -> Division:
     spec, own = reading.spec, reading.spec.splits
     train = scans[own.train]
     strata = train.labels if split.stratify else [""] * len(train)
-    drawn = draw(train.ranks, strata, spec.max_rows) if spec.max_rows is not None else [True] * len(train)
-    chosen = [i for i, taken in enumerate(drawn) if taken]
-    together, large = _together(train, cluster[own.train], chosen)
+    chosen: Sequence[int] = range(len(train))
+    if spec.max_rows is not None:
+        chosen = [i for i, taken in enumerate(draw(train.ranks, strata, spec.max_rows)) if taken]
+    together, large = _together(train, chosen)
     shares: dict[Side, float] = {}
     if own.test is None and split.test > 0:
         shares["test"] = split.test
     if own.validation is None and split.validation > 0:
         shares["validation"] = split.validation
     sides: list[Side] = ["left out"] * len(train)
-    assigned = assign([train.ranks[i] for i in chosen], [strata[i] for i in chosen], together, shares)
+    assigned = assign(_of(train.ranks, chosen), _of(strata, chosen), together, shares)
     for i, side in zip(chosen, assigned, strict=True):
         sides[i] = side
     division = Division(reading, scans, {own.train: sides}, "none", ())
@@ -109,18 +98,21 @@ def _divide(
     division.evaluation = _evaluation_split(division, selects)
     if division.evaluation == UNSEEN_HALF:
         where = own.validation or own.train
-        _halve(division.sides[where], scans[where], cluster[where], split)
-    _exclude_held_out(division, cluster)
-    _say_duplicates(division, train, cluster[own.train], large, bool(shares))
+        _halve(division.sides[where], scans[where], split)
+    _exclude_held_out(division)
+    _say_duplicates(division, train, large, bool(shares))
     return division
 
 
-def _together(
-    scan: Scan, cluster: npt.NDArray[np.int64], chosen: Sequence[int]
-) -> tuple[npt.NDArray[np.int64], list[int]]:
+def _of(values: Sequence[Value], chosen: Sequence[int]) -> Sequence[Value]:
+    """The values of the chosen rows: as they are where that is all of them, for there may be millions."""
+    return values if len(chosen) == len(values) else [values[i] for i in chosen]
+
+
+def _together(scan: Scan, chosen: Sequence[int]) -> tuple[npt.NDArray[np.int64], list[int]]:
     """(what goes together among the chosen rows, sizes of the clusters too large for that)."""
-    together, large = keep_together(cluster[np.asarray(chosen, np.int64)])
-    return (joined(together, [scan.groups[i] for i in chosen]) if scan.groups else together), large
+    together, large = keep_together(scan.cluster[np.asarray(chosen, np.int64)])
+    return (joined(together, _of(scan.groups, chosen)) if scan.groups else together), large
 
 
 def _evaluation_split(division: Division, selects: bool) -> EvaluationSplit:
@@ -131,26 +123,26 @@ def _evaluation_split(division: Division, selects: bool) -> EvaluationSplit:
     return UNSEEN_HALF if selects else "validation"
 
 
-def _halve(sides: list[Side], scan: Scan, cluster: npt.NDArray[np.int64], split: Split) -> None:
+def _halve(sides: list[Side], scan: Scan, split: Split) -> None:
     """Move half of the validation rows to `test`: a checkpoint chosen on rows is no longer measured by them."""
     held = [i for i, side in enumerate(sides) if side == "validation"]
     strata = [scan.labels[i] if split.stratify else "" for i in held]
-    together, _ = _together(scan, cluster, held)
+    together, _ = _together(scan, held)
     halves = assign([scan.ranks[i] for i in held], strata, together, {"test": 0.5})
     for i, side in zip(held, halves, strict=True):
         sides[i] = "test" if side == "test" else "validation"
 
 
-def _exclude_held_out(division: Division, cluster: dict[str, npt.NDArray[np.int64]]) -> None:
+def _exclude_held_out(division: Division) -> None:
     """Keep rows that `maxRows` left out from a baseline where they repeat a held-out row."""
     held = {
-        int(cluster[split][i])
+        int(division.scans[split].cluster[i])
         for split, sides in division.sides.items()
         for i, side in enumerate(sides)
         if side in ("validation", "test")
     }
-    own = cluster[division.reading.spec.splits.train]
-    sides = division.sides[division.reading.spec.splits.train]
+    train = division.reading.spec.splits.train
+    own, sides = division.scans[train].cluster, division.sides[train]
     for i, side in enumerate(sides):
         if side == "left out" and int(own[i]) in held:
             sides[i] = "excluded"
@@ -191,10 +183,8 @@ def _draw_scored(division: Division, max_rows: int) -> set[tuple[str, int]]:
     return {key for (_, _, key), taken in zip(held, drawn, strict=True) if taken}
 
 
-def _say_duplicates(
-    division: Division, train: Scan, cluster: npt.NDArray[np.int64], large: list[int], cut: bool
-) -> None:
-    duplicates = len(train) - len(np.unique(cluster))
+def _say_duplicates(division: Division, train: Scan, large: list[int], cut: bool) -> None:
+    duplicates = len(train) - len(np.unique(train.cluster))
     if duplicates:
         kept = ", kept on one side of the split" if cut else ""
         division.notes.append(f"{duplicates} rows are near-duplicates of others{kept} ({METHOD})")
@@ -205,12 +195,12 @@ def _say_duplicates(
         )
 
 
-def _say_contamination(divisions: Sequence[Division], cluster_of: dict[int, npt.NDArray[np.int64]]) -> None:
+def _say_contamination(divisions: Sequence[Division]) -> None:
     """Held-out rows that occur, nearly word for word, among the training rows of any dataset of the job."""
 
     def of(division: Division, *wanted: Side) -> npt.NDArray[np.int64]:
         parts = [
-            cluster_of[id(division.scans[split])][np.fromiter((side in wanted for side in sides), bool, len(sides))]
+            division.scans[split].cluster[np.fromiter((side in wanted for side in sides), bool, len(sides))]
             for split, sides in division.sides.items()
         ]
         return np.concatenate(parts)

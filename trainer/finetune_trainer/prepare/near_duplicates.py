@@ -8,8 +8,13 @@ Jaccard similarity of 0.8. Texts of fewer than five words are compared by their 
 
 from __future__ import annotations
 
+import mmap
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,59 +35,160 @@ Signatures = npt.NDArray[np.uint32]
 _generator = np.random.default_rng(20240607)
 _FACTORS = _generator.integers(0, 1 << 63, PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 _NOT_A_WORD = re.compile(r"[\W_]+", re.UNICODE)
+_ASCII_WORDS = bytes(ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else 32 for code in range(256))
+"""Table of the bytes of an ASCII text: letters in lower case, digits, spaces for the rest."""
+_HASHES_AT_ONCE = 512
+"""Shingles whose hashes are permuted at once: their products stay in the processor's cache."""
+_ROWS_AT_ONCE = 8192
 
 
 def normalise(text: str) -> str:
     """The text in lower case, words parted by one space, nothing else."""
+    if text.isascii():  # the same, several times as fast
+        return b" ".join(text.encode().translate(_ASCII_WORDS).split()).decode()
     return _NOT_A_WORD.sub(" ", text.lower()).strip()
 
 
-def signature(text: str) -> Signatures:
-    """MinHash signature of a text, uint32[64]. Equal normalised texts have equal signatures."""
-    words = normalise(text).split()
-    width = min(SHINGLE_WORDS, max(len(words), 1))
-    shingles = {" ".join(words[i : i + width]) for i in range(max(len(words) - width + 1, 1))}
-    hashes = np.fromiter((xxhash.xxh64_intdigest(shingle.encode()) for shingle in shingles), np.uint64, len(shingles))
-    # Multiply-shift hashing: the product wraps at 2^64, and its upper half orders the shingles anew a factor.
-    least: Signatures = ((hashes[:, None] * _FACTORS) >> np.uint64(32)).min(axis=0).astype(np.uint32)
-    return least
+def signatures(texts: Sequence[str]) -> Signatures:
+    """MinHash signatures of texts, uint32[n, 64]. Equal normalised texts have equal signatures."""
+    if not texts:
+        return np.empty((0, PERMUTATIONS), np.uint32)
+    # Normalised, a text has no whitespace but single spaces, so a shingle is a piece of it.
+    joined_texts = "\n".join(map(normalise, texts)).encode()
+    codes = np.frombuffer(joined_texts, np.uint8)
+    text_ends = np.r_[np.flatnonzero(codes == ord("\n")), len(codes)]
+    word_ends = np.r_[np.flatnonzero((codes == ord("\n")) | (codes == ord(" "))), len(codes)]
+    word_begins = np.r_[0, word_ends[:-1] + 1]
+    last = np.searchsorted(word_ends, text_ends)
+    words = np.diff(last, prepend=-1)
+    counts = np.maximum(words - SHINGLE_WORDS + 1, 1)
+    starts = np.cumsum(counts) - counts
+    first_word = np.arange(counts.sum()) + np.repeat(last - words + 1 - starts, counts)
+    last_word = first_word + np.repeat(np.minimum(words, SHINGLE_WORDS) - 1, counts)
+    pieces = map(slice, word_begins[first_word].tolist(), word_ends[last_word].tolist())
+    hashes = map(xxhash.xxh64_intdigest, map(joined_texts.__getitem__, pieces))
+    return _least(np.fromiter(hashes, np.uint64, len(first_word)), starts)
 
 
-def clusters(signatures: Signatures) -> npt.NDArray[np.int64]:
+def _least(hashes: npt.NDArray[np.uint64], starts: npt.NDArray[np.int64]) -> Signatures:
+    """Least hash of each text under each permutation, uint32[n, 64]; starts: where the texts begin among `hashes`."""
+    least = np.full((PERMUTATIONS, len(starts)), np.iinfo(np.uint64).max)
+    for begin in range(0, len(hashes), _HASHES_AT_ONCE):
+        part = hashes[begin : begin + _HASHES_AT_ONCE]
+        first = int(np.searchsorted(starts, begin, side="right")) - 1
+        end = int(np.searchsorted(starts, begin + len(part)))
+        # Multiply-shift hashing: the product wraps at 2^64, and its upper half orders the shingles anew a factor.
+        products = np.multiply.outer(_FACTORS, part)
+        here = np.minimum.reduceat(products, np.maximum(starts[first:end] - begin, 0), axis=1)
+        least[:, first:end] = np.minimum(least[:, first:end], here)
+    return np.ascontiguousarray((least >> np.uint64(32)).T.astype(np.uint32))
+
+
+class SignatureFile:
+    """Signatures in a file without a name, so that memory does not grow by 256 bytes a row. Used with `with`."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """`directory`: where the file takes room; the system's place for such files where left out."""
+        self._file = TemporaryFile(dir=directory)  # noqa: SIM115 - closed by `__exit__`
+
+    def append(self, signatures: Signatures) -> None:
+        """Add the signatures of further rows, uint32[n, 64]."""
+        self._file.write(signatures.tobytes())
+
+    def clusters(self) -> npt.NDArray[np.int64]:
+        """`clusters` of all rows that were added."""
+        self._file.flush()
+        if not self._file.tell():
+            return np.empty(0, np.int64)
+        pages = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = np.frombuffer(pages, np.uint32).reshape(-1, PERMUTATIONS)
+        return clusters(mapped, lambda: pages.madvise(mmap.MADV_DONTNEED))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+
+def clusters(signatures: Signatures, looked: Callable[[], None] = lambda: None) -> npt.NDArray[np.int64]:
     """Cluster of each row, int64[n]: the index of its first member. signatures: uint32[n, 64].
 
     Members of a bucket are compared with the bucket's first member of each kind, so time grows with the rows.
+    `looked` is called after every few thousand rows that were read.
     """
-    rows = len(signatures)
-    parent = np.arange(rows, dtype=np.int64)
-    width = PERMUTATIONS // BANDS
+    cluster = np.arange(len(signatures), dtype=np.int64)
     for band in range(BANDS):
-        columns = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
-        keys = columns.view([("", columns.dtype)] * width).ravel()
-        order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]]) if rows else np.empty(0, np.int64)
-        ends = np.r_[starts[1:], rows]
-        shared = ends - starts > 1
-        for start, end in zip(starts[shared], ends[shared], strict=True):
-            _join_bucket(order[start:end], signatures, parent)
-    return np.fromiter((_root(parent, row) for row in range(rows)), np.int64, rows)
+        pairs = list(_near_pairs(signatures, band, looked))
+        if pairs:
+            cluster = _joined_pairs(cluster, np.concatenate(pairs, axis=1))
+    return cluster
 
 
-def _join_bucket(members: npt.NDArray[np.int64], signatures: Signatures, parent: npt.NDArray[np.int64]) -> None:
-    while len(members) > 1:
-        first, rest = members[0], members[1:]
-        alike = (signatures[rest] == signatures[first]).mean(axis=1) >= THRESHOLD
-        for row in rest[alike]:
-            a, b = _root(parent, int(first)), _root(parent, int(row))
-            parent[max(a, b)] = min(a, b)
-        members = rest[~alike]
+def _near_pairs(signatures: Signatures, band: int, looked: Callable[[], None]) -> Iterator[npt.NDArray[np.int64]]:
+    """int64[2, m]: rows of one bucket that are near-duplicates, the first of a kind and another."""
+    members, bucket = _buckets(signatures, band, looked)
+    while len(members):
+        begins = np.r_[True, bucket[1:] != bucket[:-1]]
+        firsts = members[begins][np.cumsum(begins) - 1]
+        firsts, members, bucket = firsts[~begins], members[~begins], bucket[~begins]
+        alike = _alike(signatures, firsts, members, looked)
+        yield np.stack([firsts[alike], members[alike]])
+        members, bucket = members[~alike], bucket[~alike]
 
 
-def _root(parent: npt.NDArray[np.int64], row: int) -> int:
-    while parent[row] != row:
-        parent[row] = parent[parent[row]]
-        row = int(parent[row])
-    return row
+def _buckets(
+    signatures: Signatures, band: int, looked: Callable[[], None]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(rows, bucket of each) where several rows have the same values in a band, by bucket and in the rows' order."""
+    width = PERMUTATIONS // BANDS
+    halves = np.empty((2, len(signatures)), np.uint64)
+    for begin in range(0, len(signatures), _ROWS_AT_ONCE):
+        rows = slice(begin, begin + _ROWS_AT_ONCE)
+        halves[:, rows] = np.ascontiguousarray(signatures[rows, band * width : (band + 1) * width]).view(np.uint64).T
+        looked()
+    order = np.argsort(halves[0], kind="stable")
+    order = order[_repeated(halves[0][order])]
+    order = order[np.lexsort((halves[1][order], halves[0][order]))]
+    ordered = halves[:, order]
+    number = np.r_[0, np.cumsum(np.any(ordered[:, 1:] != ordered[:, :-1], axis=0))][: len(order)]
+    repeated = _repeated(number)
+    return order[repeated], number[repeated]
+
+
+def _repeated(ordered: npt.NDArray[np.uint64] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of the ordered values stand there more than once."""
+    same = ordered[1:] == ordered[:-1]
+    repeated = np.zeros(len(ordered), np.bool_)
+    repeated[1:] |= same
+    repeated[:-1] |= same
+    return repeated
+
+
+def _alike(
+    signatures: Signatures, some: npt.NDArray[np.int64], others: npt.NDArray[np.int64], looked: Callable[[], None]
+) -> npt.NDArray[np.bool_]:
+    """Whether the rows are near-duplicates, pair by pair."""
+    alike = np.empty(len(some), np.bool_)
+    for begin in range(0, len(some), _ROWS_AT_ONCE):
+        pairs = slice(begin, begin + _ROWS_AT_ONCE)
+        same = np.count_nonzero(signatures[some[pairs]] == signatures[others[pairs]], axis=1)
+        alike[pairs] = same >= THRESHOLD * PERMUTATIONS
+        looked()
+    return alike
+
+
+def _joined_pairs(cluster: npt.NDArray[np.int64], pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Clusters after both rows of every pair, int64[2, m], are in one; each is named by its first row."""
+    cluster = cluster.copy()
+    while True:
+        first, second = cluster[pairs]
+        apart = first != second
+        if not apart.any():
+            return cluster
+        np.minimum.at(cluster, np.maximum(first, second)[apart], np.minimum(first, second)[apart])
+        while not np.array_equal(nearer := cluster[cluster], cluster):
+            cluster = nearer
 
 
 def keep_together(cluster: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[int]]:
@@ -98,10 +204,10 @@ def keep_together(cluster: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64]
 
 def joined(first: npt.NDArray[np.int64], second: Sequence[Hashable]) -> npt.NDArray[np.int64]:
     """What goes together where rows with an equal value in either do, int64[n]."""
-    parent = np.arange(len(first), dtype=np.int64)
+    rows = np.arange(len(first), dtype=np.int64)
+    cluster = rows
     for keys in (first.tolist(), second):
         seen: dict[Hashable, int] = {}
-        for row, key in enumerate(keys):
-            a, b = _root(parent, seen.setdefault(key, row)), _root(parent, row)
-            parent[max(a, b)] = min(a, b)
-    return np.fromiter((_root(parent, row) for row in range(len(first))), np.int64, len(first))
+        firsts = np.fromiter((seen.setdefault(key, row) for row, key in enumerate(keys)), np.int64, len(rows))
+        cluster = _joined_pairs(cluster, np.stack([firsts, rows]))
+    return cluster

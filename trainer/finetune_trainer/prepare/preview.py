@@ -21,9 +21,10 @@ from finetune_trainer.data.render import Rendering, render_training
 from finetune_trainer.prepare.fetch import hub_of, open_datasets
 from finetune_trainer.prepare.mixture import Division, divide
 from finetune_trainer.prepare.models import fetch_model, load_config
-from finetune_trainer.prepare.scan import BadRows
-from finetune_trainer.prepare.stage import scan_all, selects
+from finetune_trainer.prepare.scan import scan_all
+from finetune_trainer.prepare.stage import selects
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat
+from finetune_trainer.prepare.workers import Workers
 from finetune_trainer.prepare.write import rendering_of
 
 EXAMPLES = 3
@@ -45,7 +46,8 @@ def run(context: RunContext, console: Console | None = None) -> None:
     if local.directory.is_dir():
         config = load_config(local.directory, trust_remote_code=spec.model.trust_remote_code)
         most = document_limit(context, spec, config)
-    scans = scan_all(context, spec, readings)
+    with Workers() as workers:
+        scans = scan_all(readings, spec.split.seed, workers)
     # rich ends the process where the reader of a pipe has seen enough (`finetune preview … | head`): no failure.
     divisions = divide(scans, spec.split, selects=selects(spec), max_rows=spec.evaluation.max_rows)
     with suppress(SystemExit):
@@ -85,7 +87,7 @@ def _examples(division: Division, how: Rendering) -> Iterator[tuple[int, Tokens]
     order = sorted((scan.ranks[i], scan.rows[i]) for i, side in enumerate(division.sides[split]) if side == "train")
     wanted = {row for _, row in order[: 4 * EXAMPLES]}
     shown = 0
-    for example, _ in division.reading.examples(scan.split, BadRows(), only=wanted):
+    for example in division.reading.examples(scan.split, wanted):
         try:
             documents = render_training(how, example).documents
         except BadRowError:

@@ -85,7 +85,7 @@ def class_names(path: Path) -> dict[str, list[str]]:
 
 def has_foreign_bytes(text: str) -> bool:
     """Whether the text came from bytes that are not UTF-8 (see `as_windows_1252`)."""
-    return _FOREIGN.search(text) is not None
+    return not text.isascii() and _FOREIGN.search(text) is not None
 
 
 def as_windows_1252(text: str) -> str:

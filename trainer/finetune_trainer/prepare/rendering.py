@@ -1,103 +1,128 @@
-"""Rows rendered and tokenised in their order, by several processes where there are enough rows to pay for them."""
+"""Rows rendered and tokenised, many at a time: what goes into the stores and files, ready to be appended to them."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from multiprocessing import get_context
+from typing import NamedTuple
 
-from finetune_trainer.data.evaluation_rows import EvaluationRow
+from finetune_api.spec import Task
+from finetune_trainer.data.documents import DocumentBatch
+from finetune_trainer.data.evaluation_rows import BaselineRow, json_line
 from finetune_trainer.data.examples import BadRowError, Example
 from finetune_trainer.data.render import FewShot, Rendered, Rendering, render_evaluation, render_training
-
-PARALLEL_ROWS = 100_000
-"""Rows of a dataset from which on processes are started: each takes some ten seconds to import its libraries."""
-MOST_WORKERS = 4
-CHUNK_ROWS = 256
+from finetune_trainer.prepare.scan import BadRows, Reading
+from finetune_trainer.prepare.sources import SourceRow, SplitSource
+from finetune_trainer.prepare.split import Side
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(NamedTuple):
     """One row and what is wanted of it."""
 
-    example: Example
-    place: str
-    """`train.csv, row 12`."""
-    documents: bool
-    """Whether it is trained on or validated with."""
+    row: SourceRow
+    side: Side
     scored: bool
     """Whether Evaluate scores it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a row."""
+@dataclass
+class Written:
+    """What became of rows of one dataset."""
 
-    rendered: Rendered | None = None
-    rows: list[EvaluationRow] = field(default_factory=list)
-    problem: str = ""
-    """Why the row cannot be used; empty where it can."""
+    train: int = 0
+    validation: int = 0
+    scored: int = 0
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    shortened_chats: int = 0
+    dropped_turns: int = 0
+    bad: BadRows = field(default_factory=BadRows)
+
+    def add(self, later: Written) -> None:
+        """Count the rows that follow."""
+        self.train += later.train
+        self.validation += later.validation
+        self.scored += later.scored
+        self.cut_rows += later.cut_rows
+        self.cut_tokens += later.cut_tokens
+        self.shortened_chats += later.shortened_chats
+        self.dropped_turns += later.dropped_turns
+        self.bad.extend(later.bad)
+
+    def notes(self, most: int) -> list[str]:
+        """What was cut, in sentences."""
+        notes = []
+        if self.cut_rows:
+            mean = self.cut_tokens // self.cut_rows
+            notes.append(f"{self.cut_rows} texts were cut at their end to fit {most} tokens, by {mean} on average")
+        if self.shortened_chats:
+            notes.append(
+                f"{self.shortened_chats} chats lost their oldest messages ({self.dropped_turns} in all) "
+                f"to fit {most} tokens"
+            )
+        return notes
+
+
+@dataclass
+class Outcome:
+    """What became of some rows, each part in their order."""
+
+    rows: int
+    written: Written = field(default_factory=Written)
+    train: DocumentBatch = field(default_factory=DocumentBatch)
+    validation: DocumentBatch = field(default_factory=DocumentBatch)
+    scored: str = ""
+    """Lines of `evaluation/<dataset>.jsonl`."""
+    baseline: str = ""
+    """Lines of `baseline/<dataset>.jsonl`."""
+
+    def add_documents(self, rendered: Rendered, row: int, side: Side) -> None:
+        """Append the documents of a row."""
+        store = self.train if side == "train" else self.validation
+        for document in rendered.documents:
+            store.add(document.ids, document.target_position, document.target_id, row)
+        count, written = len(rendered.documents), self.written
+        written.train += count if side == "train" else 0
+        written.validation += count if side == "validation" else 0
+        written.cut_rows += rendered.cut_tokens > 0
+        written.cut_tokens += rendered.cut_tokens
+        written.shortened_chats += rendered.dropped_turns > 0
+        written.dropped_turns += rendered.dropped_turns
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """How every row of one dataset is rendered; goes to each worker once."""
+    """How the rows of one split are rendered. Pure: the same in every process."""
 
+    reading: Reading
+    split: SplitSource
     how: Rendering
-    dataset: str
     answer_tokens: int
     shots: FewShot | None
 
-    def render(self, order: Order) -> Outcome:
-        """Render one row. Pure: the same in every process."""
-        try:
-            rows = []
-            if order.scored:
-                rows = render_evaluation(
-                    self.how, order.example, self.dataset, answer_tokens=self.answer_tokens, few_shot=self.shots
-                )
-            rendered = render_training(self.how, order.example) if order.documents else None
-        except BadRowError as error:
-            return Outcome(problem=str(error))
-        return Outcome(rendered, rows)
+    def __call__(self, orders: Sequence[Order]) -> Outcome:
+        """Render these rows."""
+        outcome, scored, baseline = Outcome(len(orders)), list[str](), list[str]()
+        for order in orders:
+            try:
+                example = self.reading.example(order.row, self.split)
+                if example is None:
+                    continue
+                lines = self._scored(example) if order.scored else []
+                if order.side in ("train", "validation"):
+                    outcome.add_documents(render_training(self.how, example), example.row, order.side)
+            except BadRowError as error:
+                outcome.written.bad.add(order.row.place, str(error))
+                continue
+            scored += lines
+            if self.how.task is Task.CLASSIFICATION and order.side in ("train", "left out"):
+                baseline.append(json_line(BaselineRow(example.text, example.answer, used=order.side == "train")))
+        outcome.written.scored = len(scored)
+        outcome.scored, outcome.baseline = "".join(scored), "".join(baseline)
+        return outcome
 
-
-def worker_count(rows: int) -> int:
-    """Processes for a dataset of so many rows; 1 is this process alone."""
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS) if rows >= PARALLEL_ROWS else 1
-
-
-def render_all(renderer: Renderer, orders: Iterable[Order], workers: int) -> Iterator[tuple[Order, Outcome]]:
-    """(order, outcome) in the order given, with at most a few chunks of rows in memory."""
-    if workers < 2:
-        yield from ((order, renderer.render(order)) for order in orders)
-        return
-    source = iter(orders)
-    running: deque[tuple[list[Order], Future[list[Outcome]]]] = deque()
-    # Spawned, not forked: the tokenizer and the reporter hold threads.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(renderer,)) as pool:
-        while True:
-            while len(running) < 3 * workers and (chunk := list(islice(source, CHUNK_ROWS))):
-                running.append((chunk, pool.submit(_render_chunk, chunk)))
-            if not running:
-                return
-            given, future = running.popleft()
-            yield from zip(given, future.result(), strict=True)
-
-
-_renderer: Renderer | None = None
-
-
-def _begin(renderer: Renderer) -> None:
-    global _renderer
-    _renderer = renderer
-
-
-def _render_chunk(orders: list[Order]) -> list[Outcome]:
-    if _renderer is None:
-        raise RuntimeError("a worker was given rows before it was told how to render them")
-    return [_renderer.render(order) for order in orders]
+    def _scored(self, example: Example) -> list[str]:
+        rows = render_evaluation(
+            self.how, example, self.reading.name, answer_tokens=self.answer_tokens, few_shot=self.shots
+        )
+        return [json_line(row) for row in rows]

@@ -8,27 +8,29 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Dataset, Task
-from finetune_trainer.data.examples import BadRowError, Example, read_example
+from finetune_trainer.data.examples import UNANSWERABLE, BadRowError, Example, read_example
 from finetune_trainer.data.render import TEMPLATE_VARIABLES
 from finetune_trainer.data.templates import TemplateRowError, check_template, compile_filter, near_match
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.columns import find_columns
-from finetune_trainer.prepare.near_duplicates import PERMUTATIONS, Signatures, signature
+from finetune_trainer.prepare.near_duplicates import SignatureFile, Signatures, signatures
 from finetune_trainer.prepare.readers import UnreadableFileError
-from finetune_trainer.prepare.sources import DatasetSource, SplitSource
+from finetune_trainer.prepare.sources import DatasetSource, SourceRow, SplitSource
 from finetune_trainer.prepare.split import content_key, occurrence
+from finetune_trainer.prepare.workers import Workers
 
 MAX_BAD_SHARE = 0.05
 """Share of unusable rows above which a dataset is refused: it is then more likely misunderstood than dirty."""
 NAMED_BAD_ROWS = 5
-UNDERSTOOD_BY_EYE = 20
 
 
 @dataclass
@@ -43,6 +45,11 @@ class BadRows:
         self.count += 1
         if len(self.first) < NAMED_BAD_ROWS:
             self.first.append(f"{place}: {reason}")
+
+    def extend(self, later: BadRows) -> None:
+        """Count those of the rows that follow."""
+        self.count += later.count
+        self.first += later.first[: NAMED_BAD_ROWS - len(self.first)]
 
     def check(self, usable: int, name: str, field: str) -> None:
         """Raise TrainerError (bad-data) where too many rows, or all, are unusable."""
@@ -67,7 +74,6 @@ class Reading:
     task: Task
     found: Mapping[str, str | tuple[str, ...]]
     source: DatasetSource
-    keep: Callable[[Mapping[str, Any]], bool] | None
 
     @property
     def name(self) -> str:
@@ -79,40 +85,35 @@ class Reading:
         """Path of the dataset in the spec."""
         return f"datasets[{self.index}]"
 
-    def examples(
-        self, split: SplitSource, bad: BadRows, seen: Counts | None = None, only: Container[int] | None = None
-    ) -> Iterator[tuple[Example, str]]:
-        """(example, place) of each usable row that the filter keeps; others go to `bad` and `seen`.
+    def rows(self, split: SplitSource, only: Container[int] | None = None) -> Iterator[SourceRow]:
+        """The rows of a split as they are read. only: row numbers to look at, where not all are wanted.
 
-        only: row numbers to look at, where not all are wanted.
+        Raises TrainerError (bad-data) where a file is damaged.
         """
         try:
             for row in split:
-                if only is not None and row.number not in only:
-                    continue
-                if row.fields is None:
-                    bad.add(row.place, row.problem)
-                    continue
-                if seen is not None and row.foreign_bytes:
-                    seen.foreign += 1
-                try:
-                    if self.keep is not None and not self.keep(row.fields):
-                        if seen is not None:
-                            seen.filtered += 1
-                        continue
-                    yield read_example(self.task, row.number, row.fields, self.found, split.class_names), row.place
-                except (BadRowError, TemplateRowError) as error:
-                    bad.add(row.place, str(error))
+                if only is None or row.number in only:
+                    yield row
         except UnreadableFileError as error:
             raise TrainerError(FailureClass.BAD_DATA, f"{error}.", self.field) from error
 
+    def example(self, row: SourceRow, split: SplitSource) -> Example | None:
+        """The example of a row; None where the filter leaves it out. Raises BadRowError with the reason."""
+        if row.fields is None:
+            raise BadRowError(row.problem)
+        try:
+            if self.spec.filter and not compile_filter(self.spec.filter)(row.fields):
+                return None
+        except TemplateRowError as error:
+            raise BadRowError(str(error)) from error
+        return read_example(self.task, row.number, row.fields, self.found, split.class_names)
 
-@dataclass
-class Counts:
-    """Rows that were set aside or changed."""
-
-    filtered: int = 0
-    foreign: int = 0
+    def examples(self, split: SplitSource, only: Container[int]) -> Iterator[Example]:
+        """The examples of the rows with these numbers, of those that can be used."""
+        for row in self.rows(split, only):
+            with suppress(BadRowError):
+                if example := self.example(row, split):
+                    yield example
 
 
 @dataclass
@@ -128,12 +129,15 @@ class Scan:
     """Label of each row; empty texts for tasks without labels."""
     groups: Sequence[int]
     """Hash of the `groupBy` value; empty without one."""
-    signatures: Signatures
-    """uint32[n, 64]."""
     bad: BadRows
-    counts: Counts
+    filtered: int = 0
+    """Rows that the filter left out."""
+    foreign: int = 0
+    """Rows with bytes that are not UTF-8."""
     unanswerable: bool = False
     """Whether some question has no answer."""
+    cluster: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64[n], the same in near-duplicates, over all scans of the job: known when all of them are done."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -169,8 +173,7 @@ def open_reading(spec: Dataset, index: int, source: DatasetSource) -> Reading:
             f"Its columns: {', '.join(present)}.",
             f"{field}.groupBy",
         )
-    keep = compile_filter(spec.filter) if spec.filter else None
-    return Reading(spec, index, spec.task, found, source, keep)
+    return Reading(spec, index, spec.task, found, source)
 
 
 def _check_templates(spec: Dataset, task: Task, present: tuple[str, ...], field: str) -> None:
@@ -193,31 +196,126 @@ def _check_templates(spec: Dataset, task: Task, present: tuple[str, ...], field:
         check_template(spec.filter, present, f"{field}.filter", expression=True)
 
 
-def scan(reading: Reading, split: str, seed: int, tick: Callable[[], None] = lambda: None) -> Scan:
-    """Read a split once. `tick` is called for every usable row."""
-    source, bad, counts = reading.source.splits[split], BadRows(), Counts()
-    rows, contents, groups, labels, signatures = array("q"), array("Q"), array("Q"), list[str](), bytearray()
-    unanswerable = False
-    for example, _ in reading.examples(source, bad, counts):
-        rows.append(example.row)
-        contents.append(content_key(0, f"{example.text}\0{example.answer}"))
-        # Interned: every row has read a text of its own.
-        labels.append(sys.intern(example.answer) if reading.task is Task.CLASSIFICATION else "")
-        if reading.spec.group_by is not None:
-            groups.append(content_key(0, repr(example.variables.get(reading.spec.group_by))))
-        unanswerable |= reading.task is Task.QUESTION_ANSWERING and example.answers == ["unanswerable"]
-        signatures += signature(example.text).tobytes()
-        tick()
-    bad.check(len(rows), reading.name, reading.field)
-    if not rows:
-        why = f": the filter leaves none of {counts.filtered}" if counts.filtered else ""
+@dataclass
+class Look:
+    """The first look at rows of one split. Pure: the same in every process."""
+
+    reading: Reading
+    split: SplitSource
+
+    def __call__(self, rows: Sequence[SourceRow]) -> Seen:
+        """What is kept of these rows."""
+        seen, texts = Seen(), list[str]()
+        classified, group_by = self.reading.task is Task.CLASSIFICATION, self.reading.spec.group_by
+        for row in rows:
+            seen.foreign += row.foreign_bytes
+            try:
+                example = self.reading.example(row, self.split)
+            except BadRowError as error:
+                seen.bad.add(row.place, str(error))
+                continue
+            if example is None:
+                seen.filtered += 1
+                continue
+            seen.rows.append(example.row)
+            seen.contents.append(content_key(0, f"{example.text}\0{example.answer}"))
+            # Interned: every row has read a text of its own.
+            seen.labels.append(sys.intern(example.answer) if classified else "")
+            if group_by is not None:
+                seen.groups.append(content_key(0, repr(example.variables.get(group_by))))
+            seen.unanswerable |= self.reading.task is Task.QUESTION_ANSWERING and example.answers == [UNANSWERABLE]
+            texts.append(example.text)
+        seen.signatures = signatures(texts)
+        return seen
+
+
+@dataclass
+class Seen:
+    """What is kept of some rows."""
+
+    rows: array[int] = field(default_factory=lambda: array("q"))
+    contents: array[int] = field(default_factory=lambda: array("Q"))
+    groups: array[int] = field(default_factory=lambda: array("Q"))
+    labels: list[str] = field(default_factory=list)
+    signatures: Signatures = field(default_factory=lambda: signatures(()))
+    """uint32[n, 64]."""
+    bad: BadRows = field(default_factory=BadRows)
+    filtered: int = 0
+    foreign: int = 0
+    unanswerable: bool = False
+
+    def add(self, later: Seen) -> None:
+        """Append what was seen of the rows that follow; their signatures are not kept."""
+        self.rows += later.rows
+        self.contents += later.contents
+        self.groups += later.groups
+        self.labels += map(sys.intern, later.labels)
+        self.bad.extend(later.bad)
+        self.filtered += later.filtered
+        self.foreign += later.foreign
+        self.unanswerable |= later.unanswerable
+
+
+def scan(
+    reading: Reading,
+    split: str,
+    seed: int,
+    near: SignatureFile,
+    workers: Workers,
+    tick: Callable[[int], None] = lambda rows: None,
+) -> Scan:
+    """Read a split once. Signatures go to `near`, row by row; `tick` is told every number of usable rows.
+
+    Raises TrainerError (bad-data) where too few rows can be used.
+    """
+    source, seen = reading.source.splits[split], Seen()
+    for found in workers.carry_out(Look(reading, source), reading.rows(source)):
+        near.append(found.signatures)
+        seen.add(found)
+        tick(len(found.rows))
+    seen.bad.check(len(seen.rows), reading.name, reading.field)
+    if not seen.rows:
+        why = f": the filter leaves none of {seen.filtered}" if seen.filtered else ""
         raise TrainerError(
             FailureClass.BAD_DATA,
             f"{reading.name} holds no rows{why} ({split}, {reading.source.origin}).",
             reading.field,
         )
-    of_rows = np.frombuffer(signatures, np.uint32).reshape(-1, PERMUTATIONS)
-    return Scan(source, rows, _ranks(contents, seed), labels, groups, of_rows, bad, counts, unanswerable)
+    ranks = _ranks(seen.contents, seed)
+    return Scan(
+        source, seen.rows, ranks, seen.labels, seen.groups, seen.bad, seen.filtered, seen.foreign, seen.unanswerable
+    )
+
+
+def scan_all(
+    readings: Sequence[Reading],
+    seed: int,
+    workers: Workers,
+    tick: Callable[[int], None] = lambda rows: None,
+    directory: Path | None = None,
+) -> list[tuple[Reading, dict[str, Scan]]]:
+    """The first look at every split that is used, with near-duplicates over all of them.
+
+    directory: where 256 bytes a row lie until this is done; the system's place for such files where left out.
+    """
+    with SignatureFile(directory) as near:
+        found = [
+            (reading, {split: scan(reading, split, seed, near, workers, tick) for split in used_splits(reading)})
+            for reading in readings
+        ]
+        clusters = near.clusters()
+    begin = 0
+    for _, scans in found:
+        for of_split in scans.values():
+            of_split.cluster = clusters[begin : begin + len(of_split)]
+            begin += len(of_split)
+    return found
+
+
+def used_splits(reading: Reading) -> list[str]:
+    """Names of the dataset's own splits that the job uses, train first."""
+    own = reading.spec.splits
+    return list(dict.fromkeys(filter(None, (own.train, own.validation, own.test))))
 
 
 def _ranks(contents: Sequence[int], seed: int) -> Sequence[int]:
@@ -225,6 +323,6 @@ def _ranks(contents: Sequence[int], seed: int) -> Sequence[int]:
 
     So a draw takes some of many copies, not all or none.
     """
-    occurrences = occurrence(np.array(contents, np.uint64)).tolist()
+    occurrences = occurrence(np.asarray(contents, np.uint64)).tolist()
     numbered = zip(contents, occurrences, strict=True)
     return array("Q", (content_key(seed, f"{content} {number}") for content, number in numbered))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -34,18 +34,23 @@ _NOT_DATA = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class SourceRow:
+class SourceRow(NamedTuple):
     """One row of a split: its columns, or why it cannot be read."""
 
     number: int
     """From 1, counted over all files of the split."""
-    place: str
-    """`train.csv, row 12`."""
+    file: str
+    in_file: int
+    """Number in that file, from 1."""
     fields: Row | None
     problem: str = ""
     foreign_bytes: bool = False
     """Whether some bytes were not UTF-8 and were read as Windows-1252."""
+
+    @property
+    def place(self) -> str:
+        """`train.csv, row 12`."""
+        return f"{self.file}, row {self.in_file}"
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,10 @@ class SplitSource:
     def __iter__(self) -> Iterator[SourceRow]:
         number = 0
         for path in self.files:
+            file = path.name
             for in_file, row in enumerate(readers.read_rows(path), start=1):
                 number += 1
-                yield _source_row(number, f"{path.name}, row {in_file}", row)
+                yield _source_row(number, file, in_file, row)
 
 
 @dataclass(frozen=True)
@@ -248,10 +254,10 @@ def digest_of_files(root: Path, files: dict[str, list[str]]) -> str:
     return total.hexdigest()
 
 
-def _source_row(number: int, place: str, row: Row | str) -> SourceRow:
+def _source_row(number: int, file: str, in_file: int, row: Row | str) -> SourceRow:
     if isinstance(row, str):
-        return SourceRow(number, place, None, row)
+        return SourceRow(number, file, in_file, None, row)
     foreign = any(isinstance(value, str) and readers.has_foreign_bytes(value) for value in row.values())
     if foreign:
         row = {k: readers.as_windows_1252(v) if isinstance(v, str) else v for k, v in row.items()}
-    return SourceRow(number, place, row, foreign_bytes=foreign)
+    return SourceRow(number, file, in_file, row, "", foreign)

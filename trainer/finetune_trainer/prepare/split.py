@@ -58,7 +58,7 @@ def units_of(ranks: Sequence[int], strata: Sequence[Hashable], together: npt.NDA
         unit.strata[strata[row]] += 1
     yield from sorted(several.values(), key=lambda unit: (-len(unit.rows), unit.rank))
     rows = np.flatnonzero(alone)
-    for row in map(int, rows[np.argsort(np.array(ranks, np.uint64)[rows], kind="stable")]):
+    for row in map(int, rows[np.argsort(np.asarray(ranks, np.uint64)[rows], kind="stable")]):
         yield Unit(ranks[row], [row], Counter({strata[row]: 1}))
 
 
@@ -96,6 +96,8 @@ def assign(
     remaining = Counter(sizes)
     sides: list[Side] = ["train"] * len(ranks)
     for unit in units_of(ranks, strata, together):
+        if all(lacking.total() <= 0 for lacking in wanted.values()):
+            break  # nothing is asked for any more
         side = _side_of(unit, wanted, remaining)
         if side == "train":
             continue
@@ -137,9 +139,13 @@ def draw(ranks: Sequence[int], strata: Sequence[Hashable], count: int) -> list[b
     if count >= len(ranks):
         return [True] * len(ranks)
     left = Counter(quotas(dict(Counter(strata)), count / len(ranks)))
+    missing = left.total()
     taken = [False] * len(ranks)
-    for row in sorted(range(len(ranks)), key=lambda row: (ranks[row], row)):
+    for row in map(int, np.argsort(np.asarray(ranks, np.uint64), kind="stable")):
+        if not missing:
+            break
         if left[strata[row]] > 0:
             left[strata[row]] -= 1
+            missing -= 1
             taken[row] = True
     return taken

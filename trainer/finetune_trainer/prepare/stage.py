@@ -44,9 +44,11 @@ from finetune_trainer.prepare.models import (
     model_digest,
     nf4_copy,
 )
-from finetune_trainer.prepare.scan import Reading, Scan, scan
+from finetune_trainer.prepare.rendering import Written
+from finetune_trainer.prepare.scan import scan_all
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat, virtual_tokens
-from finetune_trainer.prepare.write import DatasetWriter, Written, rendering_of
+from finetune_trainer.prepare.workers import Workers
+from finetune_trainer.prepare.write import DatasetWriter, rendering_of
 
 
 def run(context: RunContext) -> None:
@@ -118,11 +120,12 @@ def _prepare(context: RunContext, digest: str, aside: Path) -> None:
     config = load_config(light.directory, trust_remote_code=spec.model.trust_remote_code)
     most = document_limit(context, spec, config)
 
-    context.reporter.activity("dividing the rows")
-    scans = scan_all(context, spec, readings)
-    divisions = divide(scans, spec.split, selects=selects(spec), max_rows=spec.evaluation.max_rows)
-    context.reporter.activity("rendering and tokenising")
-    written = _write_all(context, spec, divisions, chat, most, aside)
+    with Workers() as workers:
+        context.reporter.activity("dividing the rows")
+        scans = scan_all(readings, spec.split.seed, workers, _ticker(context, 0), aside)
+        divisions = divide(scans, spec.split, selects=selects(spec), max_rows=spec.evaluation.max_rows)
+        context.reporter.activity("rendering and tokenising")
+        written = _write_all(context, spec, divisions, chat, most, aside, workers)
 
     context.reporter.activity("fetching the model")
     pinned = spec.model.model_copy(update={"revision": light.commit or spec.model.revision})
@@ -167,37 +170,25 @@ def selects(spec: FineTuneJobSpec) -> bool:
     return spec.training.keep_best or spec.training.early_stopping is not None
 
 
-def scan_all(
-    context: RunContext, spec: FineTuneJobSpec, readings: list[Reading]
-) -> list[tuple[Reading, dict[str, Scan]]]:
-    """The first look at every split that is used."""
-    tick = _ticker(context, 0)
-    return [
-        (reading, {split: scan(reading, split, spec.split.seed, tick) for split in used_splits(reading)})
-        for reading in readings
-    ]
-
-
-def used_splits(reading: Reading) -> list[str]:
-    """Names of the dataset's own splits that the job uses, train first."""
-    own = reading.spec.splits
-    return list(dict.fromkeys(filter(None, (own.train, own.validation, own.test))))
-
-
-def _ticker(context: RunContext, total: int) -> Callable[[], None]:
+def _ticker(context: RunContext, total: int) -> Callable[[int], None]:
     done = 0
 
-    def tick() -> None:
+    def tick(rows: int) -> None:
         nonlocal done
-        done += 1
-        if done % 256 == 0:
-            context.reporter.progress(Progress(step=done, total=total, unit="rows"))
+        done += rows
+        context.reporter.progress(Progress(step=done, total=total, unit="rows"))
 
     return tick
 
 
 def _write_all(
-    context: RunContext, spec: FineTuneJobSpec, divisions: list[Division], chat: ChatFormat, most: int, aside: Path
+    context: RunContext,
+    spec: FineTuneJobSpec,
+    divisions: list[Division],
+    chat: ChatFormat,
+    most: int,
+    aside: Path,
+    workers: Workers,
 ) -> list[Written]:
     total = sum(len(sides) for division in divisions for sides in division.sides.values())
     tick = _ticker(context, total)
@@ -211,6 +202,7 @@ def _write_all(
                 aside,
                 answer_tokens=spec.evaluation.max_new_tokens,
                 few_shot=spec.evaluation.few_shot,
+                workers=workers,
                 tick=tick,
             ).write()
             for division in divisions

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -13,41 +12,14 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Task
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.documents import DocumentWriter
-from finetune_trainer.data.evaluation_rows import BaselineRow, RowWriter
+from finetune_trainer.data.evaluation_rows import RowWriter
 from finetune_trainer.data.examples import Example
-from finetune_trainer.data.render import Rendered, Rendering, few_shot_of
+from finetune_trainer.data.render import Rendering, few_shot_of
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.mixture import Division
-from finetune_trainer.prepare.rendering import Order, Renderer, render_all, worker_count
-from finetune_trainer.prepare.scan import BadRows
+from finetune_trainer.prepare.rendering import Order, Outcome, Renderer, Written
 from finetune_trainer.prepare.split import Side
-
-
-@dataclass
-class Written:
-    """What became of one dataset."""
-
-    train: int = 0
-    validation: int = 0
-    scored: int = 0
-    cut_rows: int = 0
-    cut_tokens: int = 0
-    shortened_chats: int = 0
-    dropped_turns: int = 0
-    bad: BadRows = field(default_factory=BadRows)
-
-    def notes(self, most: int) -> list[str]:
-        """What was cut, in sentences."""
-        notes = []
-        if self.cut_rows:
-            mean = self.cut_tokens // self.cut_rows
-            notes.append(f"{self.cut_rows} texts were cut at their end to fit {most} tokens, by {mean} on average")
-        if self.shortened_chats:
-            notes.append(
-                f"{self.shortened_chats} chats lost their oldest messages ({self.dropped_turns} in all) "
-                f"to fit {most} tokens"
-            )
-        return notes
+from finetune_trainer.prepare.workers import Workers
 
 
 def rendering_of(division: Division, chat: ChatFormat, max_tokens: int) -> Rendering:
@@ -96,73 +68,55 @@ class DatasetWriter:
     directory: Path
     answer_tokens: int
     few_shot: int
-    tick: Callable[[], None] = lambda: None
+    workers: Workers
+    tick: Callable[[int], None] = lambda rows: None
 
     def write(self) -> Written:
         """Write all rows. Raises TrainerError (bad-data) where too many do not fit, or nothing is left to train on."""
         written = Written()
         reading = self.division.reading
-        examples = self._few_shot_examples()
-        shots = few_shot_of(self.how, examples) if examples else None
-        renderer = Renderer(self.how, reading.name, self.answer_tokens, shots)
-        workers = worker_count(sum(self.division.count(side) for side in ("train", "validation", "test")))
         with ExitStack() as stack:
             scored = stack.enter_context(RowWriter(self.directory / "evaluation" / f"{reading.name}.jsonl"))
             baseline = None
             if reading.task is Task.CLASSIFICATION:
                 baseline = stack.enter_context(RowWriter(self.directory / "baseline" / f"{reading.name}.jsonl"))
-            sides: deque[Side] = deque()
-            for order, outcome in render_all(renderer, self._orders(sides), workers):
-                side = sides.popleft()
-                self.tick()
-                if outcome.problem:
-                    written.bad.add(order.place, outcome.problem)
-                    continue
-                for row in outcome.rows:
-                    scored.write(row)
-                written.scored += len(outcome.rows)
-                if outcome.rendered is not None:
-                    self._write_documents(written, order.example, outcome.rendered, side)
-                if baseline is not None and side in ("train", "left out"):
-                    baseline.write(BaselineRow(order.example.text, order.example.answer, used=side == "train"))
+            for outcome in self._outcomes():
+                self.tick(outcome.rows)
+                written.add(outcome.written)
+                self.train.extend(outcome.train, dataset=reading.index)
+                self.validation.extend(outcome.validation, dataset=reading.index)
+                scored.write_lines(outcome.scored)
+                if baseline is not None:
+                    baseline.write_lines(outcome.baseline)
         usable = sum(len(sides) for sides in self.division.sides.values()) - written.bad.count
         written.bad.check(usable, reading.name, reading.field)
         if not written.train:
             raise TrainerError(FailureClass.BAD_DATA, f"Nothing of {reading.name} is left to train on.", reading.field)
         return written
 
-    def _orders(self, sides_given: deque[Side]) -> Iterator[Order]:
-        """What is wanted of each row; its side is appended to `sides_given`."""
+    def _outcomes(self) -> Iterator[Outcome]:
+        examples = self._few_shot_examples()
+        shots = few_shot_of(self.how, examples) if examples else None
+        expected = sum(self.division.count(side) for side in ("train", "validation", "test"))
         for split, sides in self.division.sides.items():
-            scan = self.division.scans[split]
-            skipped: set[Side] = {"excluded"} if self.how.task is Task.CLASSIFICATION else {"excluded", "left out"}
-            side_of = SideOf(scan.rows, sides, skipped)
-            for example, place in self.division.reading.examples(scan.split, BadRows(), only=side_of):
-                side = side_of[example.row]
-                sides_given.append(side)
-                yield Order(example, place, side in ("train", "validation"), self._is_scored(split, example, side))
-
-    def _is_scored(self, split: str, example: Example, side: Side) -> bool:
-        drawn = self.division.scored is None or (split, example.row) in self.division.scored
-        return drawn and side == self.division.scored_side and self.division.evaluation != "none"
-
-    def _write_documents(self, written: Written, example: Example, rendered: Rendered, side: Side) -> None:
-        store = self.train if side == "train" else self.validation
-        for document in rendered.documents:
-            store.add(
-                document.ids,
-                document.target_position,
-                document.target_id,
-                dataset=self.division.reading.index,
-                row=example.row,
+            renderer = Renderer(
+                self.division.reading, self.division.scans[split].split, self.how, self.answer_tokens, shots
             )
-        count = len(rendered.documents)
-        written.train += count if side == "train" else 0
-        written.validation += count if side == "validation" else 0
-        written.cut_rows += rendered.cut_tokens > 0
-        written.cut_tokens += rendered.cut_tokens
-        written.shortened_chats += rendered.dropped_turns > 0
-        written.dropped_turns += rendered.dropped_turns
+            yield from self.workers.carry_out(renderer, self._orders(split, sides), expected)
+
+    def _orders(self, split: str, sides: Sequence[Side]) -> Iterator[Order]:
+        """What is wanted of each row of a split."""
+        scan = self.division.scans[split]
+        skipped: set[Side] = {"excluded"} if self.how.task is Task.CLASSIFICATION else {"excluded", "left out"}
+        side_of = SideOf(scan.rows, sides, skipped)
+        for row in self.division.reading.rows(scan.split, side_of):
+            side = side_of[row.number]
+            yield Order(row, side, self._is_scored(split, row.number, side))
+
+    def _is_scored(self, split: str, row: int, side: Side) -> bool:
+        if side != self.division.scored_side or self.division.evaluation == "none":
+            return False
+        return self.division.scored is None or (split, row) in self.division.scored
 
     def _few_shot_examples(self) -> list[Example]:
         """The first training rows by rank, label by label in turn: never a held-out row."""
@@ -177,8 +131,5 @@ class DatasetWriter:
             turn[scan.labels[i]] = turn.get(scan.labels[i], -1) + 1
             by_turn.append((turn[scan.labels[i]], rank, scan.rows[i]))
         chosen = [row for _, _, row in sorted(by_turn)[: self.few_shot]]
-        found = {
-            example.row: example
-            for example, _ in self.division.reading.examples(scan.split, BadRows(), only=set(chosen))
-        }
+        found = {example.row: example for example in self.division.reading.examples(scan.split, set(chosen))}
         return [found[row] for row in chosen]
