@@ -4,10 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.support.tiny import CHATML, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, Message, Tokens, choose_pad, with_plain_template
+from finetune_trainer.data.chat import (
+    PLAIN_TEMPLATE,
+    ChatFormat,
+    ChatTemplateError,
+    Message,
+    Tokens,
+    choose_pad,
+    with_plain_template,
+)
+from finetune_trainer.data.template_scope import writes_by_message
 
 CHAT: list[Message] = [
     {"role": "user", "content": "Hi"},
@@ -186,3 +197,69 @@ def test_a_byte_level_vocabulary_without_special_tokens_pads_with_a_byte_that_no
     assert chosen.token == "ÿ"
     without = Tokenizer(models.WordLevel(vocab={"<eos>": 0, "word": 1}, unk_token="word"))
     assert choose_pad(PreTrainedTokenizerFast(tokenizer_object=without, eos_token="<eos>"), [0]) is None
+
+
+BY_MESSAGE = {
+    "chatml": CHATML,
+    "implicit system": IMPLICIT_SYSTEM,
+    "plain": PLAIN_TEMPLATE,
+    "trimmed": "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim | replace('a', 'b') }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "first message": "{{ bos_token }}{% for m in messages %}"
+    "{% if loop.first and messages[0].role == 'user' %}!{% endif %}"
+    "{% if m['role'] == 'user' %}U{% elif not loop.first %}A{% endif %}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A: ' if messages[0]['role'] == 'user' else 'A:' }}{% endif %}",
+}
+AS_A_WHOLE = {
+    "thoughts": FORGETS_THOUGHTS,
+    "no system": NO_SYSTEM,
+    "reversed": NO_PREFIX,
+    "counted": "{% for m in messages %}{{ loop.index }}{{ m.content }}<|im_end|>{% endfor %}",
+    "all but the first": "{% for m in messages[1:] %}{{ m.content }}<|im_end|>{% endfor %}",
+    "how many": "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+    "a state": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}",
+    "two loops": "{% for m in messages %}{{ m.content }}{% endfor %}{% for m in messages %}{{ m.role }}{% endfor %}",
+    "an end": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}The end.",
+    "another end": "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}A{% else %}E{% endif %}",
+    "asked within": "{% for m in messages %}{{ m.content }}{% if add_generation_prompt %}?{% endif %}{% endfor %}",
+    "chance": "{% for m in messages %}{{ [m.content, 1] | random }}{% endfor %}",
+    "the last one": "{% for m in messages %}{{ m.content }}{{ messages[-1].content }}{% endfor %}",
+    "not a template": "{% for m in messages %}",
+}
+
+
+@pytest.mark.parametrize("template", BY_MESSAGE.values(), ids=BY_MESSAGE)
+def test_a_template_that_writes_message_by_message_is_known(template: str) -> None:
+    assert writes_by_message(template)
+
+
+@pytest.mark.parametrize("template", AS_A_WHOLE.values(), ids=AS_A_WHOLE)
+def test_a_template_that_looks_at_more_than_its_message_is_rendered_as_a_whole(template: str) -> None:
+    assert not writes_by_message(template)
+
+
+@pytest.mark.parametrize("template", BY_MESSAGE.values(), ids=BY_MESSAGE)
+@given(
+    contents=st.lists(st.text("ab \n<|im_end|>\ue0f0"), min_size=2, max_size=9),
+    first=st.sampled_from(["system", "user", "assistant"]),
+)
+def test_a_chat_put_together_from_its_messages_is_the_chat_rendered_as_a_whole(
+    directory: Path, template: str, contents: list[str], first: str
+) -> None:
+    chat = formatted(AutoTokenizer.from_pretrained(directory), template)
+    roles = [first, *(("user", "assistant")[i % 2] for i in range(len(contents)))]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    put_together = chat._beginnings(messages)
+    for count in range(1, len(messages) + 1):
+        for ask in (False, True):
+            assert put_together(count, ask) == chat._render(messages[:count], add_generation_prompt=ask)
+
+
+def test_a_message_that_the_template_refuses_is_refused_in_its_words(tokenizer: Any) -> None:
+    strict = "{% for m in messages %}{{ m['content'] + m['note'] + '<|im_end|>' }}{% endfor %}"
+    chat = formatted(tokenizer, CHATML)
+    chat.tokenizer.chat_template = strict
+    assert writes_by_message(strict)
+    with pytest.raises(ChatTemplateError, match="no attribute 'note'"):
+        chat.segments(CHAT)

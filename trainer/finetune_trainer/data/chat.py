@@ -8,12 +8,15 @@ one by one, so a prompt has the same tokens whether an answer follows or is stil
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Literal
 
 from jinja2 import TemplateError
+
+from finetune_trainer.data.template_scope import writes_by_message
 
 Message = dict[str, str]
 
@@ -74,6 +77,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
+        self._by_message = isinstance(tokenizer.chat_template, str) and writes_by_message(tokenizer.chat_template)
         self._control_tokens = _control_token_pattern(tokenizer)
         self._anchor = _anchor(tokenizer)
         self.adds_bos = _adds_bos(tokenizer)
@@ -147,16 +151,37 @@ class ChatFormat:
         if not self.keeps_history:
             chosen = turns if learn == "all" else turns[-1:]
             return [self._last_turn(messages[: turn + 1]) for turn in chosen]
+        begun = self._beginnings(messages)
         pieces: list[Segment] = []
         done = ""
         for turn in turns:
-            prompt = self._render(messages[:turn], add_generation_prompt=True)
+            prompt = begun(turn, True)
             if not prompt.startswith(done):
                 return [self._last_turn(messages[: turn + 1]) for turn in (turns if learn == "all" else turns[-1:])]
-            learnt = self._learnt(prompt, messages[: turn + 1])
+            learnt = self._after(prompt, begun(turn + 1, False))
             pieces += [Segment(prompt[len(done) :], False), Segment(learnt, learn == "all" or turn == turns[-1])]
             done = prompt + learnt
         return [pieces]
+
+    def _beginnings(self, marked: Sequence[Message]) -> Callable[[int, bool], str]:
+        """(how many messages, whether an answer is asked for) -> the template's text for so many first messages."""
+
+        def rendered(count: int, ask: bool) -> str:
+            return self._render(marked[:count], add_generation_prompt=ask)
+
+        if not self._by_message or len(marked) < 3:
+            return rendered
+        try:
+            first, asked = rendered(1, False), rendered(1, True)
+            pairs = [self._render([marked[0], message]) for message in marked[1:]]
+        except ChatTemplateError:
+            return rendered  # which says so where it matters
+        if not all(text.startswith(first) for text in (asked, *pairs)):
+            return rendered
+        parts = [first, *(pair[len(first) :] for pair in pairs)]
+        ends = list(accumulate(map(len, parts)))
+        whole, invitation = "".join(parts), asked[len(first) :]
+        return lambda count, ask: whole[: ends[count - 1]] + (invitation if ask else "")
 
     def _last_turn(self, marked: Sequence[Message]) -> list[Segment]:
         prompt = self._render(marked[:-1], add_generation_prompt=True)
@@ -164,7 +189,9 @@ class ChatFormat:
 
     def _learnt(self, prompt: str, marked: Sequence[Message]) -> str:
         """The last turn's text with its end token."""
-        whole = self._render(marked)
+        return self._after(prompt, self._render(marked))
+
+    def _after(self, prompt: str, whole: str) -> str:
         if not whole.startswith(prompt) or not whole.endswith(self._after_end):
             raise ChatTemplateError("the chat template renders this answer otherwise than its prompt promises")
         return whole[len(prompt) : len(whole) - len(self._after_end)]
