@@ -131,13 +131,17 @@ def test_long_and_short_texts_together_have_the_signatures_of_their_definition()
     assert signatures(texts).tolist() == [plain_signature(text) for text in texts]
 
 
-@given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 4), st.floats(0, 0.3))
-def test_clusters_are_those_of_their_definition(seed: int, rows: int, kinds: int, changed: float) -> None:
+@pytest.mark.parametrize("at_once", [5, 65_536])
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 60), kinds=st.integers(1, 4), changed=st.floats(0, 0.3))
+def test_clusters_are_those_of_their_definition(at_once: int, seed: int, rows: int, kinds: int, changed: float) -> None:
     random = np.random.default_rng(seed)
     of_kind = random.integers(0, 2**32, (kinds, 64), dtype=np.uint32)
     found = of_kind[random.integers(0, kinds, rows)]
     found = np.where(random.random(found.shape) < changed, random.integers(0, 9, found.shape, dtype=np.uint32), found)
-    assert clusters(found).tolist() == plain_clusters(found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near_duplicates, "_ROWS_OF_A_GROUP", at_once)
+        patch.setattr(near_duplicates, "_SCATTERED_ROWS", 3)
+        assert clusters(found).tolist() == plain_clusters(found)
 
 
 def test_signatures_in_a_file_make_the_same_clusters_and_leave_nothing(tmp_path: Path) -> None:

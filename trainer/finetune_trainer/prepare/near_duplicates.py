@@ -40,6 +40,9 @@ _ASCII_WORDS = bytes(ord(chr(code).lower()) if chr(code).isalnum() and code < 12
 _HASHES_AT_ONCE = 512
 """Shingles whose hashes are permuted at once: their products stay in the processor's cache."""
 _ROWS_AT_ONCE = 8192
+_SCATTERED_ROWS = 2048
+_ROWS_OF_A_GROUP = 65_536
+"""Rows whose signatures are held at once to compare them."""
 
 
 def normalise(text: str) -> str:
@@ -119,22 +122,57 @@ def clusters(signatures: Signatures, looked: Callable[[], None] = lambda: None) 
     """
     cluster = np.arange(len(signatures), dtype=np.int64)
     for band in range(BANDS):
-        pairs = list(_near_pairs(signatures, band, looked))
+        pairs = [
+            pair
+            for members, bucket in _groups(*_buckets(signatures, band, looked))
+            for pair in _near_pairs(signatures, members, bucket, looked)
+        ]
         if pairs:
             cluster = _joined_pairs(cluster, np.concatenate(pairs, axis=1))
     return cluster
 
 
-def _near_pairs(signatures: Signatures, band: int, looked: Callable[[], None]) -> Iterator[npt.NDArray[np.int64]]:
+def _groups(
+    members: npt.NDArray[np.int64], bucket: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Whole buckets, some at a time: the largest first, so that buckets of one group need as many comparisons."""
+    _, number, sizes = np.unique(bucket, return_inverse=True, return_counts=True)
+    order = np.lexsort((number, -sizes[number]))
+    members, bucket = members[order], bucket[order]
+    ends = np.cumsum(np.sort(sizes)[::-1])
+    begin = 0
+    while begin < len(members):
+        at_least = np.searchsorted(ends, begin, side="right")
+        fitting = np.searchsorted(ends, begin + _ROWS_OF_A_GROUP, side="right") - 1
+        end = int(ends[max(at_least, fitting)])
+        yield members[begin:end], bucket[begin:end]
+        begin = end
+
+
+def _near_pairs(
+    signatures: Signatures, members: npt.NDArray[np.int64], bucket: npt.NDArray[np.int64], looked: Callable[[], None]
+) -> Iterator[npt.NDArray[np.int64]]:
     """int64[2, m]: rows of one bucket that are near-duplicates, the first of a kind and another."""
-    members, bucket = _buckets(signatures, band, looked)
-    while len(members):
+    places, names = members, None
+    if len(members) <= _ROWS_OF_A_GROUP:  # each is read once, however often it is compared
+        signatures, places, names = _read(signatures, members, looked), np.arange(len(members)), members
+    while len(places):
         begins = np.r_[True, bucket[1:] != bucket[:-1]]
-        firsts = members[begins][np.cumsum(begins) - 1]
-        firsts, members, bucket = firsts[~begins], members[~begins], bucket[~begins]
-        alike = _alike(signatures, firsts, members, looked)
-        yield np.stack([firsts[alike], members[alike]])
-        members, bucket = members[~alike], bucket[~alike]
+        firsts = places[begins][np.cumsum(begins) - 1]
+        firsts, places, bucket = firsts[~begins], places[~begins], bucket[~begins]
+        alike = _alike(signatures, firsts, places, looked)
+        pairs = np.stack([firsts[alike], places[alike]])
+        yield pairs if names is None else names[pairs]
+        places, bucket = places[~alike], bucket[~alike]
+
+
+def _read(signatures: Signatures, rows: npt.NDArray[np.int64], looked: Callable[[], None]) -> Signatures:
+    """The signatures of some rows, a few at a time: scattered rows of a file take many times their size."""
+    values = np.empty((len(rows), PERMUTATIONS), np.uint32)
+    for begin in range(0, len(rows), _SCATTERED_ROWS):
+        values[begin : begin + _SCATTERED_ROWS] = signatures[rows[begin : begin + _SCATTERED_ROWS]]
+        looked()
+    return values
 
 
 def _buckets(
@@ -172,8 +210,8 @@ def _alike(
     alike = np.empty(len(some), np.bool_)
     for begin in range(0, len(some), _ROWS_AT_ONCE):
         pairs = slice(begin, begin + _ROWS_AT_ONCE)
-        same = np.count_nonzero(signatures[some[pairs]] == signatures[others[pairs]], axis=1)
-        alike[pairs] = same >= THRESHOLD * PERMUTATIONS
+        same = np.packbits(signatures[some[pairs]] == signatures[others[pairs]], axis=1)
+        alike[pairs] = np.bitwise_count(same.view(np.uint64)[:, 0]) >= THRESHOLD * PERMUTATIONS
         looked()
     return alike
 
