@@ -23,6 +23,8 @@ from tests.integration.harness.processes import wait_until
 JOB = "days"
 RUN_CLAIM, CACHE_CLAIM = f"{JOB}-run", "finetune-cache"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+OF_TESTS = {"finetune.dev/tests": "end-to-end"}
+"""Marks what the tests have made: nothing else is ever removed."""
 KEEP_VARIABLE = "FINETUNE_KEEP_CLUSTER"
 """Set it, and the cluster is still there for the next run."""
 OTHERS_SECONDS = 20 * 60
@@ -58,9 +60,9 @@ class Cluster(ABC):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def namespace(self, name: str, labels: Mapping[str, str] | None = None) -> Resource:
+    def namespace(self, name: str) -> Resource:
         """Make a namespace that enforces `restricted`, ready for pods."""
-        metadata = {"name": name, "labels": RESTRICTED | dict(labels or {})}
+        metadata = {"name": name, "labels": RESTRICTED | OF_TESTS}
         made = self.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
         wait_until(lambda: self.api.find("ServiceAccount", "default", name), "the namespace")
         return made

@@ -22,8 +22,8 @@ from tests.integration.harness.processes import wait_until
 from tests.support.hub_server import HubServer
 from tests.support.tiny import schooled_llama
 
-from .clusters import KEEP_VARIABLE, Cluster, OwnNode
-from .given import CRD, OF_TESTS, SYSTEM, GivenCluster
+from .clusters import KEEP_VARIABLE, OF_TESTS, Cluster, OwnNode
+from .given import CRD, SYSTEM, GivenCluster
 from .place import Place
 
 EVIDENCE = Path(__file__).parents[2] / "build" / "e2e"
@@ -105,16 +105,23 @@ def api(cluster: Cluster) -> Api:
 @pytest.fixture(scope="session")
 def release(cluster: Cluster, api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Helm]:
     """The chart, installed by Helm into a namespace that enforces `restricted`; its operator runs."""
-    if api.find("Namespace", SYSTEM) is None:
-        cluster.namespace(SYSTEM, OF_TESTS)
+
+    def there() -> bool:
+        found = api.find("Namespace", SYSTEM)
+        if found is None:
+            cluster.namespace(SYSTEM)
+        return found is None or "deletionTimestamp" not in found["metadata"]
+
+    wait_until(there, f"the namespace {SYSTEM} of a former run to go", 180)
     helm = Helm(tmp_path_factory.mktemp("helm"), cluster.kubeconfig)
     helm.install(SYSTEM, values(cluster))
     wait_for_operator(api)
     yield helm
     if not cluster.owned and KEEP_VARIABLE not in os.environ:
         helm.uninstall(SYSTEM)
-        for kind, name in (("CustomResourceDefinition", CRD), ("Namespace", SYSTEM)):
-            api.delete({"kind": kind, "metadata": {"name": name}})
+        api.delete({"kind": "CustomResourceDefinition", "metadata": {"name": CRD}})
+        for made in api.objects("Namespace", labels=OF_TESTS):  # those of a killed run too
+            api.delete(made)
 
 
 def values(cluster: Cluster) -> dict[str, object]:

@@ -19,11 +19,9 @@ from tests.integration.harness.processes import TimedOutError, wait_until
 from finetune_api.base import GROUP, PLURAL
 from finetune_operator.planning.manifests.pod import USER
 
-from .clusters import CACHE_CLAIM, RUN_CLAIM, Cluster
+from .clusters import CACHE_CLAIM, OF_TESTS, RUN_CLAIM, Cluster
 
 SYSTEM = "finetune-system"
-OF_TESTS = {"finetune.dev/tests": "end-to-end"}
-"""Marks the release that the tests have installed: no other one is ever touched."""
 CRD = f"{PLURAL}.{GROUP}"
 TRAINING_OPERATOR = (
     "kubectl apply --server-side "

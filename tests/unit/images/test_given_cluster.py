@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from tests.e2e import given
+from tests.e2e.clusters import OF_TESTS
 from tests.e2e.given import GivenCluster
 from tests.integration.harness.processes import free_ports
 
 IMAGE = "registry.example.com/finetune-trainer:1"
 SYSTEM: dict[str, Any] = {"metadata": {}}
-OURS = {"metadata": {"labels": dict(given.OF_TESTS)}}
+OURS = {"metadata": {"labels": dict(OF_TESTS)}}
 PYTORCHJOBS = "pytorchjobs.kubeflow.org"
 
 
