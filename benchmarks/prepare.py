@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from benchmarks.harness import Figures, Result, Size, Table, slope
 from benchmarks.workers import QUIET
 
 from finetune_api.base import Stage
+from finetune_trainer.prepare.workers import PARALLEL_ROWS
 
 
 def tweet_pairs(count: int) -> Iterator[dict[str, str]]:
@@ -30,12 +32,12 @@ def tweet_pairs(count: int) -> Iterator[dict[str, str]]:
 
 
 def prepare_rows(model: jobs.Model, folder: Path, rows: list[dict[str, str]]) -> Figures:
-    """One Prepare process over the rows: seconds, tokens, memory of it and of its workers."""
+    """One Prepare process over the rows: seconds, processor seconds, tokens, memory of it and of its workers."""
     columns = {"task": "classification", "columns": {"text": "text", "label": "label"}}
     workload = jobs.Workload("pairs", rows, columns, 8)
     job = jobs.configure(folder, model, workload, split={"validation": 0.01})
     environment = {**os.environ, **QUIET, **job.environment_of(Stage.PREPARE)}
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), processor_seconds()
     process = subprocess.Popen([sys.executable, "-m", "finetune_trainer", "prepare"], env=environment, stderr=-3)
     own = everybody = 0
     watched = psutil.Process(process.pid)
@@ -56,10 +58,17 @@ def prepare_rows(model: jobs.Model, folder: Path, rows: list[dict[str, str]]) ->
     return {
         "rows": len(rows),
         "seconds": seconds,
+        "processorSeconds": processor_seconds() - used,
         "tokens": tokens,
         "ownPeakMegabytes": own / 1e6,
         "peakMegabytes": everybody / 1e6,
     }
+
+
+def processor_seconds() -> float:
+    """Of all processes that were started here, and by these, and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(model: jobs.Model, counts: list[int]) -> Figures:
@@ -77,19 +86,21 @@ def run(size: Size) -> Result:
     counts = size.pick([1_000, 4_000], [50_000, 100_000, 200_000], [200_000, 1_000_000, 5_000_000])
     figures = measure(jobs.smollm2(), counts)
     points = figures["points"]
-    extra = points[-1]["seconds"] - points[-2]["seconds"]
-    rate = (points[-1]["rows"] - points[-2]["rows"]) / extra if extra > 0 else float("nan")
+    more = {key: points[-1][key] - points[-2][key] for key in ("rows", "seconds", "processorSeconds")}
+    rate = more["rows"] / more["seconds"] if more["seconds"] > 0 else float("nan")
     figures["rowsPerSecond"] = rate
+    figures["processorMicrosecondsPerRow"] = 1e6 * more["processorSeconds"] / more["rows"]
     table = Table(
         "Prepare: rows divided, rendered, tokenised and written",
-        ("rows", "seconds", "rows/s", "tokens/s", "peak MB of the process", "with its workers"),
+        ("rows", "seconds", "processor seconds", "rows/s", "tokens/s", "peak MB of the process", "with its workers"),
     )
     for point in points:
         per_second = (f"{point[key] / point['seconds']:,.0f}" for key in ("rows", "tokens"))
         memory = (f"{point[key]:,.0f}" for key in ("ownPeakMegabytes", "peakMegabytes"))
-        table.rows.append([f"{point['rows']:,}", f"{point['seconds']:.1f}", *per_second, *memory])
+        seconds = (f"{point[key]:.1f}" for key in ("seconds", "processorSeconds"))
+        table.rows.append([f"{point['rows']:,}", *seconds, *per_second, *memory])
     note = (
-        f"{rate:,.0f} rows/s beyond the start-up; the process's memory grows by "
-        f"{figures['megabytesPer100000Rows']:.0f} MB for 100,000 rows."
+        f"{rate:,.0f} rows/s beyond the start-up, a row takes {figures['processorMicrosecondsPerRow']:.0f} µs of a "
+        f"processor; the process's memory grows by {figures['megabytesPer100000Rows']:.0f} MB for 100,000 rows."
     )
-    return Result("prepare", figures, [table], [note, "Worker processes are started from 100,000 rows on."])
+    return Result("prepare", figures, [table], [note, f"Worker processes are started from {PARALLEL_ROWS:,} rows on."])
