@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from tests.support.prepare_runs import prepare_context
+from tests.support.prepare_runs import labelled, prepare_context, write_rows
+from tests.support.tiny import tiny_llama
 
 from finetune_api.base import Stage
 from finetune_api.report import EXIT_CODES, Failure, FailureClass
 from finetune_api.runconfig import Attempt
+from finetune_trainer.data.manifest import PreparedManifest
+from finetune_trainer.prepare import stage
 
 SPEC = {"datasets": [{"name": "a", "path": "a.csv", "task": "classification"}]}
 
@@ -92,3 +96,20 @@ def test_a_process_imports_no_library_that_its_job_has_no_use_for(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
     installed = version("bitsandbytes")
     assert done.stdout.split() == ([installed] if method == "lora" else ["bitsandbytes", installed]), done.stderr
+
+
+def test_prepare_gets_by_without_torch_and_prepares_the_same(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "tiny")
+    write_rows(tmp_path / "a.jsonl", labelled(30))
+    spec = {"datasets": [{"name": "a", "path": "a.jsonl", "task": "classification"}]}
+    given = environment(tmp_path, Stage.PREPARE, **spec)
+    program = (
+        "import sys; from finetune_trainer.__main__ import main; print(main(['prepare']), sys.modules.get('torch'))"
+    )
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FINETUNE_")} | given
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0", "None"], done.stderr
+    without = PreparedManifest.read(tmp_path / "run" / "prepared")
+    shutil.rmtree(tmp_path / "run" / "prepared")
+    stage.run(prepare_context(tmp_path, spec))
+    assert PreparedManifest.read(tmp_path / "run" / "prepared").digest == without.digest

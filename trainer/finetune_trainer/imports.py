@@ -6,6 +6,7 @@ What each of these costs is in docs/performance.md.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ def unneeded(spec: FineTuneJobSpec, stage: Stage, gpus: int | None) -> list[str]
         "bitsandbytes": spec.tuning.method is not Method.QLORA,  # PEFT imports it, for 4-bit layers
         "triton": gpus == 0,  # torch imports it, to compile for GPUs
         "scipy": stage is Stage.TRAIN,  # transformers imports it, for losses of object detection
+        # Tokenizers and configs need none, and transformers imports it: 700 MB in each process.
+        "torch": stage is Stage.PREPARE and spec.tuning.method is not Method.QLORA,
     }
     return [name for name, without_use in found.items() if without_use]
 
@@ -38,8 +41,21 @@ def leave_out(packages: list[str]) -> None:
     None in `sys.modules` is Python's own word for that: `find_spec` finds nothing, and `import` says so. What is
     installed, and in which version, is still known from the metadata.
     """
+    if "torch" in packages:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is none
     for name in packages:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def bring_back(name: str) -> None:
+    """Let a package that was left out be imported after all. Others may have made do without it already."""
+    if name in sys.modules and sys.modules[name] is None:
+        del sys.modules[name]
+
+
+def left_out() -> list[str]:
+    """What looks as if it was not installed here: to be left out by other processes too."""
+    return [name for name, module in sys.modules.items() if module is None]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import made_once, sha256_of
+from finetune_trainer.imports import bring_back
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def convert(path: Path, models: Path) -> Path:
 
 def load_tokenizer(path: Path) -> object:
     """The tokenizer inside a GGUF file."""
+    bring_back("torch")  # with which such files are read
     from transformers import AutoTokenizer
 
     try:
@@ -39,6 +41,7 @@ def load_tokenizer(path: Path) -> object:
 
 
 def _write(path: Path, directory: Path) -> None:
+    bring_back("torch")
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -140,7 +140,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises TrainerError (bad-spec): already quantised, no causal language model, unknown architecture.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -161,7 +161,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
             "model",
         )
     names = getattr(config, "architectures", None) or []
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (not names or set(names) & causal)
+    known = type(config).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (not names or set(names) & causal)
     if not known and not trust_remote_code:
         raise TrainerError(
             FailureClass.BAD_SPEC,

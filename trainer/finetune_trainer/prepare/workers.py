@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
 
+from finetune_trainer.imports import leave_out, left_out
+
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
@@ -58,7 +60,8 @@ class Workers:
     def _spread(self, task: Callable[[list[Row]], Result], chunks: Iterator[list[Row]]) -> Iterator[Result]:
         if self._pool is None:
             # Spawned, not forked: the tokenizer and the reporter hold threads.
-            self._pool = ProcessPoolExecutor(self.count, get_context("spawn"))
+            spawn = get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.count, spawn, initializer=leave_out, initargs=(left_out(),))
         running: deque[Future[Result]] = deque()
         with TemporaryDirectory(prefix="finetune-") as folder:
             place = Path(folder) / "task"
