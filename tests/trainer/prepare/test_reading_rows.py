@@ -80,6 +80,22 @@ def test_bytes_that_are_not_utf_8_are_read_as_windows_1252_and_marked(tmp_path: 
     ]
 
 
+def test_bytes_that_are_not_utf_8_are_read_so_within_the_messages_of_a_chat_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\n')
+    (row,) = SplitSource("train", (tmp_path / "a.jsonl",), ("messages",))
+    assert (row.fields, row.foreign_bytes) == ({"messages": [{"role": "user", "content": "café"}]}, True)
+
+
+def test_a_row_with_half_of_a_character_cannot_be_used_and_says_which(tmp_path: Path) -> None:
+    halves = ['{"text": "\\ud83d\\ude00"}', '{"text": "\\ud83d"}', '{"turns": [{"content": "so \\ude00"}]}']
+    (tmp_path / "a.jsonl").write_text("\n".join(halves))
+    whole, first, second = SplitSource("train", (tmp_path / "a.jsonl",), ("text",))
+    assert whole.fields == {"text": "\U0001f600"}
+    assert (first.fields, second.fields) == (None, None)
+    assert first.problem == "a text holds half of a character, \\ud83d without its other half"
+    assert "\\ude00" in second.problem
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [

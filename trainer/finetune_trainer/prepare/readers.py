@@ -26,6 +26,7 @@ COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 DELIMITERS = ",;\t|"
 
 _FOREIGN = re.compile("[\udc80-\udcff]")
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 csv.field_size_limit(1 << 30)
 
@@ -83,9 +84,33 @@ def class_names(path: Path) -> dict[str, list[str]]:
     }
 
 
+def texts_in(value: object) -> Iterator[str]:
+    """All texts of a row, those within lists and objects too; keys are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(inner)
+
+
 def has_foreign_bytes(text: str) -> bool:
     """Whether the text came from bytes that are not UTF-8 (see `as_windows_1252`)."""
     return not text.isascii() and _FOREIGN.search(text) is not None
+
+
+def half_character(text: str) -> str | None:
+    """Half of a surrogate pair that stands alone, as an escape: JSON can write one, UTF-8 cannot. None without one."""
+    found = None if text.isascii() else _HALF.search(text)
+    return f"\\u{ord(found[0]):04x}" if found else None
+
+
+def decoded(value: Any) -> Any:
+    """The value with all of its texts `as_windows_1252`."""
+    if isinstance(value, str):
+        return as_windows_1252(value)
+    if isinstance(value, dict):
+        return {key: decoded(inner) for key, inner in value.items()}
+    return [decoded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def as_windows_1252(text: str) -> str:

@@ -257,7 +257,10 @@ def digest_of_files(root: Path, files: dict[str, list[str]]) -> str:
 def _source_row(number: int, file: str, in_file: int, row: Row | str) -> SourceRow:
     if isinstance(row, str):
         return SourceRow(number, file, in_file, None, row)
-    foreign = any(isinstance(value, str) and readers.has_foreign_bytes(value) for value in row.values())
-    if foreign:
-        row = {k: readers.as_windows_1252(v) if isinstance(v, str) else v for k, v in row.items()}
-    return SourceRow(number, file, in_file, row, "", foreign)
+    texts = [text for text in readers.texts_in(row) if not text.isascii()]
+    half = next(filter(None, map(readers.half_character, texts)), None)
+    if half:
+        problem = f"a text holds half of a character, {half} without its other half"
+        return SourceRow(number, file, in_file, None, problem)
+    foreign = any(map(readers.has_foreign_bytes, texts))
+    return SourceRow(number, file, in_file, readers.decoded(row) if foreign else row, "", foreign)
