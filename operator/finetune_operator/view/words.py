@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
+LARGEST = 1e300
+"""Values of a curve that are larger are left out like infinite ones: their sums would be."""
 
 
 def duration(seconds: float | None) -> str:
@@ -65,13 +67,13 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
     Scaled to its own range; by the logarithm where that exists, so that the end of a falling loss shows as well.
     """
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if abs(value) < LARGEST]
     if len(finite) < 2:
         return ""
     points = min(width, len(finite))
     edges = [round(i * len(finite) / points) for i in range(points + 1)]
     means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     heights = [math.log(mean) for mean in means] if min(means) > 0 else means
-    low, high = min(heights), max(heights)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((height - low) * scale)] for height in heights)
+    low = min(heights)
+    span = max(heights) - low
+    return "".join(BARS[round((height - low) / span * (len(BARS) - 1)) if span else 0] for height in heights)

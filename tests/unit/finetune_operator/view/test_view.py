@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -198,6 +198,8 @@ def test_json_lines_are_written_only_when_something_changed() -> None:
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=200), st.integers(2, 60))
+@example([1.7976931348623157e308, -1e308], 2)
+@example([0.0, 5e-324], 2)
 def test_a_sparkline_never_fails_and_fits(values: list[float], width: int) -> None:
     line = sparkline(values, width)
     assert len(line) <= width
