@@ -5,20 +5,22 @@ No operator runs: its part, the status, is written by the test, as decide() make
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from .harness.fake_kubelet import FakeKubelet
 from .harness.log_server import LogServer
 from .harness.manifests import restricted_container, restricted_pod
 from .harness.operator import OperatorProcess, Trainer, fine_tune_job, furnish
-from .harness.processes import free_ports, wait_until
+from .harness.processes import TimedOutError, free_ports, wait_until
 from .harness.tcp_proxy import TcpProxy
 
 
@@ -348,24 +350,40 @@ def test_watch_in_json_ends_with_the_whole_resource(submitted: Shell) -> None:
     assert lines[-1]["resource"]["status"]["phase"] == "Complete"
 
 
+def read_screen(
+    screen: FileIO, child: subprocess.Popen[bytes], enough: Callable[[bytes], bool], seconds: float = 60
+) -> bytes:
+    """What a program writes to its terminal until that is enough or it ends; one that hangs says where."""
+    text, deadline = b"", time.monotonic() + seconds
+    while not enough(text):
+        if not select.select([screen], [], [], max(deadline - time.monotonic(), 0))[0]:
+            child.send_signal(signal.SIGABRT)
+            stacks = read_screen(screen, child, lambda _: False)
+            raise TimedOutError(f"Nothing new for {seconds:g} s: {text!r}\n{stacks.decode(errors='replace')}")
+        try:
+            data = screen.read(65536)
+        except OSError:  # Linux: the terminal's other end is closed
+            break
+        if not data:
+            break
+        text += data
+    return text
+
+
 def test_watch_in_a_terminal_is_a_live_view_that_ctrl_c_leaves_and_the_job_goes_on(submitted: Shell) -> None:
     submitted.says(job().training().says(progress=steps(120)).settled())
     terminal, own_end = pty.openpty()
     fcntl.ioctl(own_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     program = [Path(sys.executable).parent / "finetune", "watch", "support", "-n", submitted.namespace]
-    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONFAULTHANDLER": "1"}
     child = subprocess.Popen(
         program, stdin=own_end, stdout=own_end, stderr=own_end, env=environment, start_new_session=True
     )
     os.close(own_end)
-    shown = b""
-    while b"120/450" not in shown:
-        shown += os.read(terminal, 65536)
-    child.send_signal(signal.SIGINT)
-    with contextlib.suppress(OSError):  # Linux: the terminal's other end is closed
-        while data := os.read(terminal, 65536):
-            shown += data
-    os.close(terminal)
+    with os.fdopen(terminal, "rb", buffering=0) as screen:
+        shown = read_screen(screen, child, lambda text: b"120/450" in text)
+        child.send_signal(signal.SIGINT)
+        shown += read_screen(screen, child, lambda text: False)
     assert child.wait() == 130
     assert b"support goes on; the same command shows it again." in shown
     assert submitted.job()["spec"]["suspend"] is False
