@@ -45,42 +45,48 @@ class Parts:
         setattr(owner, function, watched)
 
 
-def watch_train(parts: Parts, ended: Callable[..., None]) -> None:
-    """Parts of Train until its first step has been reported."""
+Watched = list[tuple[Any, str, str]]
+"""Object, its function, and the name of the part that this is."""
+
+
+def parts_of_train() -> tuple[Watched, tuple[Any, str]]:
+    """Parts of Train, and the function that its first step is reported to."""
     from finetune_trainer.train import processes, stage
     from finetune_trainer.train.checkpoint import Checkpoints
     from finetune_trainer.train.loop import Loop
     from finetune_trainer.train.monitor import Monitor
 
-    parts.end()
-    parts.watch(processes, "meet", "meeting")
-    parts.watch(stage, "build_model", "loading the model")
-    parts.watch(stage, "build_batchers", "data")
-    parts.watch(stage, "build_loop", "the rest of building")
-    parts.watch(Checkpoints, "save", "first checkpoint, held")
-    parts.watch(Loop, "_begin", "largest micro-batch, tried")
-    parts.watch(Loop, "run", "first step")
-    Monitor.step = ended  # type: ignore[method-assign]
+    watched: Watched = [
+        (processes, "meet", "meeting"),
+        (stage, "build_model", "loading the model"),
+        (stage, "build_batchers", "data"),
+        (stage, "build_loop", "the rest of building"),
+        (Checkpoints, "save", "first checkpoint, held"),
+        (Loop, "_begin", "largest micro-batch, tried"),
+        (Loop, "run", "first step"),
+    ]
+    return watched, (Monitor, "step")
 
 
-def watch_evaluate(parts: Parts, ended: Callable[..., None]) -> None:
-    """Parts of Evaluate until its first rows have been answered."""
+def parts_of_evaluate() -> tuple[Watched, tuple[Any, str]]:
+    """Parts of Evaluate, and the function that is told of its first answers."""
     from transformers import AutoTokenizer
 
     from finetune_trainer.evaluate import models, stage
 
-    parts.end()
-    parts.watch(stage, "_digest_of_export", "digest of the export")
-    parts.watch(stage, "_asked", "data")
-    parts.watch(AutoTokenizer, "from_pretrained", "tokenizer")
-    parts.watch(models, "_load", "loading the model")
-    parts.watch(models, "_tuned", "adding the adapter")
-    parts.watch(stage, "_settings", "ways of scoring compared")
-    parts.watch(stage, "answer_rows", "first rows answered")
-    stage._RowProgress.add = ended  # type: ignore[method-assign]
+    watched: Watched = [
+        (stage, "_digest_of_export", "digest of the export"),
+        (stage, "_asked", "data"),
+        (AutoTokenizer, "from_pretrained", "tokenizer"),
+        (models, "_load", "loading the model"),
+        (models, "_tuned", "adding the adapter"),
+        (stage, "_settings", "ways of scoring compared"),
+        (stage, "answer_rows", "first rows answered"),
+    ]
+    return watched, (stage._RowProgress, "add")
 
 
-WATCHES = {"train": watch_train, "evaluate": watch_evaluate}
+PARTS_OF = {"train": parts_of_train, "evaluate": parts_of_evaluate}
 
 
 def run(stage: str, out: Path) -> None:
@@ -97,7 +103,11 @@ def run(stage: str, out: Path) -> None:
         out.write_text(json.dumps({"seconds": parts.seconds, "importedMB": imported, "peakMB": peak_megabytes()}))
         os._exit(0)
 
-    WATCHES[stage](parts, ended)
+    watched, result = PARTS_OF[stage]()
+    parts.end()
+    for part in watched:
+        parts.watch(*part)
+    setattr(*result, ended)
     from benchmarks.harness import peak_megabytes
 
     imported = peak_megabytes()

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api.cel import own_violations
 from finetune_api.report import Plan
 from finetune_api.spec import FineTuneJobSpec, Method
 from finetune_operator.view.words import count, duration
@@ -125,9 +126,11 @@ def _rows(spec: FineTuneJobSpec, plan: Plan, price_per_gpu_hour: float | None) -
 
 
 def _may_share_prefixes(spec: FineTuneJobSpec) -> bool:
-    """What the spec's rule asks of `sharedPrefixes: true`: rows are shared, and nothing is drawn for their tokens."""
-    training, drawn = spec.training, spec.tuning.lora.dropout or spec.training.neftune_alpha
-    return training.shared_prefixes is not False and training.packing is not False and not drawn
+    """Whether the spec's own rules would let it ask for `sharedPrefixes: true`, unless it says no."""
+    if spec.training.shared_prefixes is False:
+        return False
+    asking = spec.model_copy(update={"training": spec.training.model_copy(update={"shared_prefixes": True})})
+    return all(found.path != ("training", "sharedPrefixes") for found in own_violations(asking))
 
 
 def _epochs(spec: FineTuneJobSpec) -> str:

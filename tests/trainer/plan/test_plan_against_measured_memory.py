@@ -7,6 +7,8 @@ from tests.support.measured_memory import Case, kept_bytes, llama_3_8b, tracked_
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from finetune_api.spec import Method, Tuning
+from finetune_operator.planning.memory import LOGITS_IN_A_BLOCK, LOGITS_IN_A_CHUNK
+from finetune_trainer.model import loss
 
 SMALL = {
     "hidden_size": 256,
@@ -49,6 +51,11 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
     logits = planned.run.compute_bytes * 64 * config.vocab_size
     expected = planned.activations(case.tokens) + planned._casts + logits
     assert expected == pytest.approx(kept_bytes(case), rel=0.06)
+
+
+def test_the_plan_knows_how_many_logits_the_trainer_looks_at_at_once() -> None:
+    assert loss.CHUNK_ELEMENTS == LOGITS_IN_A_CHUNK
+    assert loss.CUDA_BLOCK_ELEMENTS == LOGITS_IN_A_BLOCK
 
 
 def test_documents_shorter_than_half_leave_half_the_activations() -> None:

@@ -74,9 +74,12 @@ class DocumentBatch:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def add(self, ids: Sequence[int], target_position: Sequence[int], target_id: Sequence[int], row: int) -> None:
+    def add(self, ids: IntSequence, target_position: IntSequence, target_id: IntSequence, row: int) -> None:
         """Append one document. Raises ValueError where a target lies outside it or the lengths disagree."""
-        _check(ids, target_position, target_id)
+        if len(target_position) != len(target_id):
+            raise ValueError("positions, targets and weights must have one length")
+        if len(target_position) and not 0 <= min(target_position) <= max(target_position) < len(ids):
+            raise ValueError("a target's position lies outside its document")
         self.ids.extend(ids)
         self.lengths.append(len(ids))
         self.target_position.extend(target_position)
@@ -120,35 +123,28 @@ class DocumentWriter:
 
         Raises ValueError where a target lies outside the document or the lengths disagree.
         """
+        batch = DocumentBatch()
+        batch.add(ids, target_position, target_id, row)
         weights = np.ones(len(target_id), np.float32) if target_weight is None else np.asarray(target_weight)
         if len(target_id) != len(weights):
             raise ValueError("positions, targets and weights must have one length")
-        _check(ids, target_position, target_id)
-        self._tokens += len(ids)
-        self._targets += len(target_id)
-        self._write("ids", ids)
-        self._write("offsets", [self._tokens])
-        self._write("target_position", target_position)
-        self._write("target_id", target_id)
-        self._write("target_weight", weights)
-        self._write("target_offsets", [self._targets])
-        self._write("dataset", [dataset])
-        self._write("parent", [parent])
-        self._write("row", [row])
-        self._count += 1
+        self._append(batch, weights, dataset, parent)
         return self._count - 1
 
     def extend(self, batch: DocumentBatch, *, dataset: int = 0) -> None:
         """Append the documents of a batch, with weights of 1 and no parents."""
+        self._append(batch, np.ones(len(batch.target_id), np.float32), dataset, parent=-1)
+
+    def _append(self, batch: DocumentBatch, weights: Sequence[float] | Float32, dataset: int, parent: int) -> None:
         count, targets = len(batch), len(batch.target_id)
         self._write("ids", np.asarray(batch.ids))
         self._write("offsets", self._tokens + np.cumsum(batch.lengths, dtype=np.int64))
         self._write("target_position", np.asarray(batch.target_position))
         self._write("target_id", np.asarray(batch.target_id))
-        self._write("target_weight", np.ones(targets, np.float32))
+        self._write("target_weight", weights)
         self._write("target_offsets", self._targets + np.cumsum(batch.target_counts, dtype=np.int64))
         self._write("dataset", np.full(count, dataset))
-        self._write("parent", np.full(count, -1))
+        self._write("parent", np.full(count, parent))
         self._write("row", np.asarray(batch.rows))
         self._tokens += len(batch.ids)
         self._targets += targets
@@ -170,13 +166,6 @@ class DocumentWriter:
             return
         for file in self._files.values():
             file.close()
-
-
-def _check(ids: IntSequence, target_position: IntSequence, target_id: IntSequence) -> None:
-    if len(target_position) != len(target_id):
-        raise ValueError("positions, targets and weights must have one length")
-    if len(target_position) and not 0 <= min(target_position) <= max(target_position) < len(ids):
-        raise ValueError("a target's position lies outside its document")
 
 
 class DocumentStore:

@@ -95,12 +95,12 @@ def texts_in(value: object) -> Iterator[str]:
 
 def has_foreign_bytes(text: str) -> bool:
     """Whether the text came from bytes that are not UTF-8 (see `as_windows_1252`)."""
-    return not text.isascii() and _FOREIGN.search(text) is not None
+    return _FOREIGN.search(text) is not None
 
 
 def half_character(text: str) -> str | None:
     """Half of a surrogate pair that stands alone, as an escape: JSON can write one, UTF-8 cannot. None without one."""
-    found = None if text.isascii() else _HALF.search(text)
+    found = _HALF.search(text)
     return f"\\u{ord(found[0]):04x}" if found else None
 
 
