@@ -85,7 +85,11 @@ def run(size: Size) -> Result:
     curves = figures["curves"]
     loss = max(min(seen for _, seen in points) for points in curves.values())
     figures["loss"] = loss
+    apart = statistics.median(
+        abs(one["loss"] - other["loss"]) for one, other in zip(*figures["samples"].values(), strict=True)
+    )
     table = Table(f"Seconds of training to a validation loss of {loss:.4f}", ("", "seconds", "best loss seen"))
     for name, points in curves.items():
         table.rows.append([name, f"{seconds_to(points, loss):.0f}", f"{min(seen for _, seen in points):.4f}"])
-    return Result("convergence", figures, [table], [" ".join(__doc__.split("\n\n")[1].split())])
+    alike = f"Step by step their training losses are {apart:.3f} apart (median of {steps})."
+    return Result("convergence", figures, [table], [" ".join(__doc__.split("\n\n")[1].split()), alike])

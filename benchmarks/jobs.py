@@ -17,10 +17,9 @@ from tests.support.scripts import load_script
 from finetune_api.base import Stage
 from finetune_api.runconfig import ATTEMPT_VARIABLE, Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.planning.plan import CPU_ROW
 
 UID = "benchmark"
-ROW_TOKENS = 1024
-"""Tokens of a row: what the plan gives a CPU."""
 CHAT_CHARACTERS = (100, 2500)
 """Chats between a line and a page: mixed lengths that fit a row."""
 PROBLEMS = ("declined", "delayed", "missing", "charged twice", "reversed", "limit", "exchange rate", "fee", "pending",
@@ -66,7 +65,7 @@ class PreparedJob:
     def environment_of(self, stage: Stage = Stage.TRAIN, **fields: Any) -> dict[str, str]:
         """What a new attempt at a stage is given; `fields` are more of its fields, in snake_case."""
         self.attempts += 1
-        attempt = Attempt(uid=UID, stage=stage, number=self.attempts, **{"micro_batch_tokens": ROW_TOKENS, **fields})
+        attempt = Attempt(uid=UID, stage=stage, number=self.attempts, **{"micro_batch_tokens": CPU_ROW, **fields})
         return {
             "FINETUNE_RUN_CONFIG": str(self.run / "run-config.json"),
             ATTEMPT_VARIABLE: attempt.model_dump_json(by_alias=True),

@@ -32,6 +32,8 @@ from finetune_trainer.model.device import choose_precision
 
 TRL = "1.16.0"
 OURS = "finetune-operator"
+ROW_OF_TRL = 1024
+"""Tokens of TRL's packed rows, and half of those of its batches at most."""
 STEPS_OF_ROWS = 40
 """Steps' worth of rows handed to TRL: more than are measured."""
 MEGABYTES_A_WORKER = 4500
@@ -60,7 +62,7 @@ def environment_of_trl() -> Path:
 
 def settings_of_trl(examples: int, step_tokens: float, longest: int, precision: str) -> dict[str, dict[str, Any]]:
     """What is tried, by name. Each optimiser step has the documents (or, packed, the tokens) of one of ours."""
-    row = max(jobs.ROW_TOKENS, longest)
+    row = max(ROW_OF_TRL, longest)
     # Longer rows cost TRL more: its mask is dense and quadratic in the row, and its memory grows with the batch.
     together = next(size for size in range(examples, 0, -1) if examples % size == 0 and size * longest <= 2 * row)
     whole = {"per_device_train_batch_size": together, "gradient_accumulation_steps": examples // together}

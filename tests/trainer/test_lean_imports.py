@@ -1,16 +1,26 @@
-"""What a stage's process does not import, and how it imports the rest."""
+"""What a stage's process does not import, how it imports the rest, and what its libraries do not keep."""
 
 from __future__ import annotations
 
 import gc
 import importlib.util
+import os
+import subprocess
 import sys
 
 import pytest
 
 from finetune_api.base import Stage
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.imports import bring_back, few_walks, leave_out, left_out, unneeded
+from finetune_trainer.imports import (
+    PRODUCTS_REMEMBERED,
+    bring_back,
+    few_walks,
+    forget_old_products,
+    leave_out,
+    left_out,
+    unneeded,
+)
 from finetune_trainer.prepare.workers import PARALLEL_ROWS, Workers
 
 DATASET = {"name": "a", "path": "a.csv", "task": "classification"}
@@ -71,3 +81,42 @@ def test_the_collector_works_as_ever_after_the_imports_but_leaves_them_alone() -
         assert gc.get_freeze_count() > before
     finally:
         gc.unfreeze()
+
+
+GROWTH = """
+from finetune_trainer.imports import forget_old_products
+forget_old_products()
+import ctypes, torch
+
+class Heap(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Heap
+weight = torch.ones(256, 256, dtype=torch.bfloat16)
+
+def after(lengths):
+    for length in lengths:
+        torch.nn.functional.linear(torch.ones(length, 256, dtype=torch.bfloat16), weight)
+    return libc.mallinfo2().uordblks
+
+print(after(range(1, 201)), after(range(201, 501)))
+"""
+
+
+def test_rows_of_ever_new_lengths_do_not_take_ever_more_memory() -> None:
+    """300 products with rows of lengths that were not there before took 190 MB for good."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    program = [sys.executable, "-c", GROWTH]
+    said = subprocess.run(program, env=environment, check=True, capture_output=True, text=True).stdout
+    before, after = map(int, said.split())
+    assert after - before < 5_000_000
+
+
+def test_what_the_environment_says_of_the_caches_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    forget_old_products()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    assert os.environ["LRU_CACHE_CAPACITY"] == str(PRODUCTS_REMEMBERED)

@@ -19,7 +19,7 @@ from pathlib import Path
 from finetune_api.report import EXIT_CODES, Failure
 from finetune_trainer.context import RunContext, context_from_environment
 from finetune_trainer.failures import TrainerError, classify, failure_file, redact, write_json
-from finetune_trainer.imports import few_walks, leave_out, unneeded
+from finetune_trainer.imports import few_walks, forget_old_products, leave_out, unneeded
 
 STAGES = {
     "prepare": ("finetune_trainer.prepare.stage", "run"),
@@ -66,6 +66,7 @@ def import_stage(context: RunContext, name: str) -> Callable[[RunContext], None]
     """The function of a stage, with what this job needs of the libraries and no more."""
     module, function = STAGES[name]
     leave_out(unneeded(context.config.spec, context.attempt.stage, context.gpus_per_node))
+    forget_old_products()
     with few_walks():
         found: Callable[[RunContext], None] = getattr(importlib.import_module(module), function)
     return found

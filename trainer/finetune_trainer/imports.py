@@ -1,4 +1,4 @@
-"""Imports at a process's start: what this job does not need, and fewer walks of the garbage collector.
+"""A process's start: imports without what this job does not need, few walks of the garbage collector, a small cache.
 
 What each of these costs is in docs/performance.md.
 """
@@ -16,6 +16,9 @@ from finetune_api.spec import FineTuneJobSpec, Method
 
 OBJECTS_BETWEEN_WALKS = 50_000
 """New objects after which the collector looks at the young ones, while modules are imported; else 700."""
+
+PRODUCTS_REMEMBERED = 64
+"""Matrix products, by the sizes of their operands, whose compiled code a CPU keeps: more than one row's step has."""
 
 
 def unneeded(spec: FineTuneJobSpec, stage: Stage, gpus: int | None) -> list[str]:
@@ -56,6 +59,16 @@ def bring_back(name: str) -> None:
 def left_out() -> list[str]:
     """What looks as if it was not installed here: to be left out by other processes too."""
     return [name for name, module in sys.modules.items() if module is None]
+
+
+def forget_old_products() -> None:
+    """Let oneDNN, and PyTorch's binding to it, keep little of what they compile for products; before torch is imported.
+
+    Each keeps 1,024 entries of up to half a megabyte otherwise, and rows of ever other lengths need ever other ones:
+    memory would grow for hundreds of steps. What the user's environment says goes first.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(PRODUCTS_REMEMBERED))
 
 
 @contextmanager

@@ -30,8 +30,8 @@ ROW_BUDGET = 0.88
 """Share of the GPU's memory that rows may be planned into: activations are known to some 15% only."""
 LARGEST_ROW = 65_536
 """Longer rows bring nothing more."""
-CPU_ROW = 1024
-"""Tokens of a row on a CPU, where longer rows are no faster."""
+CPU_ROW = 768
+"""Tokens of a row on a CPU, where longer rows are no faster and take more memory."""
 UNKNOWN_GPU_ROW = 8192
 """Tokens of a row while the GPU is not known; an out-of-memory halves it."""
 FEW_STEPS = 50

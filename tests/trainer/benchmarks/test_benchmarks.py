@@ -172,4 +172,4 @@ def test_trl_gets_batches_that_are_no_longer_than_two_rows_and_ours_in_all() -> 
                 settings[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
             )
             assert settings.get("packing") or together * parts == examples
-            assert together == 1 or together * longest <= 2 * jobs.ROW_TOKENS
+            assert together == 1 or together * longest <= 2 * peers.ROW_OF_TRL
