@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -56,7 +57,9 @@ def saves(parameters: int, repetitions: int) -> dict[str, list[float]]:
                 return time.perf_counter() - begun
 
             def synchronous() -> float:
-                writer = dcp.FileSystemWriter(Path(folder) / "synchronous", sync_files=True, overwrite=True)
+                target = Path(folder) / "synchronous"
+                shutil.rmtree(target, ignore_errors=True)
+                writer = dcp.FileSystemWriter(target, sync_files=True)
                 return timed(lambda: dcp.save(dict(tensors), storage_writer=writer, process_group=group))
 
             ways: dict[str, Callable[[], float]] = {

@@ -100,13 +100,13 @@ class _QuietTerminal:
             attributes = termios.tcgetattr(sys.stdin)
             self._before = list(attributes)
             attributes[3] &= ~termios.ECHOCTL
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, attributes)
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
 
     def end(self) -> None:
         """As it was."""
         if self._before is not None:
             with contextlib.suppress(termios.error, OSError, ValueError):
-                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
 
 
 class _Lines:
