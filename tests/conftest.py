@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put the option where all tests, and the workers of this run, look for it."""
+    """Put the option where all tests, and the workers of this run, look for it; make Ctrl-C count."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts what it puts into the background deaf to Ctrl-C, and so would be every program under test.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.kubeconfig:
         from tests.integration.harness.control_plane import KUBECONFIG_VARIABLE
 
