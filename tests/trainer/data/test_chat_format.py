@@ -18,7 +18,6 @@ from finetune_trainer.data.chat import (
     choose_pad,
     with_plain_template,
 )
-from finetune_trainer.data.template_scope import writes_by_message
 
 CHAT: list[Message] = [
     {"role": "user", "content": "Hi"},
@@ -199,67 +198,83 @@ def test_a_byte_level_vocabulary_without_special_tokens_pads_with_a_byte_that_no
     assert choose_pad(PreTrainedTokenizerFast(tokenizer_object=without, eos_token="<eos>"), [0]) is None
 
 
-BY_MESSAGE = {
+AT_ONCE = {
     "chatml": CHATML,
     "implicit system": IMPLICIT_SYSTEM,
     "plain": PLAIN_TEMPLATE,
-    "trimmed": "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim | replace('a', 'b') }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-    "first message": "{{ bos_token }}{% for m in messages %}"
-    "{% if loop.first and messages[0].role == 'user' %}!{% endif %}"
-    "{% if m['role'] == 'user' %}U{% elif not loop.first %}A{% endif %}: {{ m['content'] }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'A: ' if messages[0]['role'] == 'user' else 'A:' }}{% endif %}",
+    "trimmed": NO_SYSTEM,
+    "answers trimmed": "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' %}{{ m.content.strip() }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "turns that alternate": "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('They alternate') }}{% endif %}"
+    "{% set text = m.role + ': ' + m.content | trim %}{{ text + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+    "counted": "{% for m in messages %}{{ loop.index }}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ messages | length + 1 }}assistant: {% endif %}",
+    "an invitation without its space": "{% for m in messages %}{{ m.role }}:\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
 }
-AS_A_WHOLE = {
+ONE_BY_ONE = {
     "thoughts": FORGETS_THOUGHTS,
-    "no system": NO_SYSTEM,
-    "reversed": NO_PREFIX,
-    "counted": "{% for m in messages %}{{ loop.index }}{{ m.content }}<|im_end|>{% endfor %}",
-    "all but the first": "{% for m in messages[1:] %}{{ m.content }}<|im_end|>{% endfor %}",
+    "questions and answers": LLAMA_2,
+    "contents changed": "{% for m in messages %}{{ m.role }}: {{ m.content | replace('a', 'b') }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+    "thoughts cut": "{% for m in messages %}{{ m.role }}: "
+    "{{ m.content if loop.last else m.content.split('a')[-1] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
     "how many": "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
-    "a state": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}",
-    "two loops": "{% for m in messages %}{{ m.content }}{% endfor %}{% for m in messages %}{{ m.role }}{% endfor %}",
-    "an end": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}The end.",
-    "another end": "{% for m in messages %}{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}A{% else %}E{% endif %}",
-    "asked within": "{% for m in messages %}{{ m.content }}{% if add_generation_prompt %}?{% endif %}{% endfor %}",
-    "chance": "{% for m in messages %}{{ [m.content, 1] | random }}{% endfor %}",
-    "the last one": "{% for m in messages %}{{ m.content }}{{ messages[-1].content }}{% endfor %}",
-    "not a template": "{% for m in messages %}",
+    "shown twice": "{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}",
+    "the system at the end": "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{{ m.content }}<|im_end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
 }
+CONTENTS = st.lists(st.text("ab \n<|im_end|>\ue0f0"), min_size=1, max_size=9)
 
 
-@pytest.mark.parametrize("template", BY_MESSAGE.values(), ids=BY_MESSAGE)
-def test_a_template_that_writes_message_by_message_is_known(template: str) -> None:
-    assert writes_by_message(template)
+def chat_of(first: str, contents: list[str]) -> list[Message]:
+    turns = ("assistant", "user") if first == "user" else ("user", "assistant")
+    roles = [first, *(turns[i % 2] for i in range(len(contents) - 1))]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
-@pytest.mark.parametrize("template", AS_A_WHOLE.values(), ids=AS_A_WHOLE)
-def test_a_template_that_looks_at_more_than_its_message_is_rendered_as_a_whole(template: str) -> None:
-    assert not writes_by_message(template)
-
-
-@pytest.mark.parametrize("template", BY_MESSAGE.values(), ids=BY_MESSAGE)
-@given(
-    contents=st.lists(st.text("ab \n<|im_end|>\ue0f0"), min_size=2, max_size=9),
-    first=st.sampled_from(["system", "user", "assistant"]),
-)
-def test_a_chat_put_together_from_its_messages_is_the_chat_rendered_as_a_whole(
+@pytest.mark.parametrize("template", (AT_ONCE | ONE_BY_ONE).values(), ids=AT_ONCE | ONE_BY_ONE)
+@given(contents=CONTENTS, first=st.sampled_from(["system", "user", "assistant"]))
+def test_the_beginnings_of_a_chat_are_what_the_template_writes_for_them(
     directory: Path, template: str, contents: list[str], first: str
 ) -> None:
-    chat = formatted(AutoTokenizer.from_pretrained(directory), template)
-    roles = [first, *(("user", "assistant")[i % 2] for i in range(len(contents)))]
-    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-    put_together = chat._beginnings(messages)
-    for count in range(1, len(messages) + 1):
-        for ask in (False, True):
-            assert put_together(count, ask) == chat._render(messages[:count], add_generation_prompt=ask)
+    chat = ChatFormat.__new__(ChatFormat)
+    chat.tokenizer = AutoTokenizer.from_pretrained(directory)
+    chat.tokenizer.chat_template = template
+    chat._surroundings = chat._find_surroundings
+    messages = chat_of(first, contents)
+    begun = chat._beginnings(messages)
+    for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0):
+        for count, ask in ((turn, True), (turn + 1, False)):
+            try:
+                expected = chat._render(messages[:count], add_generation_prompt=ask)
+            except ChatTemplateError:
+                continue
+            assert begun(count, ask) == expected
+
+
+@pytest.mark.parametrize("template", AT_ONCE.values(), ids=AT_ONCE)
+def test_a_chat_is_rendered_once(tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = formatted(tokenizer, template)
+    assert chat.keeps_history
+    chat.segments(chat_of("user", ["Hi", "  Hello. ", "More\n", "No."]))
+    counted = []
+    render = chat._render
+    monkeypatch.setattr(chat, "_render", lambda *given, **named: counted.append(1) or render(*given, **named))
+    other = [message | {"content": f" {message['content']}!\n"} for message in CHAT]
+    [segments] = chat.segments(other)
+    assert len(counted) == 1
+    assert [segment.learnt for segment in segments] == [False, True, False, True]
+    assert all("!" in segment.text for segment in segments)
 
 
 def test_a_message_that_the_template_refuses_is_refused_in_its_words(tokenizer: Any) -> None:
-    strict = "{% for m in messages %}{{ m['content'] + m['note'] + '<|im_end|>' }}{% endfor %}"
     chat = formatted(tokenizer, CHATML)
-    chat.tokenizer.chat_template = strict
-    assert writes_by_message(strict)
+    chat.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + m['note'] + '<|im_end|>' }}{% endfor %}"
     with pytest.raises(ChatTemplateError, match="no attribute 'note'"):
         chat.segments(CHAT)

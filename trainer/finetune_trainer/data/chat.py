@@ -11,12 +11,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from finetune_trainer.data.template_scope import writes_by_message
+from finetune_trainer.data.beginnings import Surroundings, surroundings
 
 Message = dict[str, str]
 
@@ -77,7 +76,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
-        self._by_message = isinstance(tokenizer.chat_template, str) and writes_by_message(tokenizer.chat_template)
+        self._surroundings = lru_cache(maxsize=1000)(self._find_surroundings)
         self._control_tokens = _control_token_pattern(tokenizer)
         self._anchor = _anchor(tokenizer)
         self.adds_bos = _adds_bos(tokenizer)
@@ -164,24 +163,31 @@ class ChatFormat:
         return [pieces]
 
     def _beginnings(self, marked: Sequence[Message]) -> Callable[[int, bool], str]:
-        """(how many messages, whether an answer is asked for) -> the template's text for so many first messages."""
+        """(how many messages, whether an answer is asked for) -> the template's text for so many first messages.
+
+        Up to an assistant turn that answers, asked for, and with it, not asked for.
+        """
 
         def rendered(count: int, ask: bool) -> str:
             return self._render(marked[:count], add_generation_prompt=ask)
 
-        if not self._by_message or len(marked) < 3:
+        found = self._surroundings(tuple(message["role"] for message in marked))
+        if found is None:
             return rendered
         try:
-            first, asked = rendered(1, False), rendered(1, True)
-            pairs = [self._render([marked[0], message]) for message in marked[1:]]
+            whole = rendered(len(marked), False)
         except ChatTemplateError:
             return rendered  # which says so where it matters
-        if not all(text.startswith(first) for text in (asked, *pairs)):
+        ends = found.ends(whole, [message["content"] for message in marked])
+        if ends is None:
             return rendered
-        parts = [first, *(pair[len(first) :] for pair in pairs)]
-        ends = list(accumulate(map(len, parts)))
-        whole, invitation = "".join(parts), asked[len(first) :]
-        return lambda count, ask: whole[: ends[count - 1]] + (invitation if ask else "")
+        return lambda count, ask: whole[: ends[count - 1] + found.tails[count, ask]]
+
+    def _find_surroundings(self, roles: tuple[str, ...]) -> Surroundings | None:
+        try:
+            return surroundings(lambda messages, ask: self._render(messages, add_generation_prompt=ask), roles)
+        except ChatTemplateError:
+            return None
 
     def _last_turn(self, marked: Sequence[Message]) -> list[Segment]:
         prompt = self._render(marked[:-1], add_generation_prompt=True)

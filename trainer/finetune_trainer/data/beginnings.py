@@ -1,0 +1,63 @@
+"""Where every beginning of a rendered chat ends, read off one rendering of the whole chat. Pure but for the template.
+
+What is learnt of a chat is found from the template's text for its first 1, 2, … n messages: n renderings, of n / 2
+messages on average. Chats of the same roles mostly have the same text around their messages' contents, so that text is
+found once, from a chat of placeholders. Where a chat's text is that text around its own contents, to the last
+character, its beginnings end where those of the placeholders do. (What a template would do to a last message alone, and
+only for what stands in it, would not be seen.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+_SPACE = "\u2003"
+"""Around a placeholder: white space that no template writes, to see whether a template trims."""
+_PLACEHOLDER = re.compile(f"({_SPACE}?)\ue0f2(\\d+)\ue0f3({_SPACE}?)")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The text around the contents of a chat of n messages."""
+
+    pieces: tuple[str, ...]
+    """n + 1: before the first content, between two, after the last."""
+    trimmed: tuple[bool, ...]
+    """Whether white space around a content is left out, for each message."""
+    tails: Mapping[tuple[int, bool], int]
+    """(messages, whether an answer is asked for) -> characters of that beginning after its last content."""
+
+    def ends(self, whole: str, contents: Sequence[str]) -> list[int] | None:
+        """Where each message's content ends in the chat's text; None where the text is made otherwise."""
+        at, found = len(self.pieces[0]), []
+        shown = [content.strip() if trim else content for content, trim in zip(contents, self.trimmed, strict=True)]
+        for content, piece in zip(shown, self.pieces[1:], strict=True):
+            found.append(at + len(content))
+            at = found[-1] + len(piece)
+        parts = [part for pair in zip(self.pieces, shown, strict=False) for part in pair]
+        return found if whole == "".join([*parts, self.pieces[-1]]) else None
+
+
+def surroundings(render: Callable[[Sequence[dict[str, str]], bool], str], roles: Sequence[str]) -> Surroundings | None:
+    """The text around the contents of chats of these roles; `render` takes messages and whether to ask for an answer.
+
+    None where a beginning is not the beginning of the whole, or where contents do not stand in it as they are.
+    """
+    messages = [{"role": role, "content": f"{_SPACE}\ue0f2{i}\ue0f3{_SPACE}"} for i, role in enumerate(roles)]
+    whole = render(messages, False)
+    places = list(_PLACEHOLDER.finditer(whole))
+    bounds = [0, *(bound for place in places for bound in place.span()), len(whole)]
+    pieces = tuple(whole[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True))
+    in_order = [int(place[2]) for place in places] == list(range(len(roles)))
+    if not in_order or any(place[1] != place[3] for place in places):
+        return None
+    tails = {}
+    for turn in (i for i, role in enumerate(roles) if role == "assistant" and i > 0):
+        for count, ask in ((turn, True), (turn + 1, False)):
+            text = render(messages[:count], ask)
+            tails[count, ask] = len(text) - places[count - 1].end()
+            if not whole.startswith(text) or tails[count, ask] < 0:
+                return None
+    return Surroundings(pieces, tuple(not place[1] for place in places), tails)
