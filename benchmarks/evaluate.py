@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from benchmarks import jobs
 from benchmarks.harness import Figures, Result, Size, Table, in_turn, ratios, spread
 
+from finetune_api.spec import Method
 from finetune_trainer.data.evaluation_rows import read_evaluation
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.evaluate.generation import greedy_answers
 from finetune_trainer.evaluate.likelihood import Closed, as_sequences, plain_scores, sequence_scores, tree_scores
+from finetune_trainer.evaluate.models import Source, opened
 from finetune_trainer.model.device import choose_precision
 
 AIM = 10
@@ -25,17 +28,19 @@ DOCUMENTS_A_LABEL = 2
 """Documents on which every label has a forward pass of its own: it takes long."""
 
 
-def loaded(job: jobs.PreparedJob) -> tuple[Any, Any]:
+@contextmanager
+def loaded(job: jobs.PreparedJob) -> Iterator[tuple[Any, Any]]:
     """The base model and its tokenizer, as Evaluate holds them."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
-    manifest = PreparedManifest.read(job.prepared)
-    precision, _ = choose_precision("auto", torch.device("cpu"))
-    model = AutoModelForCausalLM.from_pretrained(manifest.model.directory, dtype=precision).eval()
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=manifest.end_token_ids, pad_token_id=manifest.pad_token_id
-    )
-    return model, AutoTokenizer.from_pretrained(job.prepared / "tokenizer")
+    manifest, device = PreparedManifest.read(job.prepared), torch.device("cpu")
+    precision, _ = choose_precision("auto", device)
+    source = Source(
+        export=job.run / "export", base=manifest.model, method=Method.LORA, dtype=precision, device=device,
+        end_token_ids=tuple(manifest.end_token_ids), pad_token_id=manifest.pad_token_id, compute_dtype=precision,
+    )  # fmt: skip
+    with opened(source, "base") as model:
+        yield model, AutoTokenizer.from_pretrained(job.prepared / "tokenizer")
 
 
 def closed_rows(job: jobs.PreparedJob, name: str) -> list[Closed]:
@@ -115,12 +120,13 @@ def run(size: Size) -> Result:
         workload = jobs.intents(4 * len(labels), labels=labels)
         held_out = {"validation": 0, "test": 0.25}
         job = jobs.prepare(Path(folder) / "intents", model_file, workload, split=held_out)
-        model, tokenizer = loaded(job)
-        rows = closed_rows(job, "intents")[: size.pick(4, 24, 77)]
-        scored = score_labels(model, rows, rounds)
         tweets = jobs.prepare(Path(folder) / "tweets", model_file, jobs.tweets(200), split=held_out)
+        rows = closed_rows(job, "intents")[: size.pick(4, 24, 77)]
         prompts = [row.prompt for row in closed_rows(tweets, "tweets")[: size.pick(4, 40)]]
-        generated = generate(model, tokenizer, prompts, size.pick(1, 5), NEW_TOKENS)
+        with loaded(job) as (model, tokenizer):
+            scored = score_labels(model, rows, rounds)
+            generated = generate(model, tokenizer, prompts, size.pick(1, 5), NEW_TOKENS)
+            precision = str(model.dtype).removeprefix("torch.")
     samples = scored["secondsADocument"]
     medians = {name: statistics.median(values) for name, values in samples.items()}
     factor = medians["one forward a label"] / medians["shared prefix and label tree"]
@@ -130,6 +136,6 @@ def run(size: Size) -> Result:
     tables = [table_of(samples, title, "seconds a document"), table_of(generated["seconds"], second, "seconds")]
     notes = [
         f"{factor:.0f} times one forward a label (aim {AIM}); scores differ by at most {scored['apart']:.3f} nats "
-        f"({str(model.dtype).removeprefix('torch.')})."
+        f"({precision})."
     ]
     return Result("evaluate", {"labels": scored, "factor": factor, "generation": generated}, tables, notes)

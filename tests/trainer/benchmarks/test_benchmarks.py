@@ -95,12 +95,12 @@ def test_labels_score_alike_however_they_are_scored(model: Model, tmp_path: Path
     labels = jobs.INTENTS[:5]
     workload = jobs.intents(40, labels=labels)
     job = jobs.prepare(tmp_path, model, workload, split={"validation": 0, "test": 0.25})
-    loaded, tokenizer = evaluate.loaded(job)
     closed = evaluate.closed_rows(job, "intents")[:3]
-    scored = evaluate.score_labels(loaded, closed, rounds=1)
+    with evaluate.loaded(job) as (loaded, tokenizer):
+        scored = evaluate.score_labels(loaded, closed, rounds=1)
+        generated = evaluate.generate(loaded, tokenizer, [row.prompt for row in closed], rounds=1, new_tokens=2)
     assert scored["labels"] == 5
     assert scored["apart"] < (1e-3 if loaded.dtype == torch.float32 else 1.0)
-    generated = evaluate.generate(loaded, tokenizer, [row.prompt for row in closed], rounds=1, new_tokens=2)
     assert all(seconds > 0 for values in generated["seconds"].values() for seconds in values)
 
 

@@ -159,3 +159,24 @@ def test_a_generation_config_with_a_penalty_does_not_change_answers(base: Path, 
         with opened(source(prepared, out, Method.FULL), "tuned") as model:
             answers.append(greedy_answers(model, tokenizer, [IDS], max_new_tokens=12, tokens_a_batch=100))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("method", [Method.LORA, Method.PREFIX, Method.FULL])
+def test_the_head_gets_batches_that_lie_in_one_piece(base: Path, tmp_path: Path, method: Method) -> None:
+    """Else PyTorch multiplies row by row, each with a copy of the head: 57 MB a row with 49,152 tokens."""
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.evaluate.generation import greedy_answers
+
+    prepared, seen = exported(base, tmp_path, method), []
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    several = [Closed((5, *range(40, 40 + i)), ((42, 43, 2), (44, 2))) for i in (2, 5, 3)]
+    for variant, model in opened_both(source(prepared, tmp_path, method), base=True):
+        model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs, variant=variant: seen.append((variant, inputs[0].shape[:2], inputs[0].is_contiguous()))
+        )
+        if not has_virtual_tokens(model):
+            tree_scores(model, several)
+        greedy_answers(model, tokenizer, [IDS, IDS[:3]], max_new_tokens=2, tokens_a_batch=100)
+    assert {variant for variant, (rows, _), _ in seen if rows > 1} == {"tuned", "base"}
+    assert all(contiguous for *_, contiguous in seen)

@@ -132,7 +132,15 @@ def _prepared(model: Any, source: Source) -> Any:
         do_sample=False, eos_token_id=list(source.end_token_ids), pad_token_id=source.pad_token_id
     )
     model.generation_config = inner.generation_config
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_side_by_side)
     return model.eval().requires_grad_(False)
+
+
+def _side_by_side(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last positions of a batch's rows lie apart in memory: PyTorch would copy the head once for each row."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _free() -> None:
