@@ -19,7 +19,7 @@ from finetune_trainer.data.evaluation_rows import read_evaluation
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.evaluate.generation import greedy_answers
 from finetune_trainer.evaluate.likelihood import Closed, as_sequences, plain_scores, sequence_scores, tree_scores
-from finetune_trainer.evaluate.models import Source, opened
+from finetune_trainer.evaluate.models import manifest_source, opened
 from finetune_trainer.model.device import choose_precision
 
 AIM = 10
@@ -35,10 +35,7 @@ def loaded(job: jobs.PreparedJob) -> Iterator[tuple[Any, Any]]:
 
     manifest, device = PreparedManifest.read(job.prepared), torch.device("cpu")
     precision, _ = choose_precision("auto", device)
-    source = Source(
-        export=job.run / "export", base=manifest.model, method=Method.LORA, dtype=precision, device=device,
-        end_token_ids=tuple(manifest.end_token_ids), pad_token_id=manifest.pad_token_id, compute_dtype=precision,
-    )  # fmt: skip
+    source = manifest_source(manifest, job.run / "export", Method.LORA, precision, device, compute_dtype=precision)
     with opened(source, "base") as model:
         yield model, AutoTokenizer.from_pretrained(job.prepared / "tokenizer")
 

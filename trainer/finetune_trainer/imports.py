@@ -64,7 +64,7 @@ def left_out() -> list[str]:
 def forget_old_products() -> None:
     """Let oneDNN, and PyTorch's binding to it, keep little of what they compile for products; before torch is imported.
 
-    Each keeps 1,024 entries of up to half a megabyte otherwise, and rows of ever other lengths need ever other ones:
+    Each keeps 1,024 entries of some 0.6 MB otherwise, and rows of ever other lengths need ever other ones:
     memory would grow for hundreds of steps. What the user's environment says goes first.
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):

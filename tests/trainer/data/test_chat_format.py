@@ -224,6 +224,16 @@ ONE_BY_ONE = {
     "{{ m.content if loop.last else m.content.split('a')[-1] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
     "how many": "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+    "reversed": NO_PREFIX,
+    "all but the first": "{% for m in messages[1:] %}{{ m.content }}<|im_end|>{% endfor %}",
+    "a state": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}",
+    "two loops": "{% for m in messages %}{{ m.content }}{% endfor %}{% for m in messages %}{{ m.role }}{% endfor %}",
+    "an end": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}The end.",
+    "another end": "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}A{% else %}E{% endif %}",
+    "asked within": "{% for m in messages %}{{ m.content }}{% if add_generation_prompt %}?{% endif %}{% endfor %}",
+    "the last one": "{% for m in messages %}{{ m.content }}{{ messages[-1].content }}{% endfor %}",
+    "not a template": "{% for m in messages %}",
     "shown twice": "{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}",
     "the system at the end": "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: "
     "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{{ m.content }}<|im_end|>"
@@ -254,8 +264,10 @@ def test_the_beginnings_of_a_chat_are_what_the_template_writes_for_them(
             try:
                 expected = chat._render(messages[:count], add_generation_prompt=ask)
             except ChatTemplateError:
-                continue
-            assert begun(count, ask) == expected
+                with pytest.raises(ChatTemplateError):
+                    begun(count, ask)
+            else:
+                assert begun(count, ask) == expected
 
 
 @pytest.mark.parametrize("template", AT_ONCE.values(), ids=AT_ONCE)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 _SPACE = "\u2003"
 """Around a placeholder: white space that no template writes, to see whether a template trims."""
@@ -31,13 +32,16 @@ class Surroundings:
 
     def ends(self, whole: str, contents: Sequence[str]) -> list[int] | None:
         """Where each message's content ends in the chat's text; None where the text is made otherwise."""
-        at, found = len(self.pieces[0]), []
         shown = [content.strip() if trim else content for content, trim in zip(contents, self.trimmed, strict=True)]
-        for content, piece in zip(shown, self.pieces[1:], strict=True):
-            found.append(at + len(content))
-            at = found[-1] + len(piece)
         parts = [part for pair in zip(self.pieces, shown, strict=False) for part in pair]
-        return found if whole == "".join([*parts, self.pieces[-1]]) else None
+        if whole != "".join([*parts, self.pieces[-1]]):
+            return None
+        return list(accumulate(map(len, parts)))[1::2]
+
+
+def answers(roles: Sequence[str]) -> list[int]:
+    """Which messages answer. A greeting at the very beginning answers nothing: it is part of what is given."""
+    return [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
 
 
 def surroundings(render: Callable[[Sequence[dict[str, str]], bool], str], roles: Sequence[str]) -> Surroundings | None:
@@ -54,7 +58,7 @@ def surroundings(render: Callable[[Sequence[dict[str, str]], bool], str], roles:
     if not in_order or any(place[1] != place[3] for place in places):
         return None
     tails = {}
-    for turn in (i for i, role in enumerate(roles) if role == "assistant" and i > 0):
+    for turn in answers(roles):
         for count, ask in ((turn, True), (turn + 1, False)):
             text = render(messages[:count], ask)
             tails[count, ask] = len(text) - places[count - 1].end()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from finetune_trainer.data.beginnings import Surroundings, surroundings
+from finetune_trainer.data.beginnings import Surroundings, answers, surroundings
 
 Message = dict[str, str]
 
@@ -145,8 +145,7 @@ class ChatFormat:
         Raises ChatTemplateError where the template refuses the messages.
         """
         messages = self._marked(messages)
-        # A greeting at the very beginning answers nothing: it is part of what is given.
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+        turns = answers([message["role"] for message in messages])
         if not self.keeps_history:
             chosen = turns if learn == "all" else turns[-1:]
             return [self._last_turn(messages[: turn + 1]) for turn in chosen]

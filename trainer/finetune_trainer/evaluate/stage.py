@@ -151,16 +151,7 @@ def _source(context: RunContext, manifest: PreparedManifest, ranks: Ranks) -> So
     if fits_on_one_device(weights, dtype, device):
         return source
     context.reporter.choose("evaluation.devices", "spread", "the weights do not fit on one GPU of this node")
-    return manifest_source(
-        manifest,
-        context.export,
-        spec.tuning.method,
-        dtype,
-        device,
-        compute_dtype=source.compute_dtype,
-        trust_remote_code=source.trust_remote_code,
-        device_map="auto",
-    )
+    return replace(source, device_map="auto")
 
 
 def _asked(context: RunContext, manifest: PreparedManifest) -> Asked:
