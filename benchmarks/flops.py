@@ -34,7 +34,7 @@ class Flops:
 
 def flops_of(directory: Path, rank: int, full: bool = False) -> Flops:
     """The counts for a model with adapters on all linear layers."""
-    from finetune_operator.planning.shapes import model_facts, shape_of
+    from finetune_operator.sizing.model_shapes import model_facts, shape_of
 
     shape = shape_of(model_facts(json.loads((directory / "config.json").read_text())))
     facts = shape.facts

@@ -177,8 +177,8 @@ def planned_bytes(config: Figures, case: Figures, tokens: int) -> int:
     import torch
 
     from finetune_api.spec import Tuning
-    from finetune_operator.planning.memory import Memory, Run
-    from finetune_operator.planning.shapes import model_facts, shape_of
+    from finetune_operator.sizing.memory import Memory, Run
+    from finetune_operator.sizing.model_shapes import model_facts, shape_of
 
     cuda = torch.cuda.is_available()
     run = Run(
@@ -210,7 +210,7 @@ def speed(case: Figures, config: Figures, tokens: int, steps: int) -> Figures:
     from benchmarks.flops import flops_of
     from benchmarks.harness import matmul_flops
 
-    from finetune_operator.planning.hardware import find_gpu
+    from finetune_operator.sizing.gpus import find_gpu
     from finetune_trainer.train.optimizer import Optimizer
 
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0

@@ -38,7 +38,7 @@ from tests.integration.harness.helm import Helm
 from tests.integration.harness.operator import ACCOUNT, attempt_of, fine_tune_job, furnish
 from tests.integration.harness.processes import wait_until
 from tests.integration.harness.programs import Programs
-from tests.unit.finetune_operator.planning.world import job as world
+from tests.unit.finetune_operator.decision.world import job as world
 
 from finetune_api.base import Stage
 from finetune_api.crd import definition

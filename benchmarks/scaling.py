@@ -107,8 +107,8 @@ def traffic(cluster: Cluster, weights: float, gradients: float, hybrid: bool, *,
 def paper() -> Iterator[tuple[str, ...]]:
     """Rows of the table: Llama-3-8B on both clusters."""
     from finetune_api.spec import Tuning
-    from finetune_operator.planning.memory import Memory, Run
-    from finetune_operator.planning.shapes import known_model, shape_of
+    from finetune_operator.sizing.memory import Memory, Run
+    from finetune_operator.sizing.model_shapes import known_model, shape_of
 
     facts = known_model("meta-llama/Meta-Llama-3-8B")
     assert facts is not None

@@ -15,7 +15,7 @@ from finetune_api.base import ApiModel, Stage, Time
 
 
 class FailureClass(StrEnum):
-    """Why an attempt failed. What follows from each is the failure policy's business (planning/failure_policy.py)."""
+    """Why an attempt failed. What follows from each is the failure policy's business (decision/failure_policy.py)."""
 
     BAD_SPEC = "bad-spec"
     """The spec cannot be carried out; `field` names the field."""

@@ -15,8 +15,8 @@ from finetune_api.base import GROUP, PLURAL
 from finetune_operator.cluster.api import Api
 from finetune_operator.cluster.store import ENDED, FINE_TUNE_JOB, Key, Store
 from finetune_operator.cluster.watch import Watch
-from finetune_operator.planning.manifests.backend import Backend
-from finetune_operator.planning.manifests.job import MANAGED_BY_LABEL, MANAGER
+from finetune_operator.manifests.backend import Backend
+from finetune_operator.manifests.job import MANAGED_BY_LABEL, MANAGER
 from finetune_operator.workqueue import Urgency, WorkQueue
 
 WATCH_SECONDS = 600

@@ -18,13 +18,10 @@ from finetune_operator.cluster.needs import Needs, Prerequisites
 from finetune_operator.cluster.observe import UNREADABLE, Seen, is_of, observe, read_spec
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
 from finetune_operator.cluster.watch import Watch
-from finetune_operator.metrics import Metrics
-from finetune_operator.planning import attempts, progress
-from finetune_operator.planning.conditions import next_stage, terminal
-from finetune_operator.planning.decide import Planner, decide
-from finetune_operator.planning.manifests.backend import Backend
-from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
-from finetune_operator.planning.model import (
+from finetune_operator.decision import attempts, progress
+from finetune_operator.decision.conditions import next_stage, terminal
+from finetune_operator.decision.decide import Planner, decide
+from finetune_operator.decision.model import (
     CleanUp,
     Decision,
     DeleteChild,
@@ -33,9 +30,12 @@ from finetune_operator.planning.model import (
     Observation,
     StartAttempt,
 )
-from finetune_operator.planning.names import child_name, shared_name
-from finetune_operator.planning.plan import planner_for
+from finetune_operator.manifests.backend import Backend
+from finetune_operator.manifests.names import child_name, shared_name
+from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
+from finetune_operator.sizing.plan import planner_for
 from finetune_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Reconciler:
     settings: Settings
     metrics: Metrics
     planner: Planner | None = None
-    """How the memory plan is made, if not as planning/plan.py does."""
+    """How the memory plan is made, if not as sizing/plan.py does."""
     backend: Backend = field(default_factory=PyTorchJobBackend)
     clock: Callable[[], datetime] = utc_now
     queue: WorkQueue[Key] = field(default_factory=WorkQueue)

@@ -21,9 +21,9 @@ from finetune_operator.cluster.api import Api
 from finetune_operator.cluster.lease import Lease
 from finetune_operator.cluster.store import Key, Store
 from finetune_operator.cluster.watch import Watch
+from finetune_operator.decision.decide import Planner
+from finetune_operator.manifests.backends import BACKENDS
 from finetune_operator.metrics import Metrics
-from finetune_operator.planning.decide import Planner
-from finetune_operator.planning.manifests.backends import BACKENDS
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue

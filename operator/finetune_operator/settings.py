@@ -12,9 +12,9 @@ from functools import cache
 from importlib.metadata import version
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.decision.model import Environment
 from finetune_operator.errors import UserError
-from finetune_operator.planning.manifests.backends import BACKENDS
-from finetune_operator.planning.model import Environment
+from finetune_operator.manifests.backends import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
     """Namespaces to serve; none means all."""
     image: str = "finetune-trainer"
     backend: str = "pytorchjob"
-    """What carries the training pods: a name of planning/manifests/backends.py."""
+    """What carries the training pods: a name of manifests/backends.py."""
     workers: int = 8
     prices: Mapping[str, float] = field(default_factory=dict)
     """Price of an hour of a GPU by `topology.gpuType`; `default` for all others."""

@@ -17,7 +17,7 @@ from tests.integration.harness.api import ApiError, Resource
 from tests.integration.harness.processes import TimedOutError, wait_until
 
 from finetune_api.base import GROUP, PLURAL
-from finetune_operator.planning.manifests.pod import USER
+from finetune_operator.manifests.pod import USER
 
 from .clusters import CACHE_CLAIM, OF_TESTS, RUN_CLAIM, Cluster
 

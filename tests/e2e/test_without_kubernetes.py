@@ -20,7 +20,7 @@ from tests.cluster.places import CGROUP, NODE_ADDRESS, NODE_NAME, Places
 from tests.integration.harness.processes import free_ports, wait_until
 
 from finetune_api.base import Stage
-from finetune_operator.planning.manifests.pod import NODE_LOSS_SECONDS, USER
+from finetune_operator.manifests.pod import NODE_LOSS_SECONDS, USER
 
 from .another_node import AnotherNode
 from .conftest import Furnish

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.unit.finetune_operator.planning.world import job
+from tests.unit.finetune_operator.decision.world import job
 
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import from_environment

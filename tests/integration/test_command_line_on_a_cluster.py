@@ -26,13 +26,13 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.unit.finetune_operator.planning.world import World, job, steps
+from tests.unit.finetune_operator.decision.world import World, job, steps
 
 from finetune_api.crd import definition
 from finetune_operator.cli import run_command_line
 from finetune_operator.cluster.as_user import following
-from finetune_operator.planning import labels
-from finetune_operator.planning.manifests.job import UID_LABEL
+from finetune_operator.manifests import labels
+from finetune_operator.manifests.job import UID_LABEL
 
 from .harness.api import Resource
 from .harness.control_plane import ControlPlane

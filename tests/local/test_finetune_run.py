@@ -15,7 +15,8 @@ from finetune_api.base import Stage
 from finetune_api.status import ConditionType
 from finetune_operator.cli import run_command_line
 from finetune_operator.errors import UserError
-from finetune_operator.local import proc, record
+from finetune_operator.local.jobfile import record
+from finetune_operator.local.processes import proc
 
 
 @pytest.fixture

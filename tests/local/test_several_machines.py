@@ -15,16 +15,16 @@ from tests.support.rented import runpod_variables
 from finetune_api.base import Stage
 from finetune_api.rendezvous import Rendezvous
 from finetune_api.runconfig import Attempt
+from finetune_operator.decision.model import PodPhase
+from finetune_operator.devices import Gpu, Machine
 from finetune_operator.errors import UserError
-from finetune_operator.local import machines
-from finetune_operator.local.children import Children
-from finetune_operator.local.devices import Gpu, Machine
-from finetune_operator.local.follower import Follower
-from finetune_operator.local.machines import Answer, Board, Lead, Machines, Order, read
-from finetune_operator.local.placement import place_one_of
-from finetune_operator.local.record import write_json
-from finetune_operator.local.tokens import Tokens
-from finetune_operator.planning.model import PodPhase
+from finetune_operator.local.jobfile.record import write_json
+from finetune_operator.local.machines.coordinator import Answer, Board, Lead, Machines, Order, read
+from finetune_operator.local.machines.coordinator import coordinator as machines
+from finetune_operator.local.machines.worker import Follower
+from finetune_operator.local.processes.children import Children
+from finetune_operator.local.processes.placement import place_one_of
+from finetune_operator.local.processes.tokens import Tokens
 
 COUNT = 3
 

@@ -14,7 +14,7 @@ from finetune_operator import reconcile, service, workqueue  # noqa: F401 - impo
 from finetune_operator.cli import run_command_line
 from finetune_operator.cluster import api
 from finetune_operator.commands import operator  # noqa: F401 - as above
-from finetune_operator.planning import deadlines, following, progress
+from finetune_operator.decision import deadlines, following, progress
 
 _PR_SET_PDEATHSIG = 1
 _TUNABLE = {

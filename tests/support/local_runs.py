@@ -16,16 +16,16 @@ import yaml
 from tests.support import fake_trainer
 
 from finetune_api.spec import FineTuneJob
+from finetune_operator.decision.model import Environment, Event
+from finetune_operator.devices import Machine
 from finetune_operator.errors import UserError
-from finetune_operator.local import record as records
-from finetune_operator.local.begin import begin
-from finetune_operator.local.children import Children
-from finetune_operator.local.devices import Machine
-from finetune_operator.local.placement import place
-from finetune_operator.local.record import Record
+from finetune_operator.local.jobfile import record as records
+from finetune_operator.local.jobfile.begin import begin
+from finetune_operator.local.jobfile.record import Record
+from finetune_operator.local.processes.children import Children
+from finetune_operator.local.processes.placement import place
+from finetune_operator.local.processes.tokens import tokens_of
 from finetune_operator.local.runner import Runner, Setting
-from finetune_operator.local.tokens import tokens_of
-from finetune_operator.planning.model import Environment, Event
 
 ROOT = Path(__file__).parents[2]
 

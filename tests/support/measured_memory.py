@@ -18,8 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from finetune_api.spec import Method, Tuning
-from finetune_operator.planning.memory import Memory, Run
-from finetune_operator.planning.shapes import model_facts, shape_of
+from finetune_operator.sizing.memory import Memory, Run
+from finetune_operator.sizing.model_shapes import model_facts, shape_of
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.model import adapters, build, nf4
 from finetune_trainer.model.attention import DOCUMENTS

@@ -37,16 +37,16 @@ from tests.trainer.train import test_resume as resuming
 from tests.trainer.train import test_spec_fields as training
 from tests.trainer.train import test_training_with_shared_prefixes as sharing
 from tests.trainer.train import test_world_sizes as world_sizes
-from tests.unit.finetune_operator.planning.world import LENGTHS, MODEL_FACTS, World
+from tests.unit.finetune_operator.decision.world import LENGTHS, MODEL_FACTS, World
 from transformers import AutoModelForCausalLM
 
 from finetune_api.base import ApiModel
 from finetune_api.spec import FineTuneJobSpec, Method, Task, Training
 from finetune_api.validate import check
-from finetune_operator.planning.manifests.children import all_manifests
-from finetune_operator.planning.manifests.job import Job
-from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
-from finetune_operator.planning.plan import plan_run
+from finetune_operator.manifests.children import all_manifests
+from finetune_operator.manifests.job import Job
+from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.sizing.plan import plan_run
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.data.manifest import PreparedManifest

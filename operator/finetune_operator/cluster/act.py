@@ -12,13 +12,13 @@ from finetune_api.base import API_VERSION, KIND, Stage
 from finetune_api.runconfig import RUN_CONFIG_FILE, Attempt, RunConfig
 from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.observe import owner_uid
-from finetune_operator.planning.labels import ATTEMPT, STAGE
-from finetune_operator.planning.manifests.backend import Backend
-from finetune_operator.planning.manifests.children import child_manifests
-from finetune_operator.planning.manifests.job import UID_LABEL, Job
-from finetune_operator.planning.manifests.shared import run_config, shared_manifests
-from finetune_operator.planning.model import Event, Missing, Observation
-from finetune_operator.planning.names import child_name, shared_name
+from finetune_operator.decision.model import Event, Missing, Observation
+from finetune_operator.manifests.backend import Backend
+from finetune_operator.manifests.children import child_manifests
+from finetune_operator.manifests.job import UID_LABEL, Job
+from finetune_operator.manifests.labels import ATTEMPT, STAGE
+from finetune_operator.manifests.names import child_name, shared_name
+from finetune_operator.manifests.shared import run_config, shared_manifests
 
 log = logging.getLogger(__name__)
 REPORTING_CONTROLLER = "finetune.dev/operator"

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from finetune_api.base import Stage
 from finetune_api.spec import FineTuneJobSpec, SecretKey
 from finetune_operator.cluster.api import Api
-from finetune_operator.planning.model import Missing
+from finetune_operator.decision.model import Missing
 
 FRESH = timedelta(seconds=2)
 """So long after it was seen something is taken to be there still: many jobs ask for the same Secret and claim."""

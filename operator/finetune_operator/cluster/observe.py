@@ -15,11 +15,11 @@ from finetune_api.report import Failure, Report
 from finetune_api.spec import Dataset, FineTuneJobSpec, Method, Model, Tuning
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.api import Object
-from finetune_operator.planning.labels import ATTEMPT, STAGE, node_rank
-from finetune_operator.planning.manifests.backend import Backend, ChildState, condition_of, words
-from finetune_operator.planning.manifests.backends import BACKENDS
-from finetune_operator.planning.manifests.job import UID_LABEL
-from finetune_operator.planning.model import Child, Environment, Missing, Observation, Pod, PodPhase
+from finetune_operator.decision.model import Child, Environment, Missing, Observation, Pod, PodPhase
+from finetune_operator.manifests.backend import Backend, ChildState, condition_of, words
+from finetune_operator.manifests.backends import BACKENDS
+from finetune_operator.manifests.job import UID_LABEL
+from finetune_operator.manifests.labels import ATTEMPT, STAGE, node_rank
 
 NODE_LOST_REASONS = frozenset({"DeletionByTaintManager"})
 STUCK_REASONS = frozenset(

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from finetune_api.runconfig import RUN_CONFIG_FILE
 from finetune_api.status import Phase
 from finetune_operator.cluster.api import Object
-from finetune_operator.planning.labels import JOB
-from finetune_operator.planning.names import label_value
+from finetune_operator.manifests.labels import JOB
+from finetune_operator.manifests.names import label_value
 
 FINE_TUNE_JOB = "FineTuneJob"
 COMPRESSED_FROM = 16384

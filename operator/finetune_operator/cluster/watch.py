@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.store import Key, Store
-from finetune_operator.planning.labels import JOB
+from finetune_operator.manifests.labels import JOB
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from finetune_operator.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJobSpec
-    from finetune_operator.planning.hardware import Gpu
+    from finetune_operator.sizing.gpus import Gpu
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def plan(
     """
     from finetune_api.runconfig import resolve
     from finetune_operator.commands.run import cache_directory
-    from finetune_operator.local import job_file
-    from finetune_operator.local.estimate import cpu_has_bf16, data_estimate, model_estimate
-    from finetune_operator.planning.plan import plan_run
+    from finetune_operator.local.jobfile import job_file
+    from finetune_operator.sizing.estimate import cpu_has_bf16, data_estimate, model_estimate
+    from finetune_operator.sizing.plan import plan_run
 
     changes = [*(overrides or []), *([f"topology.gpuType={gpu}"] if gpu else [])]
     loaded = job_file.load(file, changes)
@@ -80,9 +80,9 @@ def plan(
 
 def place_job(spec: FineTuneJobSpec) -> Place:
     """The GPUs that the file names; where it names none, those of this machine as `finetune run` would use them."""
-    from finetune_operator.local.devices import this_machine
-    from finetune_operator.local.estimate import gpu_here
-    from finetune_operator.local.placement import place
+    from finetune_operator.devices import this_machine
+    from finetune_operator.local.processes.placement import place
+    from finetune_operator.sizing.estimate import gpu_here
 
     topology = spec.topology
     if topology.gpu_type is not None or topology.gpus_per_node:

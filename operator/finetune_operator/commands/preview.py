@@ -13,7 +13,7 @@ import typer
 from finetune_operator.errors import EXIT_BAD_SPEC, EXIT_FAILED, UserError, debugging
 
 if TYPE_CHECKING:
-    from finetune_operator.local.job_file import JobFile
+    from finetune_operator.local.jobfile.job_file import JobFile
 
 TERMINATION_FILE = "termination.json"
 LOG_FILE = "preview.log"
@@ -31,7 +31,7 @@ def preview(
     Downloads what it needs into FINETUNE_CACHE and trains nothing.
     """
     from finetune_operator.commands.run import need_the_trainer
-    from finetune_operator.local import job_file
+    from finetune_operator.local.jobfile import job_file
 
     need_the_trainer()
     loaded = job_file.load(file, overrides or [])
@@ -48,10 +48,10 @@ def _preview(loaded: JobFile, run: Path) -> int:
     from finetune_api.base import Stage
     from finetune_api.runconfig import RUN_CONFIG_FILE, Attempt, JobRef, Paths, RunConfig, resolve
     from finetune_operator.commands.run import cache_directory
-    from finetune_operator.local.devices import cores, loopback_interface
-    from finetune_operator.local.record import write_json
-    from finetune_operator.local.stages import Node, Step, environment
-    from finetune_operator.local.tokens import tokens_of, without_secrets, write_tokens
+    from finetune_operator.devices import cores, loopback_interface
+    from finetune_operator.local.jobfile.record import write_json
+    from finetune_operator.local.processes.stages import Node, Step, environment
+    from finetune_operator.local.processes.tokens import tokens_of, without_secrets, write_tokens
 
     metadata, cache = loaded.job.metadata, cache_directory()
     spec = resolve(loaded.job.spec)

@@ -9,12 +9,12 @@ import typer
 import yaml
 
 from finetune_api.validate import check
+from finetune_operator.decision.model import Environment
 from finetune_operator.errors import UserError
 from finetune_operator.inputs import read_text, source_name
-from finetune_operator.planning.manifests.backends import BACKENDS
-from finetune_operator.planning.manifests.children import all_manifests
-from finetune_operator.planning.manifests.job import Job
-from finetune_operator.planning.model import Environment
+from finetune_operator.manifests.backends import BACKENDS
+from finetune_operator.manifests.children import all_manifests
+from finetune_operator.manifests.job import Job
 
 UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
 

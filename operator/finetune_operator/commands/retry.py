@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 from finetune_api.status import ConditionType, Phase
 from finetune_operator.commands._cluster import Context, Name, Namespace, jobs_in, status_of
+from finetune_operator.decision.decide import RETRY_ANNOTATION
 from finetune_operator.errors import EXIT_FAILED, UserError
-from finetune_operator.planning.decide import RETRY_ANNOTATION
 
 
 def retry(name: Name, namespace: Namespace = None, context: Context = None) -> None:

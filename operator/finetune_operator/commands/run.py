@@ -19,11 +19,11 @@ from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTE
 
 if TYPE_CHECKING:
     from finetune_api.rendezvous import Rendezvous
-    from finetune_operator.local.job_file import JobFile
-    from finetune_operator.local.machines import Lead
-    from finetune_operator.local.placement import Placement
-    from finetune_operator.local.record import Record
-    from finetune_operator.planning.model import Event
+    from finetune_operator.decision.model import Event
+    from finetune_operator.local.jobfile.job_file import JobFile
+    from finetune_operator.local.jobfile.record import Record
+    from finetune_operator.local.machines.coordinator import Lead
+    from finetune_operator.local.processes.placement import Placement
     from finetune_operator.view.outputs import Output
     from finetune_operator.view.scene import Scene
 
@@ -54,8 +54,8 @@ def run(
     On several machines (PET_NNODES or RunPod's NUM_NODES) the same command runs on each: machine 0 decides and shows
     what happens, the others train with it. All of them must mount --workdir and FINETUNE_CACHE at the same path.
     """
-    from finetune_operator.local import job_file
-    from finetune_operator.local.record import job_directory, locked
+    from finetune_operator.local.jobfile import job_file
+    from finetune_operator.local.jobfile.record import job_directory, locked
 
     loaded = job_file.load(file, overrides or [])
     directory = job_directory(workdir.expanduser().resolve(), loaded.job)
@@ -90,7 +90,7 @@ def _leading(directory: Path, meeting: Rendezvous) -> Iterator[Lead | None]:
     if meeting.nodes == 1:
         yield None
         return
-    from finetune_operator.local.machines import Board, Lead
+    from finetune_operator.local.machines.coordinator import Board, Lead
 
     lead = Lead(Board(directory), meeting)
     with lead.leading():
@@ -100,12 +100,12 @@ def _leading(directory: Path, meeting: Rendezvous) -> Iterator[Lead | None]:
 def _follow(loaded: JobFile, directory: Path, meeting: Rendezvous) -> int:
     """What a machine does that is not the first."""
     from finetune_api.base import duration_seconds
-    from finetune_operator.local.begin import complete
-    from finetune_operator.local.devices import this_machine
-    from finetune_operator.local.follower import Follower, starter
-    from finetune_operator.local.machines import Board
-    from finetune_operator.local.record import find
-    from finetune_operator.local.tokens import tokens_of
+    from finetune_operator.devices import this_machine
+    from finetune_operator.local.jobfile.begin import complete
+    from finetune_operator.local.jobfile.record import find
+    from finetune_operator.local.machines.coordinator import Board
+    from finetune_operator.local.machines.worker import Follower, starter
+    from finetune_operator.local.processes.tokens import tokens_of
 
     def tell(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
@@ -190,9 +190,9 @@ class Show:
 def _run(
     loaded: JobFile, directory: Path, output_format: OutputFormat, lead: Lead | None, *, retry: bool, fresh: bool
 ) -> int:
-    from finetune_operator.local.begin import begin, complete, failed
-    from finetune_operator.local.devices import this_machine
-    from finetune_operator.local.placement import place, place_one_of
+    from finetune_operator.devices import this_machine
+    from finetune_operator.local.jobfile.begin import begin, complete, failed
+    from finetune_operator.local.processes.placement import place, place_one_of
     from finetune_operator.local.runner import exit_code
 
     early: list[str] = []
@@ -216,14 +216,14 @@ def _run(
 
 
 def _carry_out(record: Record, loaded: JobFile, placement: Placement, lead: Lead | None, show: Show) -> int:
-    from finetune_operator.local.children import Children
-    from finetune_operator.local.devices import memory
-    from finetune_operator.local.estimate import cpu_has_bf16, gpu_here
-    from finetune_operator.local.machines import Machines
+    from finetune_operator.decision.model import Environment
+    from finetune_operator.devices import memory
+    from finetune_operator.local.machines.coordinator import Machines
+    from finetune_operator.local.processes.children import Children
+    from finetune_operator.local.processes.tokens import tokens_of
     from finetune_operator.local.runner import Runner, Setting
-    from finetune_operator.local.tokens import tokens_of
-    from finetune_operator.planning.model import Environment
-    from finetune_operator.planning.plan import planner_for
+    from finetune_operator.sizing.estimate import cpu_has_bf16, gpu_here
+    from finetune_operator.sizing.plan import planner_for
 
     tokens = tokens_of(os.environ)
     for sentence in placement.notes:

@@ -86,7 +86,7 @@ class Shown:
     def take(self, job: dict[str, Any], out: Output) -> None:
         """Take in a change, and tell the transitions in it."""
         from finetune_api.status import JobStatus
-        from finetune_operator.planning.events import between
+        from finetune_operator.decision.events import between
 
         status = JobStatus.parse(job.get("status"))
         for event in between(self.status, status):

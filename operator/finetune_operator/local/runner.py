@@ -22,22 +22,8 @@ from finetune_api.base import Stage
 from finetune_api.report import Report
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.status import ConditionType, JobStatus
-from finetune_operator.errors import (
-    EXIT_BAD_SPEC,
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_GATE_REFUSED,
-    EXIT_INTERRUPTED,
-)
-from finetune_operator.local import proc
-from finetune_operator.local.children import Environ
-from finetune_operator.local.devices import loopback_interface
-from finetune_operator.local.placement import Placement
-from finetune_operator.local.record import Record, write_json
-from finetune_operator.local.stages import Node, environment, nodes_of
-from finetune_operator.local.tokens import Tokens, without_secrets
-from finetune_operator.planning.decide import Planner, decide
-from finetune_operator.planning.model import (
+from finetune_operator.decision.decide import Planner, decide
+from finetune_operator.decision.model import (
     Action,
     Child,
     CleanUp,
@@ -49,6 +35,20 @@ from finetune_operator.planning.model import (
     Observation,
     StartAttempt,
 )
+from finetune_operator.devices import loopback_interface
+from finetune_operator.errors import (
+    EXIT_BAD_SPEC,
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_GATE_REFUSED,
+    EXIT_INTERRUPTED,
+)
+from finetune_operator.local.jobfile.record import Record, write_json
+from finetune_operator.local.processes import proc
+from finetune_operator.local.processes.children import Environ
+from finetune_operator.local.processes.placement import Placement
+from finetune_operator.local.processes.stages import Node, environment, nodes_of
+from finetune_operator.local.processes.tokens import Tokens, without_secrets
 
 POLL_SECONDS = 0.5
 """How often reports are looked at; the end of a process is noticed at once."""

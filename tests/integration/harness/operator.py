@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from tests.unit.finetune_operator.planning.world import job as world
+from tests.unit.finetune_operator.decision.world import job as world
 
 from finetune_api.report import Report
 from finetune_api.runconfig import Attempt

@@ -7,7 +7,7 @@ from tests.support.measured_memory import Case, kept_bytes, llama_3_8b, tracked_
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from finetune_api.spec import Method, Tuning
-from finetune_operator.planning.memory import LOGITS_IN_A_BLOCK, LOGITS_IN_A_CHUNK
+from finetune_operator.sizing.memory import LOGITS_IN_A_BLOCK, LOGITS_IN_A_CHUNK
 from finetune_trainer.model import loss
 
 SMALL = {

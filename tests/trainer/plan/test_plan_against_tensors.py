@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from finetune_api.spec import Method, Quantization, Tuning
-from finetune_operator.planning.memory import Memory, Run, constants_bytes
-from finetune_operator.planning.shapes import FAMILIES, model_facts, shape_of
+from finetune_operator.sizing.memory import Memory, Run, constants_bytes
+from finetune_operator.sizing.model_shapes import FAMILIES, model_facts, shape_of
 from finetune_trainer.data.order import total_steps
 from finetune_trainer.model import adapters, build, nf4
 from finetune_trainer.model.sharding import shard
@@ -176,7 +176,7 @@ def test_steps_are_those_of_the_order(examples: int, epochs: float, max_steps: i
     from tests.support.jobs import job
 
     from finetune_api.report import LengthFacts
-    from finetune_operator.planning.plan import Planner
+    from finetune_operator.sizing.plan import Planner
 
     spec = job({"spec.training": {"epochs": epochs, "maxSteps": max_steps, "globalBatchSize": 16}}).spec
     lengths = LengthFacts(documents=examples, tokens=100 * examples, longest=100, labelled=examples)

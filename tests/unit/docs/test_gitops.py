@@ -13,10 +13,10 @@ import celpy.adapter
 import pytest
 import yaml
 from lupa.lua51 import LuaRuntime
-from tests.unit.finetune_operator.planning.world import World, job, steps
+from tests.unit.finetune_operator.decision.world import World, job, steps
 
 from finetune_api.base import Stage
-from finetune_operator.planning.model import Missing
+from finetune_operator.decision.model import Missing
 
 PAGE = Path(__file__).parents[3] / "docs" / "gitops.md"
 Resource = dict[str, Any]

@@ -23,7 +23,7 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validate import validate_documents
 from finetune_operator.cli import COMMANDS, load
-from finetune_operator.planning.failure_policy import Disturbance
+from finetune_operator.decision.failure_policy import Disturbance
 
 ROOT = Path(__file__).parents[3]
 WHERE = ("*.md", "docs/**/*.md", "charts/*/README.md", "tests/*/README.md")

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tests.unit.finetune_operator.planning.world import SPEC, plan
-from tests.unit.finetune_operator.planning.world import job as world
+from tests.unit.finetune_operator.decision.world import SPEC, plan
+from tests.unit.finetune_operator.decision.world import job as world
 
 from finetune_api.base import Stage
 from finetune_api.report import Failure, FailureClass, Report
@@ -18,9 +18,9 @@ from finetune_api.status import JobStatus
 from finetune_operator.cluster.api import ApiError, Object
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
 from finetune_operator.handlers import watches
+from finetune_operator.manifests.backend import Backend
+from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.metrics import Metrics
-from finetune_operator.planning.manifests.backend import Backend
-from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue

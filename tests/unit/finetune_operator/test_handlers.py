@@ -10,7 +10,7 @@ import pytest
 
 from finetune_operator import handlers
 from finetune_operator.cluster.store import Store
-from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.workqueue import Urgency, WorkQueue
 
 

@@ -15,9 +15,9 @@ from tests.support.jobs import job, manifest
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.cli import run_command_line
+from finetune_operator.devices import Gpu as Device
 from finetune_operator.errors import UserError
-from finetune_operator.local.devices import Gpu as Device
-from finetune_operator.local.estimate import (
+from finetune_operator.sizing.estimate import (
     TEMPLATE_TOKENS,
     cpu_has_bf16,
     data_estimate,
@@ -25,7 +25,7 @@ from finetune_operator.local.estimate import (
     gpu_here,
     model_estimate,
 )
-from finetune_operator.planning.hardware import GIB
+from finetune_operator.sizing.gpus import GIB
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from tests.unit.finetune_operator.decision.world import SPEC
 from tests.unit.finetune_operator.fake_cluster import KEY, FakeCluster, Fault, Killed
-from tests.unit.finetune_operator.planning.world import SPEC
 
 from finetune_api.base import STAGES, Stage
 from finetune_api.runconfig import Attempt
 from finetune_operator.cluster.api import ApiError
-from finetune_operator.planning.manifests.trainjob import TrainJobBackend
+from finetune_operator.manifests.trainjob import TrainJobBackend
 
 Script = Callable[[Attempt, int], str | None]
 

@@ -1,5 +1,5 @@
 import pytest
-from tests.unit.finetune_operator.planning.world import SPEC
+from tests.unit.finetune_operator.decision.world import SPEC
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.errors import UserError

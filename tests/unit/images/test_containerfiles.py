@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from tests.support.scripts import load_script
 
-from finetune_operator.planning.manifests.pod import USER
+from finetune_operator.manifests.pod import USER
 
 ROOT = Path(__file__).parents[3]
 CONTAINERFILES = sorted((ROOT / "images").glob("*/Containerfile"))

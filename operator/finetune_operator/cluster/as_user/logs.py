@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from finetune_api.base import STAGES, Stage
 from finetune_operator.cluster.as_user.connection import Connection, Resource
 from finetune_operator.cluster.as_user.problems import ClusterError, RefusedError, UnreachableError
-from finetune_operator.planning import labels
-from finetune_operator.planning.manifests.job import UID_LABEL
+from finetune_operator.manifests import labels
+from finetune_operator.manifests.job import UID_LABEL
 
 START_POLL_SECONDS = 1.0
 

@@ -4,16 +4,16 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from tests.unit.finetune_operator.decision.world import job
 from tests.unit.finetune_operator.fake_cluster import FakeCluster
-from tests.unit.finetune_operator.planning.world import job
 
 from finetune_operator.cluster.act import event_manifest, in_the_way, snapshot_image
 from finetune_operator.cluster.api import ApiError, Object
 from finetune_operator.cluster.observe import Seen, observe, read_spec
 from finetune_operator.cluster.store import APPLIED, Key, Store, slim
-from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
-from finetune_operator.planning.manifests.trainjob import TrainJobBackend
-from finetune_operator.planning.model import Event, Observation
+from finetune_operator.decision.model import Event, Observation
+from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
+from finetune_operator.manifests.trainjob import TrainJobBackend
 
 REFUSALS = [
     (403, 'jobs "a" is forbidden: exceeded quota: gpus, requested: 8', "Quota"),

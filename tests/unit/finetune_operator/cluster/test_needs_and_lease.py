@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from tests.unit.finetune_operator.planning.world import SPEC
+from tests.unit.finetune_operator.decision.world import SPEC
 
 from finetune_api.base import STAGES, Stage
 from finetune_api.spec import FineTuneJobSpec

@@ -3,13 +3,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from tests.unit.finetune_operator.planning.world import SPEC
+from tests.unit.finetune_operator.decision.world import SPEC
 
 from finetune_api.base import Stage
 from finetune_api.report import Report
 from finetune_operator.cluster.observe import Seen, children, observe, read_pod, read_spec, reports
-from finetune_operator.planning.manifests.pytorchjob import PyTorchJobBackend
-from finetune_operator.planning.model import Pod, PodPhase
+from finetune_operator.decision.model import Pod, PodPhase
+from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 
 BACKEND = PyTorchJobBackend()
 Body = dict[str, Any]

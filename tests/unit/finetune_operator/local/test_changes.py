@@ -9,7 +9,7 @@ import pytest
 
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec
 from finetune_api.status import Condition, ConditionType, JobStatus
-from finetune_operator.local.changes import changes, forbidden, refusal
+from finetune_operator.local.jobfile.changes import changes, forbidden, refusal
 
 BASE: dict[str, Any] = {
     "model": {"path": "model"},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.errors import UserError
-from finetune_operator.local.overrides import apply_overrides
+from finetune_operator.local.jobfile.overrides import apply_overrides
 
 SPEC: dict[str, Any] = {
     "model": {"repo": "a/b"},

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from finetune_api.spec import Topology
+from finetune_operator.devices import Gpu, Machine, parse_smi, visible
 from finetune_operator.errors import UserError
-from finetune_operator.local.devices import Gpu, Machine, parse_smi, visible
-from finetune_operator.local.placement import place
+from finetune_operator.local.processes.placement import place
 
 GIB = 1 << 30
 

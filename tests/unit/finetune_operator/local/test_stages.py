@@ -5,10 +5,10 @@ from __future__ import annotations
 from finetune_api.base import Stage
 from finetune_api.runconfig import Attempt
 from finetune_api.spec import FineTuneJobSpec, Topology
-from finetune_operator.local.devices import Gpu, Machine
-from finetune_operator.local.placement import place
-from finetune_operator.local.stages import Node, environment, nodes_of
-from finetune_operator.local.tokens import tokens_of, without_secrets
+from finetune_operator.devices import Gpu, Machine
+from finetune_operator.local.processes.placement import place
+from finetune_operator.local.processes.stages import Node, environment, nodes_of
+from finetune_operator.local.processes.tokens import tokens_of, without_secrets
 
 SPEC = FineTuneJobSpec.model_validate(
     {"model": {"path": "m"}, "datasets": [{"name": "a", "path": "a.csv"}], "tuning": {"method": "lora"}}

@@ -1,0 +1,1 @@
+"""Pure: observation → decision. No kopf, no client, no clock, no files."""

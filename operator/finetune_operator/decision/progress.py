@@ -1,0 +1,155 @@
+"""What a report adds to the status, and when a status that only moved on is worth a write."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.base import Stage
+from finetune_api.report import MetricResult, Progress, Report, Results
+from finetune_api.status import AttemptRecord, JobStatus, Origin
+from finetune_operator.decision.conditions import cut
+from finetune_operator.decision.model import Decision, Observation
+
+WRITE_INTERVAL_SECONDS = 60
+WORDS_INTERVAL_SECONDS = 2
+"""A status whose words alone are new (starting, running, ending) waits so long after the last write: each write costs
+the API server more than anything else here, and a stage that is quick passes through several such states at once."""
+WARNINGS_KEPT = 30
+PROGRESS_FIELDS = frozenset(
+    {
+        "progress",
+        "progressText",
+        "etaText",
+        "activity",
+        "lastCheckpoint",
+        "metricText",
+        "choices",
+        "warnings",
+        "wandbUrl",
+        "activeSeconds",
+        "activeUntil",
+        "gpuHours",
+        "price",
+    }
+)
+"""Fields of the status that move all the time: nothing is decided by them; written at most once a minute."""
+
+
+def absorb(status: JobStatus, record: AttemptRecord, report: Report) -> None:
+    """Take over in place what a running (or just ended) attempt has to say."""
+    status.progress = report.progress
+    status.progress_text = progress_text(report.progress)
+    status.eta_text = eta_text(None if report.done else report.progress.eta_seconds)
+    status.activity = cut(report.activity, 200)
+    status.last_checkpoint = report.last_checkpoint or status.last_checkpoint
+    status.choices = status.choices | report.choices
+    status.warnings = merged_warnings(status.warnings, report.warnings)
+    status.wandb_url = report.wandb_url or status.wandb_url
+    if report.progress.validation is not None:
+        shown = report.progress.validation
+        status.metric_text = f"{shown.metric} {shown.value:.3f}"
+    if report.resumed_from_step is not None:
+        record.resumed_from_step = report.resumed_from_step
+
+
+def conclude(status: JobStatus, report: Report) -> None:
+    """Take over in place what a stage that succeeded has found, for good."""
+    status.datasets = report.datasets or status.datasets
+    status.plan = report.plan or status.plan
+    status.export = report.export or status.export
+    status.published = report.published or status.published
+    if report.results is not None:
+        status.results = report.results
+        status.metric_text = metric_text(report.results)
+    status.origin = _with_origin(status.origin, report.origin)
+    if report.stage is not Stage.TRAIN:
+        status.activity = ""
+
+
+_ON_THE_WIRE = {key: field.alias or name for name, field in Origin.model_fields.items() for key in (name, field.alias)}
+
+
+def _with_origin(origin: Origin, said: dict[str, object]) -> Origin:
+    """What a report says of the origin, added field by field: what cannot be read is left out and stops nothing."""
+    for name, value in said.items():
+        if name in _ON_THE_WIRE:
+            with contextlib.suppress(ValidationError):
+                origin = Origin.model_validate(origin.model_dump(by_alias=True) | {_ON_THE_WIRE[name]: value})
+    return origin
+
+
+def merged_warnings(before: list[str], new: list[str]) -> list[str]:
+    """Both without repetition, the newest kept."""
+    return list(dict.fromkeys([*before, *(cut(sentence, 500) for sentence in new)]))[-WARNINGS_KEPT:]
+
+
+def progress_text(progress: Progress) -> str:
+    """`120/450 (27%)` for a column; steps alone while the total is unknown."""
+    if progress.total <= 0:
+        return str(progress.step) if progress.step else ""
+    return f"{progress.step}/{progress.total} ({100 * progress.step // progress.total}%)"
+
+
+def eta_text(seconds: int | None) -> str:
+    """`1h20m`, `12m`, `40s` for a column; empty while unknown."""
+    if seconds is None:
+        return ""
+    minutes, hours = seconds // 60, seconds // 3600
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24}h"
+    return f"{hours}h{minutes % 60}m" if hours else f"{minutes}m" if minutes else f"{max(0, seconds)}s"
+
+
+def metric_text(results: Results) -> str:
+    """`0.415 → 0.623`: the metric that the gate reads, the mean over datasets where there are several."""
+    headline = _headline(results.metrics)
+    if headline is None:
+        return ""
+    tuned = f"{headline.tuned:.3f}"
+    return tuned if headline.base is None else f"{headline.base:.3f} → {tuned}"
+
+
+def _headline(metrics: list[MetricResult]) -> MetricResult | None:
+    primary = [metric for metric in metrics if metric.primary]
+    mean = [metric for metric in primary or metrics if metric.dataset == "macro"]
+    return next(iter(mean or primary or metrics), None)
+
+
+def material(wire: dict[str, Any]) -> dict[str, Any]:
+    """A status on the wire without what only moves on: two equal ones hold the same conclusions."""
+    return {name: value for name, value in wire.items() if name not in PROGRESS_FIELDS}
+
+
+def _settled(wire: dict[str, Any]) -> dict[str, object]:
+    """What programs and the next decision go by: what is concluded, and not how it is put."""
+    words, moments = ("phase", "conditions", "attempts"), ("runningSince", "exited")
+    conditions = [(c["type"], c["status"], c["observedGeneration"]) for c in wire.get("conditions", ())]
+    attempts = [{n: v for n, v in record.items() if n not in moments} for record in wire.get("attempts", ())]
+    rest = {name: value for name, value in wire.items() if name not in words}
+    return rest | {"conditions": conditions, "attempts": attempts}
+
+
+def worth_writing(seen: Observation, decision: Decision, written: datetime | None) -> bool:
+    """Whether the decision's status is to be written over the persisted one, last written by this process at `written`.
+
+    Equal: no. Another conclusion: at once. Other words: two seconds after the last write. Progress alone: when the
+    last write is a minute old. A fresh process (`written` is None) waits that minute as well, from `activeUntil`, so
+    that a restart with a thousand jobs is no storm.
+    """
+    if seen.wire == decision.wire:
+        return False
+    was, becomes = material(seen.wire), material(decision.wire)
+    if was != becomes:
+        age = None if written is None else (seen.now - written).total_seconds()
+        return age is None or age >= WORDS_INTERVAL_SECONDS or _settled(was) != _settled(becomes)
+    last = written or seen.status.active_until
+    return last is None or seen.now - last >= timedelta(seconds=WRITE_INTERVAL_SECONDS)
+
+
+def waits_on_credentials(stage: Stage) -> bool:
+    """Whether a refused token in this stage is waited for, so that its Secret's version has to be known."""
+    return stage is Stage.PUBLISH

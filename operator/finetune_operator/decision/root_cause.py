@@ -1,0 +1,150 @@
+"""Why an attempt ended, from what its pods and its report left: the earliest failure that is not a peer's echo."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from finetune_api.report import EXIT_CODES, Failure, FailureClass, Report
+from finetune_operator.decision.failure_policy import Disturbance
+from finetune_operator.decision.model import Child, Pod, PodPhase
+
+VAGUE = frozenset({FailureClass.CRASH, FailureClass.HANG, FailureClass.PREEMPTED, FailureClass.PEER})
+"""Classes that a lost node or an eviction elsewhere explains; the others explain themselves."""
+
+_CLASS_OF_EXIT_CODE = {code: kind for kind, code in EXIT_CODES.items() if kind is not FailureClass.CRASH}
+_SIGTERM_EXIT = 128 + signal.SIGTERM
+_SIGKILL_EXIT = 128 + signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Root cause: a FailureClass or Disturbance, a sentence, and whose it was."""
+
+    reason: FailureClass | Disturbance
+    sentence: str
+    rank: int | None = None
+
+
+def failures(child: Child, report: Report | None) -> list[Failure]:
+    """All failures that ranks wrote, earliest first."""
+    written = [pod.failure for pod in child.pods if pod.failure is not None]
+    if report is not None and report.failure is not None:
+        written.append(report.failure)
+    return sorted(written, key=lambda failure: (failure.time, failure.rank if failure.rank is not None else 1 << 30))
+
+
+def named_at(child: Child, report: Report | None) -> datetime | None:
+    """When a rank first said something that is not the echo of another's failure, if one did."""
+    causes = (f.time for f in failures(child, report) if f.failure_class is not FailureClass.PEER)
+    return next(causes, None)
+
+
+def find(child: Child, report: Report | None) -> Cause:
+    """The root cause of a failed attempt."""
+    cause = _earliest(child, report)
+    limit = next((pod.memory_limit for pod in child.pods if pod.memory_limit), "")
+    if cause.reason is FailureClass.HOST_OOM and limit and limit not in cause.sentence:
+        # A rank cannot say how its limit was written; all pods of an attempt have the same.
+        return replace(cause, sentence=f"{cause.sentence} It is {limit} now.")
+    return cause
+
+
+def _earliest(child: Child, report: Report | None) -> Cause:
+    written = [failure for failure in failures(child, report) if failure.failure_class is not FailureClass.PEER]
+    definite = _first(failure for failure in written if failure.failure_class not in VAGUE)
+    if definite is not None:
+        return definite
+    disturbed = _disturbance(child)
+    if disturbed is not None:
+        return disturbed
+    silent = _silent(child.pods)
+    candidates = [(failure.time, _cause(failure)) for failure in written]
+    candidates += [(when, cause) for when, cause in silent if when is not None]
+    if candidates:
+        return min(candidates, key=lambda candidate: candidate[0])[1]
+    if silent:
+        return silent[0][1]
+    return _without_evidence(child, report)
+
+
+def _first(candidates: Iterable[Failure]) -> Cause | None:
+    failure = next(iter(candidates), None)
+    return None if failure is None else _cause(failure)
+
+
+def _cause(failure: Failure) -> Cause:
+    where = f" ({failure.field})" if failure.field and failure.field not in failure.sentence else ""
+    return Cause(failure.failure_class, failure.sentence + where, failure.rank)
+
+
+def _disturbance(child: Child) -> Cause | None:
+    for pod in child.pods:
+        if pod.node_lost or pod.out_of_service:
+            state = "is out of service" if pod.out_of_service else "is lost"
+            return Cause(Disturbance.NODE_LOST, f"Node {pod.node or 'unknown'} of pod {pod.name} {state}.", pod.index)
+    for pod in child.pods:
+        if pod.evicted:
+            return Cause(Disturbance.EVICTED, f"Pod {pod.name} was evicted or preempted by the cluster.", pod.index)
+    return None
+
+
+def _silent(pods: Iterable[Pod]) -> list[tuple[datetime | None, Cause]]:
+    """Pods that failed and wrote nothing: what their exit says, with the time of it."""
+    silent = [pod for pod in pods if pod.failure is None and (pod.phase is PodPhase.FAILED or pod.oom_killed)]
+    return [(pod.finished, cause) for pod in silent if (cause := _from_exit(pod)) is not None]
+
+
+def _from_exit(pod: Pod) -> Cause | None:
+    code = pod.exit_code
+    kind = _CLASS_OF_EXIT_CODE.get(code) if code is not None else None
+    if kind is FailureClass.PEER:
+        return None
+    if pod.oom_killed or kind is FailureClass.HOST_OOM:
+        return Cause(FailureClass.HOST_OOM, _host_oom_sentence(pod), pod.index)
+    if kind is not None:
+        return Cause(kind, f"Pod {pod.name} exited with code {code} ({kind}) and left no message.", pod.index)
+    if code == _SIGTERM_EXIT or (code == _SIGKILL_EXIT and pod.terminating):
+        return Cause(Disturbance.DELETED, f"Pod {pod.name} was stopped from outside.", pod.index)
+    if code == _SIGKILL_EXIT:
+        return Cause(FailureClass.CRASH, f"Pod {pod.name} was killed (SIGKILL). {_memory_advice(pod)}", pod.index)
+    return Cause(FailureClass.CRASH, f"Pod {pod.name} {_exit_words(code)} and left no message.", pod.index)
+
+
+def _host_oom_sentence(pod: Pod) -> str:
+    limit = f" of {pod.memory_limit}" if pod.memory_limit else ""
+    return (
+        f"Pod {pod.name} reached its memory limit{limit} (host memory, not GPU memory): "
+        "raise podTemplate.resources.limits.memory."
+    )
+
+
+def _memory_advice(pod: Pod) -> str:
+    limit = f" ({pod.memory_limit})" if pod.memory_limit else ""
+    return f"If the node ran out of memory, raise podTemplate.resources.limits.memory{limit}."
+
+
+def _exit_words(code: int | None) -> str:
+    if code is None:
+        return "failed"
+    if code > 128:
+        names = {int(number): number.name for number in signal.Signals}
+        return f"ended by {names.get(code - 128, f'signal {code - 128}')} (exit code {code})"
+    return f"exited with code {code}"
+
+
+def _without_evidence(child: Child, report: Report | None) -> Cause:
+    echoes = [failure for failure in failures(child, report) if failure.failure_class is FailureClass.PEER]
+    if child.deleting or not child.exists:
+        return Cause(Disturbance.DELETED, "The attempt's child was deleted from outside.")
+    going = next((pod for pod in child.pods if pod.terminating), None)
+    if going is not None:
+        return Cause(Disturbance.DELETED, f"Pod {going.name} was deleted from outside.", going.index)
+    if len(child.pods) < child.pods_expected:
+        gone = child.pods_expected - len(child.pods)
+        return Cause(Disturbance.DELETED, f"{gone} of {child.pods_expected} pods disappeared without a message.")
+    if echoes:
+        return Cause(FailureClass.PEER, f"Every rank blames another one; the first said: {echoes[0].sentence}")
+    return Cause(FailureClass.CRASH, child.message or "The attempt failed and no pod left a message.")

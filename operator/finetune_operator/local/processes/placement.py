@@ -1,0 +1,116 @@
+"""Where the ranks of a job go on this machine. Pure: from topology and machine to processes, or to a sentence.
+
+A node of the cluster becomes one launcher here. What differs from the file is said in `notes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_api.rendezvous import Rendezvous
+from finetune_api.spec import Topology
+from finetune_operator.devices import Gpu, Machine
+from finetune_operator.errors import UserError
+
+MEMORY_A_PROCESS_BYTES = 768 << 20
+"""What a rank needs before it holds any model: interpreter, torch, gloo."""
+PROCESSES_A_CORE = 4
+"""More CPU ranks than this a core make no progress worth waiting for."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many launchers, how many ranks each, and which GPUs."""
+
+    nodes: int
+    gpus_per_node: int
+    gpus: tuple[Gpu, ...] = ()
+    cores: int = 1
+    notes: tuple[str, ...] = ()
+    meeting: Rendezvous | None = None
+    """This machine's place among several; none: all nodes are on this machine."""
+
+    @property
+    def processes_per_node(self) -> int:
+        """Ranks a launcher starts: one a GPU, or one on the CPU."""
+        return max(1, self.gpus_per_node)
+
+    def gpu_ids(self, node: int) -> tuple[str, ...]:
+        """The GPUs of one node, which is this machine where there are several."""
+        first = 0 if self.meeting else node * self.gpus_per_node
+        return tuple(gpu.id for gpu in self.gpus[first : first + self.gpus_per_node])
+
+    def apply(self, topology: Topology) -> Topology:
+        """The topology that is really run: what plan and run config should say."""
+        return topology.model_copy(update={"nodes": self.nodes, "gpus_per_node": self.gpus_per_node})
+
+
+def place(topology: Topology, machine: Machine) -> Placement:
+    """The placement for `topology` on `machine`.
+
+    Raises UserError if there are too few GPUs, or if the CPU ranks could not be started.
+    """
+    nodes, wanted, there = topology.nodes, topology.gpus_per_node, len(machine.gpus)
+    if wanted is None:
+        placement = _on_what_is_there(nodes, machine)
+    elif wanted and wanted * nodes > there:
+        raise UserError(_too_few(nodes, wanted, there))
+    else:
+        placement = Placement(nodes, wanted, machine.gpus[: nodes * wanted], machine.cores)
+    if placement.gpus_per_node == 0:
+        _refuse_too_many(placement.nodes, machine)
+    return placement
+
+
+def place_one_of(meeting: Rendezvous, topology: Topology, machine: Machine) -> Placement:
+    """The placement on one of several machines, each of which is one node.
+
+    Raises UserError if the machine has fewer GPUs than a node shall have.
+    """
+    there = len(machine.gpus)
+    wanted = there if topology.gpus_per_node is None else topology.gpus_per_node
+    if wanted > there:
+        raise UserError(
+            f"topology.gpusPerNode is {wanted} and machine {meeting.node_rank} has {_gpus(there)}: "
+            f"--set topology.gpusPerNode={there} on all machines uses what is there."
+        )
+    notes: tuple[str, ...] = ()
+    if topology.nodes != meeting.nodes:
+        notes = (f"topology.nodes is {topology.nodes}: run on the {meeting.nodes} machines that there are.",)
+    return Placement(meeting.nodes, wanted, machine.gpus[:wanted], machine.cores, notes, meeting)
+
+
+def _on_what_is_there(nodes: int, machine: Machine) -> Placement:
+    there = len(machine.gpus)
+    if there == 0:
+        return Placement(nodes, 0, (), machine.cores)
+    if there < nodes:
+        note = f"{_gpus(there)} for {nodes} nodes: run as one node with {_gpus(there)}."
+        return Placement(1, there, machine.gpus, machine.cores, (note,))
+    a_node = there // nodes
+    used = machine.gpus[: a_node * nodes]
+    idle = there - len(used)
+    notes = (f"{_gpus(idle)} of {there} left idle: {there} cannot be shared evenly by {nodes} nodes.",) if idle else ()
+    return Placement(nodes, a_node, used, machine.cores, notes)
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
+
+
+def _too_few(nodes: int, wanted: int, there: int) -> str:
+    asked = f"topology asks for {_gpus(wanted * nodes)} ({nodes} × {wanted}) and this machine has {there or 'none'}"
+    if there == 0:
+        return f"{asked}: --set topology.gpusPerNode=0 trains on the CPU, one process a node."
+    return f"{asked}: --set topology.nodes=1 --set topology.gpusPerNode={there} uses what is here."
+
+
+def _refuse_too_many(processes: int, machine: Machine) -> None:
+    by_cores, by_memory = machine.cores * PROCESSES_A_CORE, machine.memory_bytes // MEMORY_A_PROCESS_BYTES
+    most = max(1, min(by_cores, by_memory))
+    if processes <= most:
+        return
+    scarce = f"{machine.cores} cores" if by_cores <= by_memory else f"{machine.memory_bytes / 2**30:.1f} GiB of memory"
+    raise UserError(
+        f"topology.nodes: {processes} processes cannot be started with {scarce}: --set topology.nodes={most} at most."
+    )

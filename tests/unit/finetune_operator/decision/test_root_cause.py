@@ -1,0 +1,77 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from finetune_api.base import Stage
+from finetune_api.report import Failure, FailureClass, Report
+from finetune_operator.decision.model import Child, Pod, PodPhase
+from finetune_operator.decision.root_cause import find
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def failed(index: int, kind: str | None = None, after: int = 0, **what: object) -> Pod:
+    when = NOON + timedelta(seconds=after)
+    failure = kind and Failure(failure_class=FailureClass(kind), sentence=f"{kind} there", rank=index, time=when)
+    facts: dict[str, object] = {"phase": PodPhase.FAILED, "finished": when, "failure": failure or None}
+    return Pod(f"pod-{index}", index, **(facts | what))  # type: ignore[arg-type]
+
+
+def child(*pods: Pod, expected: int | None = None, **what: object) -> Child:
+    return Child(Stage.TRAIN, 1, failed=True, pods=pods, pods_expected=expected or len(pods), **what)  # type: ignore[arg-type]
+
+
+CASES: list[tuple[str, Child, str, int | None]] = [
+    ("a peer's time-out is never the cause", child(failed(0, "peer"), failed(1, "cuda-oom", 5)), "cuda-oom", 1),
+    ("the earliest cause wins", child(failed(0, "crash", 9), failed(1, "crash", 3)), "crash", 1),
+    ("a hang that a lost node explains", child(failed(0, "hang"), Pod("p", 1, node_lost=True)), "node-lost", 1),
+    ("a preemption that an eviction explains", child(failed(0, "preempted"), failed(1, evicted=True)), "evicted", 1),
+    ("bad data is bad data on any node", child(failed(0, "bad-data", 5), Pod("p", 1, node_lost=True)), "bad-data", 0),
+    ("a host out-of-memory without a word", child(failed(0, "peer"), failed(1, oom_killed=True)), "host-oom", 1),
+    ("an exit code that names its class", child(failed(0, exit_code=68)), "cuda-oom", 0),
+    ("a peer's exit code is not the cause", child(failed(0, exit_code=72), failed(1, "crash", 4)), "crash", 1),
+    ("a segmentation fault", child(failed(0, exit_code=139)), "crash", 0),
+    ("a pod stopped from outside", child(failed(0, exit_code=143)), "deleted", 0),
+    ("a pod deleted and killed after its grace", child(failed(0, exit_code=137, terminating=True)), "deleted", 0),
+    ("a silent pod earlier than a loud one", child(failed(0, "crash", 9), failed(1, exit_code=139)), "crash", 1),
+    ("a pod that is gone", child(failed(0, "peer"), expected=2), "deleted", None),
+    ("all blame each other", child(failed(0, "peer"), failed(1, "peer", 1)), "peer", None),
+    ("no pod at all", child(message="BackoffLimitExceeded", expected=0), "crash", None),
+]
+
+
+@pytest.mark.parametrize(("what", "seen", "reason", "rank"), CASES, ids=[case[0] for case in CASES])
+def test_root_cause(what: str, seen: Child, reason: str, rank: int | None) -> None:
+    cause = find(seen, None)
+    assert (cause.reason, cause.rank) == (reason, rank)
+    assert cause.sentence.endswith((".", "there", "Exceeded"))
+
+
+def test_a_host_out_of_memory_names_the_limit_to_raise() -> None:
+    cause = find(child(failed(2, oom_killed=True, memory_limit="64Gi")), None)
+    assert "64Gi" in cause.sentence
+    assert "podTemplate.resources.limits.memory" in cause.sentence
+
+
+def test_a_host_out_of_memory_that_a_rank_told_of_names_the_limit_too() -> None:
+    cause = find(child(failed(1, "host-oom", memory_limit="64Gi")), None)
+    assert cause.reason is FailureClass.HOST_OOM
+    assert cause.sentence.endswith("It is 64Gi now.")
+
+
+def test_a_kill_without_a_mark_says_that_memory_may_be_the_reason() -> None:
+    cause = find(child(failed(0, exit_code=137, memory_limit="32Gi")), None)
+    assert cause.reason is FailureClass.CRASH
+    assert "32Gi" in cause.sentence
+
+
+def test_the_report_counts_as_evidence_when_the_pods_are_gone() -> None:
+    failure = Failure(failure_class=FailureClass.DIVERGED, sentence="The loss spiked.", rank=0, time=NOON)
+    report = Report(attempt="u/train/1", stage=Stage.TRAIN, time=NOON, failure=failure)
+    assert find(child(expected=2), report).reason is FailureClass.DIVERGED
+
+
+def test_the_field_is_said_where_the_sentence_does_not_name_it() -> None:
+    failure = Failure(failure_class=FailureClass.BAD_DATA, sentence="Row 3 is empty.", field="claims", time=NOON)
+    pod = Pod("p", 0, PodPhase.FAILED, failure=failure)
+    assert find(child(pod), None).sentence == "Row 3 is empty. (claims)"
