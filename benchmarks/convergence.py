@@ -56,16 +56,16 @@ def measure(
     held_out_share = HELD_OUT / len(workload.rows)
     job = jobs.prepare(folder, model, workload, split={"validation": held_out_share}, training=CONSTANT)
     rows, held_out = folder / "trl-rows.json", folder / "trl-validation.json"
-    lengths = peers.rows_for_trl(peers.in_our_order(job, workload.examples_a_step, steps + 1), rows)
+    lengths = peers.rows_for_trl(peers.in_our_order(job, workload.examples_per_step, steps + 1), rows)
     peers.rows_for_trl(DocumentStore(job.prepared / "validation"), held_out)
     every = ["--validate-every", str(VALIDATE_EVERY)]
     with ExitStack() as stack:
         workers = {peers.OURS: Worker("benchmarks.ours", every, environment=job.environment_of())}
         samples = {name: [first] for name, first in start_all(stack, workers).items()}
         if python is not None:
-            tokens = workload.examples_a_step * statistics.mean(lengths)
+            tokens = workload.examples_per_step * statistics.mean(lengths)
             settings = peers.settings_of_trl(
-                workload.examples_a_step, tokens, max(lengths), samples[peers.OURS][0]["precision"]
+                workload.examples_per_step, tokens, max(lengths), samples[peers.OURS][0]["precision"]
             )
             further = {"validation": held_out, "validate_every": VALIDATE_EVERY}
             other = {setting: peers.trl_worker(python, job, rows, settings[setting], **further)}

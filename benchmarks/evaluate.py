@@ -24,7 +24,7 @@ from finetune_trainer.model.device import choose_precision
 
 AIM = 10
 NEW_TOKENS = 16
-DOCUMENTS_A_LABEL = 2
+DOCUMENTS_PER_LABEL = 2
 """Documents on which every label has a forward pass of its own: it takes long."""
 
 
@@ -53,7 +53,7 @@ def label_by_label(model: Any, rows: Sequence[Closed]) -> list[list[float]]:
 
 def score_labels(model: Any, rows: Sequence[Closed], rounds: int) -> Figures:
     """Seconds a document of each way, in turn, and how far their scores are apart."""
-    few = rows[:DOCUMENTS_A_LABEL]
+    few = rows[:DOCUMENTS_PER_LABEL]
     scores: dict[str, list[list[float]]] = {}
 
     def way(name: str, score: Callable[..., list[list[float]]], on: Sequence[Closed]) -> Callable[[], float]:
@@ -84,7 +84,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], round
         def run() -> float:
             begun = time.perf_counter()
             for group in groups:
-                greedy_answers(model, tokenizer, group, max_new_tokens=new_tokens, tokens_a_batch=8192)
+                greedy_answers(model, tokenizer, group, max_new_tokens=new_tokens, tokens_per_batch=8192)
             return time.perf_counter() - begun
 
         return run
@@ -127,7 +127,7 @@ def run(size: Size) -> Result:
     samples = scored["secondsADocument"]
     medians = {name: statistics.median(values) for name, values in samples.items()}
     factor = medians["one forward a label"] / medians["shared prefix and label tree"]
-    slow = f"the slow ways: {DOCUMENTS_A_LABEL}"
+    slow = f"the slow ways: {DOCUMENTS_PER_LABEL}"
     title = f"{scored['labels']} labels by likelihood, {scored['documents']} documents ({slow})"
     second = f"{generated['prompts']} answers of at most {NEW_TOKENS} tokens"
     tables = [table_of(samples, title, "seconds a document"), table_of(generated["seconds"], second, "seconds")]

@@ -28,8 +28,8 @@ class Flops:
     def of_step(self, tokens: int, squares: int, labelled: int) -> float:
         """Operations for so many tokens, documents whose squared lengths sum to `squares`, and labelled positions."""
         frozen = 6 if self.full else 4
-        a_token = frozen * self.matrices + 6 * self.adapters
-        return a_token * tokens + 6 * self.attention * squares + frozen * self.head * labelled
+        per_token = frozen * self.matrices + 6 * self.adapters
+        return per_token * tokens + 6 * self.attention * squares + frozen * self.head * labelled
 
 
 def flops_of(directory: Path, rank: int, full: bool = False) -> Flops:

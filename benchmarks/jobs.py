@@ -36,7 +36,7 @@ class Workload:
     name: str
     rows: Sequence[Mapping[str, Any]]
     dataset: Mapping[str, Any]
-    examples_a_step: int
+    examples_per_step: int
     longest: int = 512
     """maxSequenceLength."""
 
@@ -86,7 +86,7 @@ def configure(folder: Path, model: Model, workload: Workload, **blocks: Mapping[
         "training": {
             "maxSteps": 100_000,
             "epochs": 1000,
-            "globalBatchSize": workload.examples_a_step,
+            "globalBatchSize": workload.examples_per_step,
             "maxSequenceLength": workload.longest,
             "keepBest": False,
         },
@@ -139,14 +139,14 @@ def tweet_rows() -> list[dict[str, str]]:
     return rows
 
 
-def tweets(count: int, examples_a_step: int = 9) -> Workload:
+def tweets(count: int, examples_per_step: int = 9) -> Workload:
     """Tweets with a feeling: short documents of one task, of which only the answer is learnt."""
     chosen = [row for row in tweet_rows() if 20 <= len(row["text"]) <= 280][:count]
     dataset = {"task": "classification", "columns": {"text": "text", "label": "label"}}
-    return Workload("tweets", chosen, dataset, examples_a_step)
+    return Workload("tweets", chosen, dataset, examples_per_step)
 
 
-def chats(count: int, examples_a_step: int = 4) -> Workload:
+def chats(count: int, examples_per_step: int = 4) -> Workload:
     """Chats of mixed length, of which every answer is learnt."""
     rows = []
     with assets().fetch("chitchat").open(encoding="utf-8") as file:
@@ -156,14 +156,16 @@ def chats(count: int, examples_a_step: int = 4) -> Workload:
                 rows.append(row)
             if len(rows) == count:
                 break
-    return Workload("chats", rows, {"task": "chat", "columns": {"messages": "messages"}}, examples_a_step, longest=1024)
+    return Workload(
+        "chats", rows, {"task": "chat", "columns": {"messages": "messages"}}, examples_per_step, longest=1024
+    )
 
 
-def intents(count: int, examples_a_step: int = 12, labels: Sequence[str] = INTENTS) -> Workload:
+def intents(count: int, examples_per_step: int = 12, labels: Sequence[str] = INTENTS) -> Workload:
     """Short questions to a bank with all labels named in the prompt: nearly all of a document is the same text."""
     rows = [
         {"text": f"Hello, my {label.replace('_', ' ')} from day {number % 28 + 1}: please help", "label": label}
         for number, label in zip(range(count), itertools.cycle(labels))
     ]
     dataset = {"task": "classification", "columns": {"text": "text", "label": "label"}}
-    return Workload("intents", rows, dataset, examples_a_step, longest=1024)
+    return Workload("intents", rows, dataset, examples_per_step, longest=1024)

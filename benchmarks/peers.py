@@ -36,7 +36,7 @@ ROW_OF_TRL = 1024
 """Tokens of TRL's packed rows, and half of those of its batches at most."""
 STEPS_OF_ROWS = 40
 """Steps' worth of rows handed to TRL: more than are measured."""
-MEGABYTES_A_WORKER = 4500
+MEGABYTES_PER_WORKER = 4500
 """Memory that must be free for each process: what finds no room is left out, and the table says so."""
 
 
@@ -90,11 +90,11 @@ def rows_for_trl(documents: Iterable[Document], path: Path) -> list[int]:
     return [len(row["input_ids"]) for row in rows]
 
 
-def in_our_order(job: jobs.PreparedJob, examples_a_step: int, steps: int = STEPS_OF_ROWS) -> Iterator[Document]:
+def in_our_order(job: jobs.PreparedJob, examples_per_step: int, steps: int = STEPS_OF_ROWS) -> Iterator[Document]:
     """The training documents of the first steps, as the trainer takes them."""
     spec = context_from_environment(job.environment_of()).config.spec
     store = DocumentStore(job.prepared / "train")
-    order = Order.of(store.dataset, [1.0], examples_a_step, spec.training.seed)
+    order = Order.of(store.dataset, [1.0], examples_per_step, spec.training.seed)
     return (store[int(example)] for step in range(steps) for example in order.step(step))
 
 
@@ -130,12 +130,12 @@ def compare(
     python: Path | None = None,
 ) -> Figures:
     """Every sample of all contestants on one workload. `python` is TRL's environment's; None leaves TRL out."""
-    job, rows, examples = jobs.prepare(folder, model, workload), folder / "trl-rows.json", workload.examples_a_step
+    job, rows, examples = jobs.prepare(folder, model, workload), folder / "trl-rows.json", workload.examples_per_step
     lengths = rows_for_trl(in_our_order(job, examples), rows)
     precision = str(choose_precision("auto", torch.device("cpu"))[0]).removeprefix("torch.")
     settings = settings_of_trl(examples, examples * statistics.mean(lengths), max(lengths), precision)
     chosen = [name for name in settings if python and (not only or name in only)]
-    room = int(available_megabytes() // MEGABYTES_A_WORKER) - 1
+    room = int(available_megabytes() // MEGABYTES_PER_WORKER) - 1
     chosen, left_out = chosen[:room], chosen[room:]
     with ExitStack() as stack:
         workers = {OURS: Worker("benchmarks.ours", [], environment=job.environment_of())}
@@ -191,7 +191,7 @@ def best_of(found: Figures, unit: str = "tokens") -> tuple[str, float]:
 def workload_of(name: str, size: Size) -> tuple[jobs.Workload, str, Sequence[str]]:
     """What is compared, in which unit, with which settings of TRL (none: all)."""
     if name == "intents":
-        one_task = jobs.intents(1200, examples_a_step=size.pick(4, 8, 32))
+        one_task = jobs.intents(1200, examples_per_step=size.pick(4, 8, 32))
         # Documents of one length: there is no padding to save, and in one row TRL's dense mask is larger.
         packed = size.pick((), (), ("TRL, padding-free",))
         return one_task, "documents", ("TRL, padded", *packed)

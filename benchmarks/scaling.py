@@ -30,7 +30,7 @@ UTILISATION = 0.46
 NVLINK = 230e9
 """Bytes a second that a rank receives within a node: what NCCL reaches of A100's 300 GB/s a direction."""
 NETWORKS = {"25 GB/s a node (one 200 Gb/s port)": 25e9, "200 GB/s a node (eight ports)": 200e9}
-TOKENS_A_RANK = 8192
+TOKENS_PER_RANK = 8192
 """Tokens of a rank's micro-batch, one a step."""
 
 
@@ -118,8 +118,8 @@ def paper() -> Iterator[tuple[str, ...]]:
         memory = Memory(shape, Run(tuning=tuning))
         trained = memory.trained_parameters
         weights = 2.0 * shape.parameters if full else float(memory.weights)  # full tuning gathers float32 as bf16
-        a_token = (6 if full else 4) * shape.active_parameters + (0 if full else 6 * trained)
-        compute = TOKENS_A_RANK * a_token / (UTILISATION * A100_FLOPS)
+        per_token = (6 if full else 4) * shape.active_parameters + (0 if full else 6 * trained)
+        compute = TOKENS_PER_RANK * per_token / (UTILISATION * A100_FLOPS)
         for cluster in (Cluster(3, 4), Cluster(12, 8)):
             for hybrid in (False, True):
                 moved = traffic(cluster, weights, 4.0 * trained, hybrid, full=full)
@@ -149,7 +149,7 @@ def run(size: Size) -> Result:
         cells = [spread(speeds, 0), f"{statistics.median(speeds) / alone:.2f}", f"{share:.0%}", f"{peak:,.0f}"]
         table.rows.append([str(ranks), *cells])
     on_paper = Table(
-        f"On paper: Llama-3-8B, {TOKENS_A_RANK:,} tokens a rank and step, A100 at {UTILISATION:.0%} of 312 TFLOP/s",
+        f"On paper: Llama-3-8B, {TOKENS_PER_RANK:,} tokens a rank and step, A100 at {UTILISATION:.0%} of 312 TFLOP/s",
         ("method", "GPUs", "sharding", "GB received a rank", "GB a node's network", "s of computing",
          *(f"s of sending, {name} (computing if overlapped)" for name in NETWORKS)),
         [list(row) for row in paper()],

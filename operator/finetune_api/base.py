@@ -91,12 +91,12 @@ Time = Annotated[datetime, PlainSerializer(_rfc3339, when_used="json")]
 
 def duration_seconds(text: str) -> int:
     """Seconds in a `Duration`: `1h30m` is 5400. The text must match `Duration`'s pattern."""
-    seconds_a_unit = {"h": 3600, "m": 60, "s": 1}
+    seconds_per_unit = {"h": 3600, "m": 60, "s": 1}
     total, digits = 0, ""
     for char in text:
         if char.isdigit():
             digits += char
         else:
-            total += int(digits) * seconds_a_unit[char]
+            total += int(digits) * seconds_per_unit[char]
             digits = ""
     return total

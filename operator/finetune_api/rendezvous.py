@@ -18,7 +18,7 @@ class Rendezvous:
 
     nodes: int = 1
     node_rank: int = 0
-    ranks_a_node: int = 1
+    ranks_per_node: int = 1
     address: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     node_address: str = ""
@@ -27,7 +27,7 @@ class Rendezvous:
     @property
     def ranks(self) -> range:
         """The ranks of this machine."""
-        return range(self.node_rank * self.ranks_a_node, (self.node_rank + 1) * self.ranks_a_node)
+        return range(self.node_rank * self.ranks_per_node, (self.node_rank + 1) * self.ranks_per_node)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Names:
 
     nodes: str
     node_rank: str
-    ranks_a_node: str
+    ranks_per_node: str
     address: tuple[str, ...]
     port: tuple[str, ...]
     node_address: str = ""
@@ -46,7 +46,7 @@ TORCHRUN = Names("PET_NNODES", "PET_NODE_RANK", "PET_NPROC_PER_NODE", ("PET_MAST
 RUNPOD = Names(
     nodes="NUM_NODES",
     node_rank="NODE_RANK",
-    ranks_a_node="NUM_TRAINERS",
+    ranks_per_node="NUM_TRAINERS",
     address=("PRIMARY_ADDR", "MASTER_ADDR"),
     port=("PRIMARY_PORT", "MASTER_PORT"),
     node_address="NODE_ADDR",
@@ -59,7 +59,7 @@ def rendezvous_of(environ: Mapping[str, str]) -> Rendezvous:
 
     Raises ValueError, with a sentence, for numbers that cannot be and for several machines without an address.
     """
-    if any(environ.get(name) for name in (TORCHRUN.nodes, TORCHRUN.node_rank, TORCHRUN.ranks_a_node)):
+    if any(environ.get(name) for name in (TORCHRUN.nodes, TORCHRUN.node_rank, TORCHRUN.ranks_per_node)):
         names = TORCHRUN
     elif environ.get(RUNPOD.nodes) and environ.get(RUNPOD.node_rank):
         names = RUNPOD
@@ -69,7 +69,7 @@ def rendezvous_of(environ: Mapping[str, str]) -> Rendezvous:
     made = Rendezvous(
         nodes=_number(environ, names.nodes, 1, least=1),
         node_rank=_number(environ, names.node_rank, 0),
-        ranks_a_node=_number(environ, names.ranks_a_node, 1, least=1),
+        ranks_per_node=_number(environ, names.ranks_per_node, 1, least=1),
         address=environ.get(address) or Rendezvous.address,
         port=_number(environ, port, DEFAULT_PORT, least=1),
         node_address=environ.get(names.node_address, "").partition("/")[0],

@@ -62,18 +62,18 @@ def command_of(
     stage: str, rendezvous: Rendezvous, environ: Mapping[str, str], attempt: Attempt
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of this node's ranks: the rank itself for one a node, torchrun for several."""
-    nodes, node_rank, ranks_a_node = rendezvous.nodes, rendezvous.node_rank, rendezvous.ranks_a_node
+    nodes, node_rank, ranks_per_node = rendezvous.nodes, rendezvous.node_rank, rendezvous.ranks_per_node
     address, port = rendezvous.address, str(rendezvous.port)
     program = ["-m", "finetune_trainer", stage]
     result = _interfaces(rendezvous) | {k: v for k, v in environ.items() if not k.startswith("PET_")}
     result["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(max(10, attempt.grace_seconds - 10))
-    if ranks_a_node == 1:
+    if ranks_per_node == 1:
         # torchrun would only import torch a second time; the rank meets its peers by the same variables.
         own = {"RANK": str(node_rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1"}
         result |= own | {"MASTER_ADDR": address, "MASTER_PORT": port, "GROUP_RANK": str(node_rank)}
         return [sys.executable, *program], result
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "static", "--max-restarts", "0"]
-    torchrun += ["--nnodes", str(nodes), "--node-rank", str(node_rank), "--nproc-per-node", str(ranks_a_node)]
+    torchrun += ["--nnodes", str(nodes), "--node-rank", str(node_rank), "--nproc-per-node", str(ranks_per_node)]
     torchrun += ["--master-addr", address, "--master-port", port]
     torchrun += ["--rdzv-conf", f"timeout={attempt.startup_seconds}"]
     return [*torchrun, *program], result

@@ -45,13 +45,13 @@ def logs(
         print(f"{line.source.node_rank}| {line.text}" if marked else line.text, flush=follow)
 
 
-def _of_rank(found: list[LogSource], rank: int | None, ranks_a_node: int) -> list[LogSource]:
+def _of_rank(found: list[LogSource], rank: int | None, ranks_per_node: int) -> list[LogSource]:
     """The pod of that rank: ranks are numbered node after node."""
     if rank is None:
         return found
-    chosen = [source for source in found if source.node_rank == rank // ranks_a_node]
+    chosen = [source for source in found if source.node_rank == rank // ranks_per_node]
     if not chosen:
-        ranks = len(found) * ranks_a_node
+        ranks = len(found) * ranks_per_node
         raise UserError(f"There is no rank {rank}: {found[0].stage} has ranks 0 to {ranks - 1}.")
     return chosen
 

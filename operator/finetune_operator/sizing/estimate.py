@@ -24,7 +24,7 @@ from finetune_operator.errors import UserError
 from finetune_operator.sizing.gpus import Gpu, find_gpu
 from finetune_operator.sizing.model_shapes import UnknownShapeError, known_model, model_facts
 
-CHARACTERS_A_TOKEN = 4.0
+CHARACTERS_PER_TOKEN = 4.0
 """English text in today's vocabularies; other languages and code have fewer."""
 TEMPLATE_TOKENS = 24
 """Tokens that prompt and chat template add to an example."""
@@ -294,7 +294,7 @@ def _look_at(dataset: Dataset, places: Sequence[Path]) -> tuple[int, float, int,
     """Training rows, mean and longest example in tokens, and how that is known."""
     known = KNOWN_DATASETS.get(dataset.repo or "")
     if known is not None and (rows := known.rows.get(dataset.splits.train)):
-        tokens = known.characters / CHARACTERS_A_TOKEN + TEMPLATE_TOKENS
+        tokens = known.characters / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
         return rows, tokens, round(2 * tokens), f"{rows:,} rows, as is known of {dataset.repo}"
     files = _files(_found(dataset.path, places)) if dataset.path is not None else []
     if files:
@@ -328,9 +328,9 @@ def _measured(files: list[Path], dataset: Dataset) -> tuple[int, float, int, str
         return 1, 1.0, 1, "no rows were found"
     overhead = 0 if dataset.task is Task.TEXT else TEMPLATE_TOKENS
     if dataset.template is None:  # the prompt names all labels
-        overhead += round(sum(len(label) + 2 for label in labels) / CHARACTERS_A_TOKEN)
-    mean = sum(sizes) / len(sizes) / CHARACTERS_A_TOKEN + overhead
-    longest = round(max(sizes) / CHARACTERS_A_TOKEN) + overhead
+        overhead += round(sum(len(label) + 2 for label in labels) / CHARACTERS_PER_TOKEN)
+    mean = sum(sizes) / len(sizes) / CHARACTERS_PER_TOKEN + overhead
+    longest = round(max(sizes) / CHARACTERS_PER_TOKEN) + overhead
     note = f"{rows:,} rows counted, {mean:.0f} tokens each estimated from characters"
     if dataset.filter is not None:
         note += "; the filter is not carried out here"

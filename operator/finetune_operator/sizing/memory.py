@@ -22,9 +22,9 @@ from finetune_operator.sizing.model_shapes import Dims, Matrix, Shape
 GIB = 1 << 30
 MIB = 1 << 20
 
-LOGITS_IN_A_CHUNK = 1 << 25
+LOGITS_PER_CHUNK = 1 << 25
 """Positions times vocabulary whose logits exist at once (model/loss.py)."""
-LOGITS_IN_A_BLOCK = 1 << 22
+LOGITS_PER_BLOCK = 1 << 22
 """Those that a GPU looks at in float32 at a time, with as much again for what comes of them (model/loss.py)."""
 QUANTISED_BLOCK = 64
 """Weights that share one 4-bit quantisation constant; 256 constants share one of the second level."""
@@ -252,7 +252,7 @@ class _Layer:
     """Those with an adapter."""
 
     @property
-    def bytes_a_token(self) -> int:
+    def bytes_per_token(self) -> int:
         return self._norms + self._inputs + self._attention + self._mlp + self._adapter
 
     @property
@@ -430,7 +430,7 @@ class Memory:
     def _layer_bytes(self, layer: int, checkpointing: bool) -> int:
         if checkpointing:
             return self.run.compute_bytes * self.shape.facts.hidden_size
-        return _Layer(self.shape, self.run, self._adapted.get(layer, ())).bytes_a_token
+        return _Layer(self.shape, self.run, self._adapted.get(layer, ())).bytes_per_token
 
     @cached_property
     def layers_with_backward(self) -> range:
@@ -463,12 +463,12 @@ class Memory:
         """Bytes of the logits of one chunk, and the number of chunks."""
         labelled = max(1, ceil(tokens * self.run.labelled_share))
         vocabulary = self.shape.facts.vocab_size
-        chunk = max(1, LOGITS_IN_A_CHUNK // vocabulary)
+        chunk = max(1, LOGITS_PER_CHUNK // vocabulary)
         # The logits and their gradient, in the type of the products; a cap keeps what it was given, too.
         tensors = 3 if self.shape.family.capped_logits else 2
         logits = vocabulary * min(chunk, labelled)
         kept = tensors * self.run.compute_bytes * logits
-        return kept + 8 * min(logits, LOGITS_IN_A_BLOCK), ceil(labelled / chunk)
+        return kept + 8 * min(logits, LOGITS_PER_BLOCK), ceil(labelled / chunk)
 
     def _trains_head(self) -> bool:
         return self.run.trains_base or "lm_head" in self.run.tuning.lora.modules_to_save
@@ -557,7 +557,7 @@ class Memory:
         """Peak memory of a rank in bytes."""
         return sum(component.bytes for component in self.components(tokens))
 
-    def host(self, tokens: int, ranks_a_pod: int) -> int:
+    def host(self, tokens: int, ranks_per_node: int) -> int:
         """Main memory of a pod: its processes, the largest tensor while loading, a copy of what is being saved.
 
         A checkpoint copies the rank's share of trained parameters and moments before it is written.
@@ -565,7 +565,7 @@ class Memory:
         largest = max(tensor.elements * 4 for tensor in self._tensors)
         saved = 12 * self._trained_local
         rank = HOST_PROCESS_BYTES if self.run.cuda else self.total(tokens)
-        return ranks_a_pod * (rank + max(largest, saved))
+        return ranks_per_node * (rank + max(largest, saved))
 
     def with_checkpointing(self) -> Memory:
         """The same with activations computed again."""

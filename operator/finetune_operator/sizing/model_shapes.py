@@ -244,8 +244,8 @@ def _count(facts: ModelFacts, expert_width: int) -> int:
         return shape_of(facts).parameters
     without = shape_of(facts.model_copy(update={"parameters": 0}))
     dense = Shape(facts, without.family, without.known, without.matrices, without.others[:-3]).parameters
-    a_layer = facts.num_experts * facts.hidden_size * (3 * expert_width + 1)
-    return dense + facts.num_hidden_layers * a_layer
+    per_layer = facts.num_experts * facts.hidden_size * (3 * expert_width + 1)
+    return dense + facts.num_hidden_layers * per_layer
 
 
 # --- models known by name --------------------------------------------------------------------------------------------

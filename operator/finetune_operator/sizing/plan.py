@@ -37,7 +37,7 @@ UNKNOWN_GPU_ROW = 8192
 FEW_STEPS = 50
 STARVING_TOKENS = 1024
 """Tokens a GPU and step below which it waits for weights more than it computes."""
-PARAMETERS_A_TOKEN = 10
+PARAMETERS_PER_TOKEN = 10
 """Trained parameters a training token above which most of them have nothing to learn from."""
 
 
@@ -61,14 +61,14 @@ class Planner:
         return self.spec.topology.gpus_per_node != 0
 
     @property
-    def ranks_a_pod(self) -> int:
+    def ranks_per_node(self) -> int:
         """Processes of a pod."""
         return max(1, 1 if self.spec.topology.gpus_per_node is None else self.spec.topology.gpus_per_node)
 
     @property
     def ranks(self) -> int:
         """Processes in all."""
-        return self.spec.topology.nodes * self.ranks_a_pod
+        return self.spec.topology.nodes * self.ranks_per_node
 
     @property
     def _compute_bytes(self) -> Literal[2, 4]:
@@ -91,23 +91,23 @@ class Planner:
         return max(1, whole * ceil(documents / batch) + ceil(part / batch))
 
     @cached_property
-    def _examples_a_step(self) -> float:
+    def _examples_per_step(self) -> float:
         batch, documents = self.spec.training.global_batch_size, self.lengths.documents
         return documents / max(1, ceil(documents / batch))
 
     @cached_property
-    def _tokens_a_document(self) -> float:
+    def _tokens_per_document(self) -> float:
         return self.lengths.tokens / max(1, self.lengths.documents)
 
     @cached_property
     def tokens(self) -> int:
         """Tokens in all."""
-        return round(self.steps * self._examples_a_step * self._tokens_a_document)
+        return round(self.steps * self._examples_per_step * self._tokens_per_document)
 
     @cached_property
-    def tokens_a_rank_step(self) -> int:
+    def tokens_per_rank_step(self) -> int:
         """Mean tokens of a rank in a step."""
-        return ceil(self._examples_a_step * self._tokens_a_document / self.ranks)
+        return ceil(self._examples_per_step * self._tokens_per_document / self.ranks)
 
     # --- rows and memory ---
 
@@ -131,18 +131,18 @@ class Planner:
             compute_bytes=self._compute_bytes,
             cuda=self.cuda,
             ranks=self.ranks,
-            shard_ranks=self.ranks_a_pod if hybrid else self.ranks,
+            shard_ranks=self.ranks_per_node if hybrid else self.ranks,
             checkpointing=checkpointing,
             compiled=self.cuda if spec.training.compile is None else spec.training.compile,
-            accumulates=self.rows_a_step(row) > 1,
+            accumulates=self.rows_per_step(row) > 1,
             labelled_share=min(1.0, self.lengths.labelled / max(1, self.lengths.tokens)),
             longest=self.lengths.longest,
         )
         return Memory(self.shape, run)
 
-    def rows_a_step(self, row: int) -> int:
+    def rows_per_step(self, row: int) -> int:
         """Rows that a rank computes in a step, if its share of the tokens fills them."""
-        return max(1, ceil(self.tokens_a_rank_step / row))
+        return max(1, ceil(self.tokens_per_rank_step / row))
 
     def _fits(self, row: int, checkpointing: bool) -> bool:
         """Whether a row of so many tokens leaves some of the GPU's memory free."""
@@ -169,7 +169,7 @@ class Planner:
     @cached_property
     def _wanted_row(self) -> int:
         """All that a rank has to do in a step, and a little, since rows are not filled to the last token."""
-        wanted = ceil(1.1 * self.tokens_a_rank_step / ROW_STEP) * ROW_STEP
+        wanted = ceil(1.1 * self.tokens_per_rank_step / ROW_STEP) * ROW_STEP
         return max(self.shortest_row, min(wanted, LARGEST_ROW))
 
     def _longest_fitting(self, checkpointing: bool) -> int:
@@ -201,17 +201,17 @@ class Planner:
         active = self.shape.active_parameters
         trained = active if self.spec.tuning.method is Method.FULL else memory.trained_parameters
         queries = facts.num_attention_heads * facts.head_dim
-        attention = layers * 2 * self._tokens_a_document * queries
+        attention = layers * 2 * self._tokens_per_document * queries
         head = facts.vocab_size * facts.hidden_size
         labelled = min(1.0, self.lengths.labelled / max(1, self.lengths.tokens))
         full = self.spec.tuning.method is Method.FULL
-        a_token = (2 * active + attention) * passes + attention * backward + 2 * trained
-        return self.tokens * (a_token + labelled * head * (6 if full else 4))
+        per_token = (2 * active + attention) * passes + attention * backward + 2 * trained
+        return self.tokens * (per_token + labelled * head * (6 if full else 4))
 
     @cached_property
     def utilisation(self) -> float:
         """Share of the GPUs' peak speed that is assumed; less where several wait for weights with little to compute."""
-        busy = 1.0 if self.ranks == 1 else min(1.0, self.tokens_a_rank_step / EFFICIENT_ROW)
+        busy = 1.0 if self.ranks == 1 else min(1.0, self.tokens_per_rank_step / EFFICIENT_ROW)
         return UTILISATION[self.spec.tuning.method] * busy
 
     @cached_property
@@ -235,15 +235,15 @@ class Planner:
             steps=self.steps,
             examples=self.lengths.documents,
             tokens=self.tokens,
-            tokens_per_rank_step=self.tokens_a_rank_step,
+            tokens_per_rank_step=self.tokens_per_rank_step,
             trainable_parameters=memory.trained_parameters,
             parameters=self.shape.facts.parameters,
             micro_batch_tokens=row,
-            micro_batches=self.rows_a_step(row),
+            micro_batches=self.rows_per_step(row),
             activation_checkpointing=checkpointing,
             memory=components,
             memory_bytes=total,
-            host_bytes=memory.host(row, self.ranks_a_pod),
+            host_bytes=memory.host(row, self.ranks_per_node),
             device_bytes=self.gpu.memory_bytes if self.gpu else None,
             fits=total <= self.gpu.memory_bytes if self.gpu else None,
             flops=self.flops,
@@ -333,7 +333,7 @@ def _about_the_data(planner: Planner, plan: Plan) -> Iterator[str]:
         batch = _smaller_batch(training.global_batch_size, plan)
         more = f"training.globalBatchSize {batch}" if batch < training.global_batch_size else "more data"
         yield f"{plan.steps} steps in all: the schedule has hardly begun when it ends; {more} or more epochs give more."
-    if plan.trainable_parameters > PARAMETERS_A_TOKEN * max(1, lengths.tokens):
+    if plan.trainable_parameters > PARAMETERS_PER_TOKEN * max(1, lengths.tokens):
         trained, tokens = _count(plan.trainable_parameters), _count(lengths.tokens)
         yield f"More parameters are trained ({trained}) than {tokens} tokens can fill{_smaller_adapter(planner)}."
 
@@ -421,8 +421,8 @@ def _ways(planner: Planner) -> Iterator[tuple[str, Planner]]:
 def _more_gpus(planner: Planner) -> Iterator[tuple[str, Planner]]:
     topology = planner.spec.topology
     for factor in (2, 4, 8):
-        if planner.ranks_a_pod * factor <= 8:
-            name, larger = "gpusPerNode", {"gpus_per_node": planner.ranks_a_pod * factor}
+        if planner.ranks_per_node * factor <= 8:
+            name, larger = "gpusPerNode", {"gpus_per_node": planner.ranks_per_node * factor}
         else:
             name, larger = "nodes", {"nodes": topology.nodes * factor}
         way = _changed(planner, topology=topology.model_copy(update=larger))

@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def rows(count: int = 24) -> Workload:
-    return Workload("tweets", labelled(count), CLASSIFIED, examples_a_step=4)
+    return Workload("tweets", labelled(count), CLASSIFIED, examples_per_step=4)
 
 
 def test_both_trainers_are_compared_on_the_same_documents_in_pairs(model: Model, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.data.mixing import examples_an_epoch
-from finetune_trainer.data.order import Order, steps_an_epoch, total_steps
+from finetune_trainer.data.mixing import examples_per_epoch
+from finetune_trainer.data.order import Order, steps_per_epoch, total_steps
 
 
 def order_of(sizes: list[int], weights: list[float], batch: int = 4, seed: int = 1) -> Order:
@@ -19,8 +19,8 @@ def order_of(sizes: list[int], weights: list[float], batch: int = 4, seed: int =
 
 
 def epoch_of(order: Order, epoch: int) -> list[int]:
-    first = epoch * order.steps_an_epoch
-    return [int(i) for step in range(first, first + order.steps_an_epoch) for i in order.step(step)]
+    first = epoch * order.steps_per_epoch
+    return [int(i) for step in range(first, first + order.steps_per_epoch) for i in order.step(step)]
 
 
 mixtures = st.lists(
@@ -48,7 +48,7 @@ def test_no_step_is_empty_and_only_the_last_of_an_epoch_is_smaller(
     mixture: list[tuple[int, float]], batch: int, seed: int
 ) -> None:
     order = order_of([size for size, _ in mixture], [weight for _, weight in mixture], batch, seed)
-    sizes = [len(order.step(step)) for step in range(order.steps_an_epoch)]
+    sizes = [len(order.step(step)) for step in range(order.steps_per_epoch)]
     assert all(size == batch for size in sizes[:-1])
     assert 1 <= sizes[-1] <= batch
     assert sum(sizes) == order.examples
@@ -105,6 +105,6 @@ def test_epochs_are_counted_by_examples() -> None:
 
 
 def test_a_dataset_with_rows_always_gives_an_example() -> None:
-    assert examples_an_epoch(10, 0.01) == 1
-    assert examples_an_epoch(0, 5) == 0
-    assert steps_an_epoch(0, 4) == 0
+    assert examples_per_epoch(10, 0.01) == 1
+    assert examples_per_epoch(0, 5) == 0
+    assert steps_per_epoch(0, 4) == 0

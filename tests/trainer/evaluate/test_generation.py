@@ -28,10 +28,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def test_batched_answers_are_those_of_each_prompt_alone(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     prompts = [tokenizer(text).input_ids for text in ("a", "What is this?", "sun " * 9, "rain and fog")]
-    how = {"max_new_tokens": 12, "tokens_a_batch": 10_000}
+    how = {"max_new_tokens": 12, "tokens_per_batch": 10_000}
     alone = [greedy_answers(model, tokenizer, [prompt], **how)[0] for prompt in prompts]
     assert greedy_answers(model, tokenizer, prompts, **how) == alone
-    assert greedy_answers(model, tokenizer, prompts, max_new_tokens=12, tokens_a_batch=1) == alone
+    assert greedy_answers(model, tokenizer, prompts, max_new_tokens=12, tokens_per_batch=1) == alone
     ends = {tokenizer.decode([token]) for token in model.generation_config.eos_token_id}
     assert len({len(answer) for answer in alone}) > 1
     assert not any(end in answer for answer in alone for end in ends if end.strip())
@@ -39,5 +39,5 @@ def test_batched_answers_are_those_of_each_prompt_alone(loaded: tuple[Any, Any])
 
 def test_an_answer_has_at_most_the_tokens_it_may_have(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    answers = greedy_answers(model, tokenizer, [[5, 6, 7]], max_new_tokens=2, tokens_a_batch=100)
+    answers = greedy_answers(model, tokenizer, [[5, 6, 7]], max_new_tokens=2, tokens_per_batch=100)
     assert len(tokenizer(answers[0]).input_ids) <= 2

@@ -157,7 +157,7 @@ def test_a_generation_config_with_a_penalty_does_not_change_answers(base: Path, 
             config.write_text('{"repetition_penalty": 5.0, "do_sample": true, "temperature": 3.0}')
         tokenizer = AutoTokenizer.from_pretrained(out / "export")
         with opened(source(prepared, out, Method.FULL), "tuned") as model:
-            answers.append(greedy_answers(model, tokenizer, [IDS], max_new_tokens=12, tokens_a_batch=100))
+            answers.append(greedy_answers(model, tokenizer, [IDS], max_new_tokens=12, tokens_per_batch=100))
     assert answers[0] == answers[1]
 
 
@@ -177,6 +177,6 @@ def test_the_head_gets_batches_that_lie_in_one_piece(base: Path, tmp_path: Path,
         )
         if not has_virtual_tokens(model):
             tree_scores(model, several)
-        greedy_answers(model, tokenizer, [IDS, IDS[:3]], max_new_tokens=2, tokens_a_batch=100)
+        greedy_answers(model, tokenizer, [IDS, IDS[:3]], max_new_tokens=2, tokens_per_batch=100)
     assert {variant for variant, (rows, _), _ in seen if rows > 1} == {"tuned", "base"}
     assert all(contiguous for *_, contiguous in seen)

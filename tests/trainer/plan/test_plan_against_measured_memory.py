@@ -7,7 +7,7 @@ from tests.support.measured_memory import Case, kept_bytes, llama_3_8b, tracked_
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from finetune_api.spec import Method, Tuning
-from finetune_operator.sizing.memory import LOGITS_IN_A_BLOCK, LOGITS_IN_A_CHUNK
+from finetune_operator.sizing.memory import LOGITS_PER_BLOCK, LOGITS_PER_CHUNK
 from finetune_trainer.model import loss
 
 SMALL = {
@@ -54,8 +54,8 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
 
 
 def test_the_plan_knows_how_many_logits_the_trainer_looks_at_at_once() -> None:
-    assert loss.CHUNK_ELEMENTS == LOGITS_IN_A_CHUNK
-    assert loss.CUDA_BLOCK_ELEMENTS == LOGITS_IN_A_BLOCK
+    assert loss.CHUNK_ELEMENTS == LOGITS_PER_CHUNK
+    assert loss.CUDA_BLOCK_ELEMENTS == LOGITS_PER_BLOCK
 
 
 def test_documents_shorter_than_half_leave_half_the_activations() -> None:

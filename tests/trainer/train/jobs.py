@@ -224,7 +224,9 @@ class Ranks:
             process.join()
 
 
-def start(job: Job, ranks: int = 1, hook: Hook | None = None, ranks_a_node: int | None = None, **attempt: Any) -> Ranks:
+def start(
+    job: Job, ranks: int = 1, hook: Hook | None = None, ranks_per_node: int | None = None, **attempt: Any
+) -> Ranks:
     """Start the next attempt on so many ranks; `hook` (importable) runs in each before training."""
     job.attempts += 1
     fields = {"startupSeconds": 60, "hangSeconds": 60, "microBatchTokens": 96, **job.attempt_fields, **attempt}
@@ -240,7 +242,7 @@ def start(job: Job, ranks: int = 1, hook: Hook | None = None, ranks_a_node: int 
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks_a_node or ranks),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node or ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }

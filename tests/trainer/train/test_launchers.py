@@ -84,7 +84,7 @@ def test_rented_machines_train_by_the_variables_that_they_come_with(tmp_path: Pa
 
 def test_ranks_listen_on_the_interface_of_their_machines_own_address(tmp_path: Path) -> None:
     attempt = Attempt(uid="uid-1", stage=Stage.TRAIN)
-    meeting = Rendezvous(nodes=2, node_rank=1, ranks_a_node=4, address="10.0.0.1", node_address="127.0.0.1")
+    meeting = Rendezvous(nodes=2, node_rank=1, ranks_per_node=4, address="10.0.0.1", node_address="127.0.0.1")
     command, environ = command_of("train", meeting, {"WORLD_SIZE": "8", "PET_NNODES": "2"}, attempt)
     assert environ["NCCL_SOCKET_IFNAME"] == environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert not any(name.startswith("PET_") for name in environ)

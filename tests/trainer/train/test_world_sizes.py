@@ -28,7 +28,7 @@ def by_ranks(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str,
         datasets = [DatasetOf("a", UNEVEN), DatasetOf("b", UNEVEN[::-1], labelled=2, weight=0.6, loss_weight=2)]
         job = make_job(tmp_path_factory.mktemp(name), model, datasets, training=TRAINING)
         job.configure(topology={"gpusPerNode": 0, "sharding": "hybrid" if name == "hybrid" else "full"})
-        assert start(job, ranks, ranks_a_node=1).wait() == [0] * ranks
+        assert start(job, ranks, ranks_per_node=1).wait() == [0] * ranks
         jobs[name] = job
     return jobs
 

@@ -22,7 +22,7 @@ PET = {
         ({}, Rendezvous()),
         (PET, Rendezvous(3, 2, 4, "job-worker-0", 23456)),
         (runpod_variables(1, 3, 29500, "10.65.0.2", "10.65.0.3"), Rendezvous(3, 1, 1, "10.65.0.2", 29500, "10.65.0.3")),
-        ({"PET_NPROC_PER_NODE": "4"}, Rendezvous(ranks_a_node=4)),
+        ({"PET_NPROC_PER_NODE": "4"}, Rendezvous(ranks_per_node=4)),
         # What the operator or `finetune run` said wins over what the machine's owner set.
         (runpod_variables(1, 3, 29500) | PET, Rendezvous(3, 2, 4, "job-worker-0", 23456)),
         (runpod_variables(1, 3, 29500) | {"PET_NNODES": "1"}, Rendezvous()),
@@ -59,4 +59,4 @@ def test_what_cannot_be_is_said_in_a_sentence(changes: dict[str, str], sentence:
 
 
 def test_ranks_follow_from_the_number_of_the_machine() -> None:
-    assert list(Rendezvous(nodes=3, node_rank=2, ranks_a_node=4).ranks) == [8, 9, 10, 11]
+    assert list(Rendezvous(nodes=3, node_rank=2, ranks_per_node=4).ranks) == [8, 9, 10, 11]

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 Int64 = NDArray[np.int64]
 
 
-def examples_an_epoch(rows: int, weight: float) -> int:
+def examples_per_epoch(rows: int, weight: float) -> int:
     """`round(weight * rows)` (halves to even, as Python rounds), at least one where there are rows."""
     return max(1, round(weight * rows)) if rows else 0
 
 
 def epoch_examples(rows: int, weight: float, epoch: int, seed: int, dataset: int) -> Int64:
-    """Row numbers int64[examples_an_epoch] that one dataset gives to an epoch.
+    """Row numbers int64[examples_per_epoch] that one dataset gives to an epoch.
 
     They are the next piece of an endless stream of permutations of the rows: weight 0.5 takes the other half in the
     next epoch, weight 2 takes every row twice, and no row is seen again before all others were seen.
     """
-    count = examples_an_epoch(rows, weight)
+    count = examples_per_epoch(rows, weight)
     start, end = epoch * count, (epoch + 1) * count
     pieces, at = [], start
     while at < end:

@@ -12,10 +12,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_trainer.data.mixing import Int64, epoch_examples, examples_an_epoch, generator
+from finetune_trainer.data.mixing import Int64, epoch_examples, examples_per_epoch, generator
 
 
-def steps_an_epoch(examples: int, batch_size: int) -> int:
+def steps_per_epoch(examples: int, batch_size: int) -> int:
     """`ceil(examples / batch_size)`: the last step of an epoch takes what is left, and is a mean over that."""
     return -(-examples // batch_size)
 
@@ -30,7 +30,7 @@ def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | 
         return max_steps
     whole = math.floor(epochs)
     part = round((epochs - whole) * examples)
-    return max(1, whole * steps_an_epoch(examples, batch_size) + steps_an_epoch(part, batch_size))
+    return max(1, whole * steps_per_epoch(examples, batch_size) + steps_per_epoch(part, batch_size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +55,12 @@ class Order:
     def examples(self) -> int:
         """Examples of one epoch."""
         rows = zip(self.documents, self.weights, strict=True)
-        return sum(examples_an_epoch(len(documents), weight) for documents, weight in rows)
+        return sum(examples_per_epoch(len(documents), weight) for documents, weight in rows)
 
     @property
-    def steps_an_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Steps of one epoch."""
-        return steps_an_epoch(self.examples, self.batch_size)
+        return steps_per_epoch(self.examples, self.batch_size)
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
         """Steps in all; `max_steps` may reach beyond the epochs."""
@@ -68,12 +68,12 @@ class Order:
 
     def step(self, step: int) -> Int64:
         """Indices in the store int64[<= batch_size] of the examples of optimiser step `step`, counted from 0."""
-        epoch, within = divmod(step, self.steps_an_epoch)
+        epoch, within = divmod(step, self.steps_per_epoch)
         return _epoch(self, epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def epochs_done(self, steps: int) -> float:
         """Passes over the mixture after so many steps."""
-        epoch, within = divmod(steps, self.steps_an_epoch)
+        epoch, within = divmod(steps, self.steps_per_epoch)
         return epoch + min(1.0, within * self.batch_size / self.examples)
 
 

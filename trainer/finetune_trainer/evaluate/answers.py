@@ -60,7 +60,7 @@ def answer_rows(
         tokenizer,
         prompts,
         max_new_tokens=settings.max_new_tokens,
-        tokens_a_batch=4 * settings.budget.tokens,
+        tokens_per_batch=4 * settings.budget.tokens,
         done=done,
     )
     return [Answer(text=text) for text in texts]

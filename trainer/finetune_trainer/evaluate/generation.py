@@ -20,7 +20,7 @@ def greedy_answers(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    tokens_a_batch: int,
+    tokens_per_batch: int,
     done: Report = lambda _rows: None,
 ) -> list[str]:
     """The most probable continuation of each prompt (token ids), decoded without special tokens, stripped.
@@ -30,7 +30,7 @@ def greedy_answers(
     results = [""] * len(prompts)
 
     def fits(count: int, length: int, _: int) -> bool:
-        return count <= MAX_BATCH and count * (length + max_new_tokens) <= tokens_a_batch
+        return count <= MAX_BATCH and count * (length + max_new_tokens) <= tokens_per_batch
 
     for batch in batches_by_size([(len(prompt), 0) for prompt in prompts], fits):
         generated = with_half_batches(batch, lambda part: _generate(model, [prompts[i] for i in part], max_new_tokens))

@@ -242,7 +242,7 @@ def _answers_to_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], sett
         tokenizer,
         ids,
         max_new_tokens=settings.max_new_tokens,
-        tokens_a_batch=4 * settings.budget.tokens,
+        tokens_per_batch=4 * settings.budget.tokens,
     )
 
 
@@ -253,13 +253,13 @@ class _RowProgress:
         self._context = context
         self._total = variants * sum(len(rows) for rows in asked.rows.values())
         own = variants * sum(len(rows) for rows in asked.own.values())
-        self._rows_a_own = self._total / own if own else 1.0
+        self._rows_per_own_row = self._total / own if own else 1.0
         self._done = 0
         self._start = time.monotonic()
 
     def add(self, rows: int) -> None:
         self._done += rows
-        step = min(self._total, round(self._done * self._rows_a_own))
+        step = min(self._total, round(self._done * self._rows_per_own_row))
         left = (time.monotonic() - self._start) * (self._total - step) / step if step else None
         self._context.reporter.progress(
             Progress(step=step, total=self._total, unit="rows", eta_seconds=None if left is None else round(left))

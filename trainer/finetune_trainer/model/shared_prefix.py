@@ -29,7 +29,7 @@ MOST_KERNEL_DEVIATION = 0.05
 
 LONGEST_UNDIVIDED = 96
 """Tokens of a segment up to which one call on a CPU is as fast as several."""
-QUERIES_A_CALL = 64
+QUERIES_PER_CALL = 64
 """Queries of a longer segment that the kernel for CPUs gets at once."""
 
 _masks_only = False
@@ -203,16 +203,16 @@ def _calls(start: int, end: int, strip: Tensor) -> Iterator[_Call]:
     if end - start <= LONGEST_UNDIVIDED:
         yield _Call(slice(start, end), slice(start, end), None, first=True)
         return
-    before = strip.shape[1] - QUERIES_A_CALL
-    for at in reversed(range(start, end, QUERIES_A_CALL)):
-        last = min(at + QUERIES_A_CALL, end)
+    before = strip.shape[1] - QUERIES_PER_CALL
+    for at in reversed(range(start, end, QUERIES_PER_CALL)):
+        last = min(at + QUERIES_PER_CALL, end)
         mask = strip[: last - at, before - (at - start) : before + last - at]
         yield _Call(slice(at, last), slice(start, last), mask[None, None], first=last == end)
 
 
 def _strip(before: int) -> Tensor:
     """float32[queries, before + queries]: 0 where a query sees a key, `before` of which precede the first query."""
-    hidden = torch.ones(QUERIES_A_CALL, before + QUERIES_A_CALL, dtype=torch.bool).triu(before + 1)
+    hidden = torch.ones(QUERIES_PER_CALL, before + QUERIES_PER_CALL, dtype=torch.bool).triu(before + 1)
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 

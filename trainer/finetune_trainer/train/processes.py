@@ -28,13 +28,13 @@ def meet(device: torch.device, rank: int, world_size: int, timeout_seconds: floa
     return group
 
 
-def build_mesh(device: torch.device, world_size: int, ranks_a_node: int, hybrid: bool) -> DeviceMesh | None:
+def build_mesh(device: torch.device, world_size: int, ranks_per_node: int, hybrid: bool) -> DeviceMesh | None:
     """Over which ranks parameters are sharded: [ranks], [nodes, ranks a node] for hybrid, None for one rank."""
     if world_size == 1:
         return None
-    nodes = world_size // ranks_a_node
+    nodes = world_size // ranks_per_node
     if hybrid and nodes > 1:
-        return init_device_mesh(device.type, (nodes, ranks_a_node), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device.type, (nodes, ranks_per_node), mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
 
 

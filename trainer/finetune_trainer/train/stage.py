@@ -47,7 +47,7 @@ from finetune_trainer.train.validate import Validator
 from finetune_trainer.train.watchdog import Watchdog
 
 CLOSED_TASKS = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE)
-VALIDATIONS_AN_EPOCH = 4
+VALIDATIONS_PER_EPOCH = 4
 LONGER_ROWS_PAY = 0.9
 """Share of the computed tokens below which rows become twice as long on a CPU."""
 SAMPLED_STEPS = 8
@@ -111,7 +111,7 @@ def build_loop(
     if not order.examples:
         raise TrainerError(FailureClass.BAD_DATA, "There are no examples to train on.", "datasets")
     if train.share_prefixes:
-        sample = [order.step(step) for step in range(min(order.steps_an_epoch, SAMPLED_STEPS))]
+        sample = [order.step(step) for step in range(min(order.steps_per_epoch, SAMPLED_STEPS))]
         train, divided = with_longer_rows(train, sample, device, context)
         context.reporter.choose("sharedPrefixes", "on", repetition(divided))
     total = order.total_steps(training.epochs, training.max_steps)
@@ -124,7 +124,7 @@ def build_loop(
         total=total,
         seed=training.seed,
         rank=context.rank,
-        validate_every=training.validate_every or math.ceil(order.steps_an_epoch / VALIDATIONS_AN_EPOCH),
+        validate_every=training.validate_every or math.ceil(order.steps_per_epoch / VALIDATIONS_PER_EPOCH),
         checkpoint_seconds=60 * spec.checkpoint.every_minutes,
         hang_seconds=attempt.hang_seconds,
         start_seconds=attempt.startup_seconds + attempt.hang_seconds,
@@ -177,8 +177,8 @@ def build_model(context: RunContext, manifest: PreparedManifest, device: torch.d
     checkpointed = bool(spec.training.activation_checkpointing if asked is None else asked)
     spoken = spec.training.activation_checkpointing is not None and not asked
     why_checkpointed = "as the spec says" if spoken else "by the plan, or after memory ran out" if asked else "it fits"
-    ranks_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    mesh = processes.build_mesh(device, context.world_size, ranks_a_node, spec.topology.sharding == "hybrid")
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mesh = processes.build_mesh(device, context.world_size, ranks_per_node, spec.topology.sharding == "hybrid")
     model = load_model(
         directory=manifest.model.directory,
         method=spec.tuning.method,

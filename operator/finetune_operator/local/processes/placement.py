@@ -12,9 +12,9 @@ from finetune_api.spec import Topology
 from finetune_operator.devices import Gpu, Machine
 from finetune_operator.errors import UserError
 
-MEMORY_A_PROCESS_BYTES = 768 << 20
+BYTES_PER_PROCESS = 768 << 20
 """What a rank needs before it holds any model: interpreter, torch, gloo."""
-PROCESSES_A_CORE = 4
+PROCESSES_PER_CORE = 4
 """More CPU ranks than this a core make no progress worth waiting for."""
 
 
@@ -31,7 +31,7 @@ class Placement:
     """This machine's place among several; none: all nodes are on this machine."""
 
     @property
-    def processes_per_node(self) -> int:
+    def ranks_per_node(self) -> int:
         """Ranks a launcher starts: one a GPU, or one on the CPU."""
         return max(1, self.gpus_per_node)
 
@@ -106,7 +106,7 @@ def _too_few(nodes: int, wanted: int, there: int) -> str:
 
 
 def _refuse_too_many(processes: int, machine: Machine) -> None:
-    by_cores, by_memory = machine.cores * PROCESSES_A_CORE, machine.memory_bytes // MEMORY_A_PROCESS_BYTES
+    by_cores, by_memory = machine.cores * PROCESSES_PER_CORE, machine.memory_bytes // BYTES_PER_PROCESS
     most = max(1, min(by_cores, by_memory))
     if processes <= most:
         return

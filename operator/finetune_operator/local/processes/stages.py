@@ -51,7 +51,7 @@ def nodes_of(attempt: Attempt, spec: FineTuneJobSpec, placement: Placement, port
     """
     if attempt.stage is Stage.TRAIN:
         step = Step("train", ("launch", "train"), ("wandb",))
-        count, ranks, meeting = placement.nodes, placement.processes_per_node, placement.meeting
+        count, ranks, meeting = placement.nodes, placement.ranks_per_node, placement.meeting
         address, meeting_port = (meeting.address, meeting.port) if meeting else (LOOPBACK, port)
         here = ranks if meeting else count * ranks
         return tuple(

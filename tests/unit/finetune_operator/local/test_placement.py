@@ -35,7 +35,7 @@ def test_nodes_and_gpus_are_shared_out(
     placement = place(Topology(nodes=nodes, gpus_per_node=wanted), machine(there))
     assert (placement.nodes, placement.gpus_per_node) == placed
     assert [placement.gpu_ids(node) for node in range(placement.nodes)] == ids
-    assert placement.processes_per_node == max(1, placed[1])
+    assert placement.ranks_per_node == max(1, placed[1])
 
 
 @pytest.mark.parametrize(
