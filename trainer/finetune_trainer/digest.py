@@ -1,12 +1,14 @@
 """What `digest.json` says of an export, which every stage that reads one checks: without torch, quick to import.
 
-`export_digest` is the only way to learn the digest of an export, and it reads every byte.
+`export_digest` is the only way to learn the digest of an export, and it reads every byte. An export holds regular
+files only: a link could lead to a token that is mounted where the export is read, but not where it was written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +47,28 @@ def write_digest(directory: Path) -> None:
 
 
 def files_of(directory: Path) -> list[Path]:
-    """All files of an export."""
-    return sorted(path for path in directory.rglob("*") if path.is_file())
+    """All files of an export, sorted. Raises TrainerError at anything that is neither a regular file nor a folder."""
+    files: list[Path] = []
+    folders = [directory]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                elif entry.is_file(follow_symlinks=False):
+                    files.append(Path(entry.path))
+                else:
+                    raise TrainerError(
+                        FailureClass.CRASH, f"The export was altered: {entry.path} is a link or a special file."
+                    )
+    return sorted(files)
 
 
 def _digests(directory: Path) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(directory).as_posix(): {"sha256": sha256_of(path), "size": path.stat().st_size}
         for path in files_of(directory)
-        if path.name != DIGEST_FILE
+        if path != directory / DIGEST_FILE
     }
 
 

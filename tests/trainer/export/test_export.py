@@ -242,6 +242,17 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def with_link(path: Path) -> None:
+    """A link that leads nowhere here, and to a token where the export is published."""
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("/var/run/secrets/finetune/publish")
+
+
+def with_file(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
@@ -251,6 +262,10 @@ def flip(path: Path) -> None:
         (lambda out: (out / "extra.bin").touch(), r"extra\.bin was added"),
         (lambda out: (out / "digest.json").unlink(), "not a complete export"),
         (lambda out: (out / "digest.json").write_text("{"), "not a complete export"),
+        (lambda out: with_link(out / "notes.txt"), r"notes\.txt is a link"),
+        (lambda out: with_link(out / "assets/digest.json"), r"assets/digest\.json is a link"),
+        (lambda out: with_file(out / "assets/digest.json"), r"assets/digest\.json was added"),
+        (lambda out: os.mkfifo(out / "pipe"), "pipe is a link or a special file"),
     ],
 )
 def test_an_altered_export_is_refused_by_name(

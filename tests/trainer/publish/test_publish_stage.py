@@ -143,6 +143,17 @@ def test_a_changed_export_is_not_published(hub: HubServer, published_run: Runs, 
     assert not hub.requests
 
 
+def test_a_link_in_the_export_never_publishes_the_token_it_leads_to(
+    hub: HubServer, published_run: Runs, tokens: Tokens
+) -> None:
+    run, place = published_run(repo="acme/weather"), tokens(WRITER)
+    (run.path / "export/assets").mkdir()
+    (run.path / "export/assets/digest.json").symlink_to(place / "publish")
+    refused = refusal(stage.run, run.context(Stage.PUBLISH, tokens=place))
+    assert "assets/digest.json is a link" in refused.sentence
+    assert not hub.seen("POST", "/commit/")
+
+
 def test_another_complete_export_than_the_evaluated_one_is_not_published(
     hub: HubServer, published_run: Runs, tokens: Tokens
 ) -> None:

@@ -18,7 +18,7 @@ from finetune_api.report import FailureClass, Published, Results
 from finetune_api.spec import Publish
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.manifest import PreparedManifest
-from finetune_trainer.digest import export_digest
+from finetune_trainer.digest import export_digest, files_of
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.publish import directory
@@ -95,7 +95,7 @@ def files_to_publish(context: RunContext, results: Results) -> dict[str, Path | 
             "run the Evaluate stage again. Nothing was published.",
             "export",
         )
-    paths = {path.relative_to(context.export).as_posix(): path for path in context.export.rglob("*") if path.is_file()}
+    paths = {path.relative_to(context.export).as_posix(): path for path in files_of(context.export)}
     pickles = [name for name in paths if name.endswith(PICKLES)]
     if pickles:
         raise TrainerError(
@@ -104,7 +104,7 @@ def files_to_publish(context: RunContext, results: Results) -> dict[str, Path | 
             "export",
         )
     card = model_card(card_facts(context, results))
-    return {**dict(sorted(paths.items())), CARD_FILE: card.encode()}
+    return {**paths, CARD_FILE: card.encode()}
 
 
 def card_facts(context: RunContext, results: Results, origin: Mapping[str, Any] | None = None) -> CardFacts:
