@@ -17,6 +17,11 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 PathParts = tuple[str | int, ...]
 
+MAX_VALUES = 100_000
+"""Values in one document, each alias counted as what it stands for: some 500 bytes of aliases can mean billions."""
+MAX_DEPTH = 100
+"""Levels of nesting."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML's JSON: text, numbers, yes/no, null, lists, maps; no dates, no numbers in base 60."""
@@ -75,8 +80,9 @@ def read_documents(text: str) -> Iterator[Document]:
             node = loader.get_node()
             number += 1
             assert node is not None  # check_node said so
+            _measure(node, {})
             lines: dict[PathParts, int] = {(): node.start_mark.line + 1}
-            data = _plain(loader, node, (), lines, ())
+            data = _plain(loader, node, (), lines)
             if data is not None:
                 yield Document(number, data, lines)
     except yaml.MarkedYAMLError as error:
@@ -84,6 +90,8 @@ def read_documents(text: str) -> Iterator[Document]:
         raise DocumentError(f"not YAML: {_words(error)}", mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
         raise DocumentError(f"not YAML: {error}") from None
+    except RecursionError:
+        raise DocumentError(f"nested more than {MAX_DEPTH} levels deep") from None
     finally:
         loader.dispose()
 
@@ -99,29 +107,51 @@ def _words(error: yaml.MarkedYAMLError) -> str:
     return f"{problem} ({error.context})" if error.context and error.problem else problem
 
 
-def _plain(loader: _Loader, node: Node, path: PathParts, lines: dict[PathParts, int], above: tuple[Node, ...]) -> Any:
+def _measure(node: Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(values, levels) of a node with its aliases expanded, without expanding them; refuses what is beyond the limits.
+
+    `known`: the measures of nodes seen before, by id; (0, 0) while a node is being measured.
+    """
+    if id(node) in known:
+        if known[id(node)] == (0, 0):
+            raise DocumentError("an alias (*) that refers to what it stands in", node.start_mark.line + 1)
+        return known[id(node)]
+    known[id(node)] = (0, 0)
+    inner: list[Node] = []
+    if isinstance(node, SequenceNode):
+        inner = node.value
+    elif isinstance(node, MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    sizes = [_measure(part, known) for part in inner]
+    values, levels = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+    if values > MAX_VALUES:
+        sentence = f"more than {MAX_VALUES:,} values, each alias (*) counted as what it stands for"
+        raise DocumentError(sentence, node.start_mark.line + 1)
+    if levels > MAX_DEPTH:
+        raise DocumentError(f"nested more than {MAX_DEPTH} levels deep", node.start_mark.line + 1)
+    known[id(node)] = values, levels
+    return values, levels
+
+
+def _plain(loader: _Loader, node: Node, path: PathParts, lines: dict[PathParts, int]) -> Any:
     """The value of a node; notes the line of everything below it."""
-    line = node.start_mark.line + 1
-    if any(node is ancestor for ancestor in above):
-        raise DocumentError("an alias (*) that refers to what it stands in", line)
-    above = (*above, node)
     if isinstance(node, ScalarNode):
         return _scalar(loader, node)
     if isinstance(node, SequenceNode):
         entries = []
         for index, entry in enumerate(node.value):
             lines[*path, index] = entry.start_mark.line + 1
-            entries.append(_plain(loader, entry, (*path, index), lines, above))
+            entries.append(_plain(loader, entry, (*path, index), lines))
         return entries
     if not isinstance(node, MappingNode):
-        raise DocumentError("neither text, list nor map", line)
+        raise DocumentError("neither text, list nor map", node.start_mark.line + 1)
     _refuse_repeated_keys(node)
     loader.flatten_mapping(node)
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = _key(loader, key_node)
         lines[*path, key] = key_node.start_mark.line + 1
-        result[key] = _plain(loader, value_node, (*path, key), lines, above)
+        result[key] = _plain(loader, value_node, (*path, key), lines)
     return result
 
 

@@ -49,6 +49,12 @@ def test_a_value_means_what_it_means_to_kubectl(text: str, value: object) -> Non
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "{a: " * 3000 + "}" * 3000, "- " * 3000 + "x"])
+def test_deep_nesting_is_refused_in_a_sentence(text: str) -> None:
+    with pytest.raises(DocumentError, match="nested more than 100 levels deep"):
+        list(read_documents(text))
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
@@ -57,6 +63,9 @@ def test_a_value_means_what_it_means_to_kubectl(text: str, value: object) -> Non
         ("a: b: c\n", 1, "a second ': ' in one line"),
         ("a: 1\nb: 2\na: 3\n", 3, "a is given twice, first in line 1"),
         ("a: .nan\n", 1, "no number that JSON can hold"),
+        ("".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'])}]\n" for n in range(20)), 6, "100,000"),
+        ("".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, *a{n - 1}' if n else ''}]}}\n" for n in range(40)), 16, "100,000"),
+        ("".join(f"a{n}: &a{n} [{f'*a{n - 1}' if n else 'x'}]\n" for n in range(200)), 100, "more than 100 levels"),
         ("a: !!python/object:os.system x\n", 1, "not YAML"),
         ("? [a]\n: b\n", 1, "a field's name must be text"),
         ("a: &x [*x]\n", 1, "refers to what it stands in"),
