@@ -9,9 +9,11 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
+from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.readers import UnreadableFileError, read_rows
-from finetune_trainer.prepare.sources import Head, SplitSource, choose_files, open_path, split_of
+from finetune_trainer.prepare.readme import Head
+from finetune_trainer.prepare.sources import SplitSource, choose_files, open_path, split_of
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "three\nfour", "label": "b"}]
 
@@ -144,6 +146,52 @@ dataset_info:
         choose_files(names, head, None, "datasets[0]")
     with pytest.raises(TrainerError, match=r"no configuration 'plian'\. Did you mean 'plain'"):
         choose_files(names, head, "plian", "datasets[0]")
+
+
+ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'])}]\n" for n in range(30))
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        ("configs: 5", "configs.0: "),
+        ("configs:\n- {config_name: a, data_files: [{path: a.csv}]}", "configs.0.data_files.0.split: Field required"),
+        (
+            "configs:\n- {config_name: a, data_files: [{split: train, path: {}}]}",
+            "path.0: Input should be a valid string",
+        ),
+        ("configs:\n- {data_files: a.csv, default: [1]}", "default: "),
+        ("dataset_info: {features: 5}", "features.0: "),
+        (ALIASES + "configs:\n- {config_name: *a29, data_files: a.csv}", "config_name: Input should be a valid string"),
+        ("configs: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " + "x" * (1 << 20), "longer than 1,048,576 characters"),
+    ],
+)
+def test_a_readme_head_of_another_shape_is_refused_in_a_sentence(head: str, says: str) -> None:
+    with pytest.raises(TrainerError, match=f"head of the dataset's README.md cannot be used: .*{says}") as refused:
+        Head.parse(f"---\n{head}\n---\n")
+    assert refused.value.failure_class is FailureClass.BAD_DATA
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "dataset_info: {features: [{name: label, dtype: {class_label: {names: 5}}}]}",
+        "dataset_info: {features: [{name: label, dtype: {class_label: 5}}]}",
+        ALIASES + "dataset_info: {features: [{name: label, dtype: {class_label: {names: *a29}}}]}",
+        "a: b: c",
+        "- 1",
+        "2001-99-99",
+        "!!python/object:os.system x",
+    ],
+)
+def test_a_readme_head_that_says_nothing_of_use_names_no_class(head: str) -> None:
+    assert not Head.parse(f"---\n{head}\n---\n").class_names(None)
+    assert not Head.parse(f"---\n{head}").configs
+
+
+def test_a_readme_head_of_ten_thousand_lines_is_read_in_linear_time() -> None:
+    assert Head.parse("---" + "\n" * 200_000 + "x") == Head()
 
 
 def test_a_directory_is_read_by_its_splits_and_its_digest_follows_its_content(tmp_path: Path) -> None:

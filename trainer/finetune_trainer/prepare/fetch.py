@@ -6,8 +6,9 @@ from finetune_api.report import Progress
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
 from finetune_trainer.prepare.hub import Hub
+from finetune_trainer.prepare.readme import Head
 from finetune_trainer.prepare.scan import Reading, open_reading
-from finetune_trainer.prepare.sources import DatasetSource, Head, choose_files, open_path, open_source
+from finetune_trainer.prepare.sources import DatasetSource, choose_files, open_path, open_source
 
 CONVERTED_REVISION = "refs/convert/parquet"
 """Where the Hub keeps Parquet files of datasets that only a script can load."""

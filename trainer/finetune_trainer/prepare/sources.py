@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from finetune_api.report import FailureClass
 from finetune_trainer.data.templates import near_match
@@ -22,6 +20,7 @@ from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import sha256_of
 from finetune_trainer.prepare import readers
 from finetune_trainer.prepare.readers import Row, UnreadableFileError, format_of
+from finetune_trainer.prepare.readme import Config, Head
 
 SPLIT_WORDS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -81,42 +80,6 @@ class DatasetSource:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Head:
-    """What the YAML head of a dataset's README.md says."""
-
-    configs: tuple[dict[str, Any], ...] = ()
-    infos: tuple[dict[str, Any], ...] = ()
-
-    @classmethod
-    def parse(cls, readme: str) -> Head:
-        """The head of a README; an absent or unreadable one says nothing."""
-        match = re.match(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", readme, re.DOTALL)
-        try:
-            head = yaml.safe_load(match[1]) if match else {}
-        except yaml.YAMLError:
-            head = {}
-        head = head if isinstance(head, dict) else {}
-        infos = head.get("dataset_info") or []
-        infos = [infos] if isinstance(infos, dict) else infos
-        configs = head.get("configs") or []
-        return cls(
-            tuple(config for config in configs if isinstance(config, dict) and config.get("data_files")),
-            tuple(info for info in infos if isinstance(info, dict)),
-        )
-
-    def class_names(self, config: str | None) -> dict[str, list[str]]:
-        """Names of integer labels, by column, of that configuration."""
-        chosen = [info for info in self.infos if config is None or info.get("config_name") in (config, None)]
-        names: dict[str, list[str]] = {}
-        for feature in chosen[0].get("features") or [] if chosen else []:
-            kind = feature.get("dtype")
-            if isinstance(kind, dict) and isinstance(kind.get("class_label"), dict):
-                given = kind["class_label"].get("names") or {}
-                names[feature["name"]] = [str(name) for name in (given.values() if isinstance(given, dict) else given)]
-        return names
-
-
 def choose_files(names: Sequence[str], head: Head, config: str | None, field: str) -> tuple[dict[str, list[str]], str]:
     """(files by split, the configuration chosen) of a repository or directory with these file names.
 
@@ -128,7 +91,7 @@ def choose_files(names: Sequence[str], head: Head, config: str | None, field: st
         chosen = _choose_config(head.configs, config, field)
         found = _by_patterns(data, chosen)
         if found:
-            return found, str(chosen.get("config_name", "default"))
+            return found, chosen.config_name
     elif config:
         inside = [name for name in data if config in Path(name).parts[:-1]]
         if not inside:
@@ -147,8 +110,8 @@ def choose_files(names: Sequence[str], head: Head, config: str | None, field: st
     return _by_names(data), config or "default"
 
 
-def _choose_config(configs: Sequence[dict[str, Any]], wanted: str | None, field: str) -> dict[str, Any]:
-    by_name = {str(config.get("config_name", "default")): config for config in configs}
+def _choose_config(configs: Sequence[Config], wanted: str | None, field: str) -> Config:
+    by_name = {config.config_name: config for config in configs}
     if wanted is not None:
         if wanted not in by_name:
             raise TrainerError(
@@ -158,7 +121,7 @@ def _choose_config(configs: Sequence[dict[str, Any]], wanted: str | None, field:
                 f"{field}.config",
             )
         return by_name[wanted]
-    defaults = [config for config in configs if config.get("default")]
+    defaults = [config for config in configs if config.default]
     if defaults or "default" in by_name or len(by_name) == 1:
         return defaults[0] if defaults else by_name.get("default", next(iter(by_name.values())))
     raise TrainerError(
@@ -168,20 +131,13 @@ def _choose_config(configs: Sequence[dict[str, Any]], wanted: str | None, field:
     )
 
 
-def _by_patterns(data: Sequence[str], config: dict[str, Any]) -> dict[str, list[str]]:
-    files = config["data_files"]
-    if isinstance(files, str) or (isinstance(files, list) and all(isinstance(entry, str) for entry in files)):
-        files = [{"split": "train", "path": files}]
-    if isinstance(files, dict):
-        files = [{"split": split, "path": path} for split, path in files.items()]
+def _by_patterns(data: Sequence[str], config: Config) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for entry in files:
-        patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
-        folder = str(config.get("data_dir") or "")
-        patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
+    for entry in config.data_files:
+        patterns = [f"{config.data_dir}/{pattern}" if config.data_dir else pattern for pattern in entry.path]
         matching = [name for name in data if any(fnmatch(name, pattern) for pattern in patterns)]
         if matching:
-            found[str(entry["split"])] = matching
+            found[entry.split] = matching
     return found
 
 
