@@ -117,6 +117,7 @@ def _load(source: Source, directory: Path) -> Any:
         dtype=source.dtype,
         device_map=source.device_map or {"": str(source.device)},
         trust_remote_code=source.trust_remote_code,
+        use_safetensors=True,
     )
     if quantization is not None:
         from finetune_trainer.model.nf4 import keep_unpacked

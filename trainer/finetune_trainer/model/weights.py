@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.untrusted import check_weight_map
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -85,8 +86,7 @@ class SafetensorsDirectory:
     def _files(self) -> dict[str, str]:
         index = self.directory / INDEX_FILE
         if index.exists():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return weight_map
+            return check_weight_map(INDEX_FILE, json.loads(index.read_text()).get("weight_map"))
         names = [SINGLE_FILE] if (self.directory / SINGLE_FILE).exists() else []
         names = names or sorted(path.name for path in self.directory.glob("*.safetensors"))
         if not names:

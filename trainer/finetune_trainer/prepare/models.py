@@ -19,6 +19,7 @@ from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import made_once, sha256_of
 from finetune_trainer.prepare import gguf
 from finetune_trainer.prepare.hub import Hub, ResolvedRepo
+from finetune_trainer.untrusted import check_model_files
 
 TOKENIZER_FILES = (
     "README.md",  # names the licence, which the card repeats
@@ -44,10 +45,17 @@ class LocalModel:
 
 
 def fetch_model(model: Model, hub: Hub, resolve: Any, cache: Path, *, weights: bool = True) -> LocalModel:
-    """The model's directory; without `weights` only what the tokenizer and the config need.
+    """The model's directory, its files checked; without `weights` only what the tokenizer and the config need.
 
     resolve: `RunContext.resolve_source`. Raises TrainerError: no-access, bad-spec, hub-unavailable.
     """
+    local = _fetch_model(model, hub, resolve, cache, weights=weights)
+    if not local.converted:
+        check_model_files(local.directory)
+    return local
+
+
+def _fetch_model(model: Model, hub: Hub, resolve: Any, cache: Path, *, weights: bool) -> LocalModel:
     if model.repo is not None:
         resolved = hub.resolve(model.repo, model.revision, "model", "model")
         names = model_files([file.name for file in resolved.files], model, weights=weights)

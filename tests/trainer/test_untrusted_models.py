@@ -1,0 +1,125 @@
+"""A model from strangers names no file but its own, whatever its tokenizer, index or config says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.tiny import tiny_llama
+
+from finetune_api.report import FailureClass
+from finetune_api.spec import Model
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.model.weights import SafetensorsDirectory
+from finetune_trainer.prepare.models import fetch_model
+from finetune_trainer.untrusted import check_model_files
+
+SECRET = "hf_READTOKENOFTHEVICTIM42"
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secrets/hub"
+    path.parent.mkdir()
+    path.write_text(SECRET)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_llama(tmp_path / "model", layers=1, hidden=16, heads=2, key_value_heads=1, intermediate=16)
+
+
+def with_keys(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def refused(directory: Path) -> str:
+    def resolve(given: str, field: str) -> Path:
+        return Path(given)
+
+    with pytest.raises(TrainerError) as error:
+        fetch_model(Model(path=str(directory)), None, resolve, directory.parent / "cache")  # type: ignore[arg-type]
+    assert error.value.failure_class is FailureClass.BAD_SPEC
+    assert SECRET not in error.value.sentence
+    return error.value.sentence
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
+@pytest.mark.parametrize("key", ["vocab", "merges", "vocab_file", "spm_file", "anything"])
+def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(model: Path, secret: Path, name: str, key: str) -> None:
+    with_keys(model / name, lambda content: content.update({key: str(secret)}))
+    assert f"{name} names a file outside the model ({key}: " in refused(model)
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges", "other"])
+def test_neither_may_the_model_in_tokenizer_json(model: Path, secret: Path, key: str) -> None:
+    with_keys(model / "tokenizer.json", lambda content: content["model"].update({key: str(secret)}))
+    assert "tokenizer.json names a file outside the model" in refused(model)
+
+
+def test_nor_a_way_up_or_a_file_of_the_working_directory(
+    model: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_keys(model / "tokenizer_config.json", lambda content: content.update(vocab_file="../secrets/hub"))
+    assert "vocab_file: '../secrets/hub'" in refused(model)
+    with_keys(model / "tokenizer_config.json", lambda content: content.update(vocab_file="hub"))
+    monkeypatch.chdir(secret.parent)
+    assert "vocab_file: 'hub'" in refused(model)
+
+
+def test_paths_of_another_machine_and_names_of_own_files_are_no_reason(model: Path) -> None:
+    stale = {
+        "tokenizer_file": "/home/somebody/checkpoints/tokenizer.json",
+        "special_tokens_map_file": "/root/.cache/huggingface/special_tokens_map.json",
+        "vocab_file": "tokenizer.json",
+        "name_or_path": str(model),
+        "unk_token": "/",
+        "merges_file": None,
+    }
+    with_keys(model / "tokenizer_config.json", lambda content: content.update(stale))
+    check_model_files(model)
+
+
+@pytest.mark.parametrize(
+    "file", ["../victim/private.safetensors", "/srv/private.safetensors", "a/b.safetensors", "w.bin", "..", 5, None]
+)
+def test_an_index_that_names_weights_elsewhere_is_refused_by_prepare_and_by_the_reader(model: Path, file: Any) -> None:
+    with_keys(model / "model.safetensors.index.json", lambda content: content.update(weight_map={"a": file}))
+    assert "no safetensors file beside it" in refused(model)
+    with pytest.raises(TrainerError, match="no safetensors file beside it"):
+        SafetensorsDirectory(model)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{", "[" * 100_000])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "model.safetensors.index.json"])
+def test_a_damaged_file_is_named(model: Path, name: str, text: str) -> None:
+    (model / name).write_text(text)
+    assert f"{name} is not" in refused(model)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=20) | st.sampled_from(["/etc/passwd", "../x", "."]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(content=st.dictionaries(st.sampled_from(["vocab", "model", "vocab_file", "x"]), JSON))
+def test_whatever_a_tokenizer_says_is_taken_or_refused_in_a_sentence(
+    content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "tokenizer_config.json").write_text(json.dumps(content))
+    with contextlib.suppress(TrainerError):
+        check_model_files(directory)
+        assert not isinstance(content.get("vocab"), str)
+        assert "/etc/passwd" not in content.values()
