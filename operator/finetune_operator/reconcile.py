@@ -40,13 +40,19 @@ from finetune_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
+UNWRITTEN_RETRY_SECONDS = 1.0
+"""How soon to decide again when a status of new wording was not written yet, to limit writes."""
+STARTED_SECONDS = 1.0
+"""How soon to look again after a start: what was created is in the store already, so that its event is no news."""
+REFUSED_SECONDS = 0.05
+"""How soon to decide again when a start was refused for a new reason, to write it to the status."""
 SECRET_POLL_SECONDS = 30.0
-"""Secrets may be read by name and not watched: a job that waits for one asks again."""
+"""How often a job that waits for a Secret looks again: Secrets can be read by name but not watched."""
 RESYNC_SECONDS = 600.0
-"""How often a job that has not ended is looked at although nothing was heard of it."""
-DOUBT_SECONDS = 30.0
-"""How long a job waits for something to go away before it is listed again, in case it went unheard; and before it is
-asked again whether the node of a pod that does not go has been declared dead, since nodes are not watched."""
+"""How often a job that has not ended is reconciled although no event came."""
+RELIST_SECONDS = 30.0
+"""How long a job waits for something to be deleted before that is listed again, in case the event was missed; and
+before the node of a pod that does not terminate is read again, since nodes are not watched."""
 OUT_OF_SERVICE_TAINT = "node.kubernetes.io/out-of-service"
 
 
@@ -56,36 +62,37 @@ def utc_now() -> datetime:
 
 
 @dataclass
-class Memory:
+class JobCache:
     """What this process remembers of a job; a fresh process does without."""
 
-    written: datetime | None = None
-    doubted: datetime | None = None
-    """Since when it waits for something to go, or when that was last listed."""
+    last_write: datetime | None = None
+    last_relist: datetime | None = None
+    """When what the job waits to be deleted was last listed, or since when it waits."""
     refused: Missing | None = None
+    """Why the API server refused the last start."""
     spec: tuple[str, FineTuneJobSpec, str] = ("", UNREADABLE, "")
     """Uid and generation that it was read from, the spec, and why it could not be read."""
 
 
 @dataclass
 class Reconciler:
-    """Works the queue off."""
+    """Reconciles the jobs in the queue."""
 
     api: Api
     store: Store
     settings: Settings
     metrics: Metrics
     planner: Planner | None = None
-    """How the memory plan is made, if not as sizing/plan.py does."""
+    """Makes the memory plan; by default that of sizing/plan.py."""
     backend: Backend = field(default_factory=PyTorchJobBackend)
     clock: Callable[[], datetime] = utc_now
     queue: WorkQueue[Key] = field(default_factory=WorkQueue)
     watches: Sequence[Watch] = ()
-    """What keeps the store."""
-    _memories: dict[Key, Memory] = field(default_factory=dict)
+    """The watches that keep the store up to date."""
+    _caches: dict[Key, JobCache] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._actor = Actor(self.api, self.backend, self._made)
+        self._actor = Actor(self.api, self.backend, self._store_created)
         self._prerequisites = Prerequisites(self.api)
 
     async def run(self) -> None:
@@ -106,63 +113,62 @@ class Reconciler:
                 self.queue.done(key)
 
     async def _serve(self, key: Key) -> None:
-        """Reconcile a key; whatever goes wrong, it comes again."""
+        """Reconcile a key; whatever goes wrong, it is queued again."""
         try:
-            again = await self.reconcile(key)
+            seconds = await self.reconcile(key)
         except ApiError as error:
             if error.code != 409:
                 self.metrics.reconcile_errors.inc()
-                log.warning("the API server answered %s; tries again", error, extra=_about(key))
+                log.warning("the API server answered %s; retrying", error, extra=_about(key))
             self.queue.add_failed(key, error.retry_after or 0.0)
         except Exception:
             self.metrics.reconcile_errors.inc()
-            log.exception("reconcile failed; tries again", extra=_about(key))
+            log.exception("reconcile failed; retrying", extra=_about(key))
             self.queue.add_failed(key)
         else:
             self.queue.succeeded(key)
-            if again is not None:
-                self.queue.add_after(key, again)
+            if seconds is not None:
+                self.queue.add_after(key, seconds)
 
     async def reconcile(self, key: Key) -> float | None:
-        """Bring one job on by one decision; returns the seconds after which to look again."""
+        """Carry out one decision for a job; returns the seconds after which to reconcile it again."""
         job = self.store.job(key)
         if job is None:
-            self._memories.pop(key, None)
+            self._caches.pop(key, None)
             return None
-        memory = self._memories.setdefault(key, Memory())
-        seen = await self._observe(key, job, memory)
-        planner = self.planner or planner_for(price_per_gpu_hour=seen.environment.price_per_gpu_hour)
-        decision = decide(seen, planner)
-        wrote = await self._record(key, job, seen, decision, memory)
-        if decision.requeue_after == 0.0:
-            return 0.0 if wrote else 1.0
-        await self._act(key, seen, decision, memory)
-        if await self._look_again(key, seen, decision, memory):
-            return 0.0
-        if terminal(decision.status):
-            # Ten thousand specs would be a hundred megabytes, and nobody asks for them any more.
-            self._memories.pop(key, None)
-        return self._again(seen, decision, memory)
+        cache = self._caches.setdefault(key, JobCache())
+        observation = await self._observe(key, job, cache)
+        planner = self.planner or planner_for(price_per_gpu_hour=observation.environment.price_per_gpu_hour)
+        decision = decide(observation, planner)
+        written = await self._record(key, job, observation, decision, cache)
+        stale = False
+        if decision.settled:
+            await self._act(key, observation, decision, cache)
+            stale = await self._relist(key, observation, decision, cache)
+            if terminal(decision.status):
+                # Ten thousand specs would be a hundred megabytes, and nobody reads them any more.
+                self._caches.pop(key, None)
+        return _requeue_after(observation, decision, cache, written, stale)
 
-    async def _look_again(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> bool:
-        """List what a job waits for to go, after a while and now and then; whether any of it had gone unheard."""
-        if terminal(decision.status) or seen.deleting or not attempts.waits_for_the_old(seen, decision.status):
-            memory.doubted = None
+    async def _relist(self, key: Key, observation: Observation, decision: Decision, cache: JobCache) -> bool:
+        """List what a job waits to be deleted, now and then; whether the store missed a deletion."""
+        if not decision.waits_for_removal:
+            cache.last_relist = None
             return False
-        memory.doubted = memory.doubted or seen.now
-        if (seen.now - memory.doubted).total_seconds() < DOUBT_SECONDS:
+        cache.last_relist = cache.last_relist or observation.now
+        if (observation.now - cache.last_relist).total_seconds() < RELIST_SECONDS:
             return False
-        memory.doubted = seen.now
+        cache.last_relist = observation.now
         return any([await watch.look_again(key) for watch in self.watches])
 
-    async def _observe(self, key: Key, job: Object, memory: Memory) -> Observation:
-        spec, invalid = self._spec(job, memory)
+    async def _observe(self, key: Key, job: Object, cache: JobCache) -> Observation:
+        spec, invalid = self._spec(job, cache)
         name = job["metadata"]["name"]
         status = JobStatus.parse(job.get("status"))
         pods = self.store.of("Pod", key)
         await self._catch_up(key, job, status, pods)
         needs = Needs() if invalid else await self._needs(key, job, status, spec)
-        refused = (memory.refused,) if memory.refused is not None else ()
+        refused = (cache.refused,) if cache.refused is not None else ()
         carriers = [*self.store.of("Job", key), *self.store.of(self.backend.kind, key)]
         seen = Seen(
             job=job,
@@ -178,24 +184,24 @@ class Reconciler:
         )
         return observe(seen, self.backend, self.clock())
 
-    def _spec(self, job: Object, memory: Memory) -> tuple[FineTuneJobSpec, str]:
+    def _spec(self, job: Object, cache: JobCache) -> tuple[FineTuneJobSpec, str]:
         meta = job["metadata"]
         version = f"{meta['uid']}/{meta.get('generation')}"
-        if memory.spec[0] != version:
-            memory.spec = (version, *read_spec(job))
-        return memory.spec[1], memory.spec[2]
+        if cache.spec[0] != version:
+            cache.spec = (version, *read_spec(job))
+        return cache.spec[1], cache.spec[2]
 
     async def _needs(self, key: Key, job: Object, status: JobStatus, spec: FineTuneJobSpec) -> Needs:
-        """Ask for Secrets and claims, where the answer may matter: before a child is made, and while publishing."""
+        """Look for Secrets and claims where it matters: before a child is created, and throughout Publish."""
         stage = next_stage(status, spec)
         if stage is None or terminal(status) or spec.suspend or "deletionTimestamp" in job["metadata"]:
             return Needs()
-        if not progress.waits_on_credentials(stage) and self._has_child(key, job, status):
+        if stage is not Stage.PUBLISH and self._has_child(key, job, status):
             return Needs()
         return await self._prerequisites.look(key.namespace, spec, stage, self.clock())
 
     def _has_child(self, key: Key, job: Object, status: JobStatus) -> bool:
-        record = attempts.live(status)
+        record = attempts.running(status)
         return record is not None and self.store.holds(*self._child(key, job, record))
 
     def _child(self, key: Key, job: Object, record: AttemptRecord) -> tuple[str, Key, str]:
@@ -204,8 +210,8 @@ class Reconciler:
         return kind, key, child_name(job["metadata"]["name"], record.stage, record.number)
 
     async def _catch_up(self, key: Key, job: Object, status: JobStatus, pods: tuple[Object, ...]) -> None:
-        """Pods of the running attempt may be heard of before their owner is: it is then asked for, not given up."""
-        record = attempts.live(status)
+        """Read the running attempt's child if the store has pods of it but not itself: their events may come first."""
+        record = attempts.running(status)
         if record is None or not any(is_of(pod, job, record) for pod in pods):
             return
         kind, _, name = self._child(key, job, record)
@@ -214,19 +220,19 @@ class Reconciler:
             if body is not None:
                 self.store.put(kind, body)
 
-    def _made(self, body: Object) -> None:
-        """What we made ourselves is known at once: its pods may be seen before its own watch has told it."""
+    def _store_created(self, body: Object) -> None:
+        """Store what we created at once: the events of its pods may come before its own."""
         if body["kind"] in ("Job", self.backend.kind, "ConfigMap"):
             self.store.put(body["kind"], body)
 
     async def _out_of_service(self, pods: tuple[Object, ...]) -> frozenset[str]:
-        """Nodes of terminating pods that are declared dead; not to be allowed to read nodes means none are known."""
+        """Nodes of terminating pods that are marked out of service; none if we may not read nodes."""
         nodes = {
             pod["spec"]["nodeName"]
             for pod in pods
             if "deletionTimestamp" in pod["metadata"] and pod["spec"].get("nodeName")
         }
-        found = set()
+        out_of_service = set()
         for node in nodes:
             try:
                 body = await self.api.find("Node", "", node)
@@ -235,12 +241,14 @@ class Reconciler:
                     raise
                 continue
             if body is not None and _is_out_of_service(body):
-                found.add(node)
-        return frozenset(found)
+                out_of_service.add(node)
+        return frozenset(out_of_service)
 
-    async def _record(self, key: Key, job: Object, seen: Observation, decision: Decision, memory: Memory) -> bool:
-        """Write the status if that is worth it, tell its Events; whether it was written."""
-        if not progress.worth_writing(seen, decision, memory.written):
+    async def _record(
+        self, key: Key, job: Object, observation: Observation, decision: Decision, cache: JobCache
+    ) -> bool:
+        """Write the status, if it should be now, and emit its Events; whether it was written."""
+        if not progress.should_write_status(observation, decision, cache.last_write):
             return False
         meta = {name: job["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
         body = {
@@ -257,52 +265,62 @@ class Reconciler:
                 # Deleted while the watch was broken.
                 self.store.drop(FINE_TUNE_JOB, job)
             raise
-        # The watch may be slow: what we wrote ourselves is known at once, and its echo is no news.
+        # The watch may be slow: store what we wrote at once; its echo is then no news.
         self.store.put(FINE_TUNE_JOB, answer)
-        memory.written = seen.now
-        self.metrics.count_transition(seen.namespace, seen.status, decision.status)
+        cache.last_write = observation.now
+        self.metrics.count_transition(observation.namespace, observation.status, decision.status)
         for event in decision.events:
             log.info("%s: %s", event.reason, event.message, extra=_about(key))
-            await self._actor.tell(seen, event, seen.now)
+            await self._actor.tell(observation, event, observation.now)
         return True
 
-    async def _act(self, key: Key, seen: Observation, decision: Decision, memory: Memory) -> None:
-        before, memory.refused = memory.refused, None
+    async def _act(self, key: Key, observation: Observation, decision: Decision, cache: JobCache) -> None:
+        before, cache.refused = cache.refused, None
         for action in decision.actions:
             match action:
                 case StartAttempt(attempt):
-                    config = self.store.named("ConfigMap", key, shared_name(seen.name, "config"))
-                    refused = await self._actor.start(seen, attempt, config)
-                    memory.refused = before if _same(before, refused) else refused
-                    log.info("starts %s%s", attempt.id, " in vain" if refused else "", extra=_about(key, attempt.id))
+                    config = self.store.named("ConfigMap", key, shared_name(observation.name, "config"))
+                    refused = await self._actor.start(observation, attempt, config)
+                    cache.refused = before if _same(before, refused) else refused
+                    outcome = "start refused:" if refused else "started"
+                    log.info("%s %s", outcome, attempt.id, extra=_about(key, attempt.id))
                 case DeleteChild(stage, number, why):
-                    log.info("deletes %s %d: %s", stage, number, why, extra=_about(key))
-                    await self._actor.delete_child(seen, stage, number)
+                    log.info("deleting %s attempt %d: %s", stage, number, why, extra=_about(key))
+                    await self._actor.delete_child(observation, stage, number)
                 case CleanUp():
-                    await self._actor.clean_up(seen)
+                    await self._actor.clean_up(observation)
                 case EnsureShared():
-                    # Made together with the first attempt's child, for which it is needed.
+                    # Created together with the first attempt's child, which needs it.
                     pass
 
-    def _again(self, seen: Observation, decision: Decision, memory: Memory) -> float | None:
-        wants = [seconds for seconds in (decision.requeue_after,) if seconds is not None]
-        if memory.refused is None and any(isinstance(action, StartAttempt) for action in decision.actions):
-            # What was made is in the store already, so that its event is no news: the deadlines run from now.
-            wants.append(1.0)
-        if memory.refused is not None and not any(missing == memory.refused for missing in seen.missing):
-            # Newly refused: say so now.
-            wants.append(0.05)
-        if seen.missing or decision.status.credentials_seen:
-            wants.append(SECRET_POLL_SECONDS)
-        if decision.wire != seen.wire:
-            wants.append(float(progress.WRITE_INTERVAL_SECONDS))
-        if not terminal(decision.status):
-            wants.append(DOUBT_SECONDS if attempts.waits_for_the_old(seen, decision.status) else RESYNC_SECONDS)
-        return min(wants) if wants else None
+
+def _requeue_after(
+    observation: Observation, decision: Decision, cache: JobCache, written: bool, stale: bool
+) -> float | None:
+    """Seconds after which to reconcile a job again although no event comes; None for never. The one place for this.
+
+    written: whether the decision's status was written. stale: whether the store had missed a deletion.
+    """
+    if not decision.settled:
+        return 0.0 if written else UNWRITTEN_RETRY_SECONDS
+    if stale:
+        return 0.0
+    seconds = [] if decision.requeue_after is None else [decision.requeue_after]
+    if cache.refused is None and any(isinstance(action, StartAttempt) for action in decision.actions):
+        seconds.append(STARTED_SECONDS)
+    if cache.refused is not None and cache.refused not in observation.missing:
+        seconds.append(REFUSED_SECONDS)
+    if observation.missing or decision.status.credentials_seen:
+        seconds.append(SECRET_POLL_SECONDS)
+    if decision.wire != observation.wire:
+        seconds.append(float(progress.WRITE_INTERVAL_SECONDS))
+    if not terminal(decision.status):
+        seconds.append(RELIST_SECONDS if decision.waits_for_removal else RESYNC_SECONDS)
+    return min(seconds, default=None)
 
 
 def _same(before: Missing | None, now: Missing | None) -> bool:
-    """Whether it is the same thing that is in the way: its sentence may count something that changes all the time."""
+    """Whether the refusal is the same; its sentence may contain numbers that change all the time."""
     return before is not None and now is not None and (before.kind, before.name) == (now.kind, now.name)
 
 

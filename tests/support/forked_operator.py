@@ -14,17 +14,17 @@ from finetune_operator import reconcile, service, workqueue  # noqa: F401 - impo
 from finetune_operator.cli import run_command_line
 from finetune_operator.cluster import api
 from finetune_operator.commands import operator  # noqa: F401 - as above
-from finetune_operator.decision import deadlines, following, progress
+from finetune_operator.decision import deadlines, progress, running_attempt
 
 _PR_SET_PDEATHSIG = 1
 _TUNABLE = {
     "REQUEST_TIMEOUT_SECONDS": api,
     "BASE_SECONDS": workqueue,
     "CAP_SECONDS": workqueue,
-    "DOUBT_SECONDS": reconcile,
+    "RELIST_SECONDS": reconcile,
     "SECRET_POLL_SECONDS": reconcile,
-    "TRANSIENT_POLL_SECONDS": following,
-    "POD_CREATION_SECONDS": following,
+    "TRANSIENT_POLL_SECONDS": running_attempt,
+    "POD_CREATION_SECONDS": running_attempt,
     "GRACE_MARGIN_SECONDS": deadlines,
     "SETTLE_SECONDS": deadlines,
     "WRITE_INTERVAL_SECONDS": progress,

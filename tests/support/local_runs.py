@@ -25,7 +25,7 @@ from finetune_operator.local.jobfile.record import Record
 from finetune_operator.local.processes.children import Children
 from finetune_operator.local.processes.placement import place
 from finetune_operator.local.processes.tokens import tokens_of
-from finetune_operator.local.runner import Runner, Setting
+from finetune_operator.local.runner import Runner, RunSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,7 +113,7 @@ class Place:
             record = begin(resource, self.directory, fresh=fresh, retry=retry, tell=self.heard.note)
             record.save()
             tokens = tokens_of(environ | {"HOME": str(self.root)})
-            setting = Setting(
+            settings = RunSettings(
                 placement=place(resource.spec.topology, Machine(cores=2)),
                 source=self.root,
                 cache=self.root / "cache",
@@ -122,7 +122,7 @@ class Place:
                 environ=self.environ | environ,
             )
             children = Children(record.run, record.uid, tokens)
-            return Runner(record, setting, children, self.heard).run()
+            return Runner(record, settings, children, self.heard).run()
 
     def start(self, grace: int = 5) -> subprocess.Popen[bytes]:
         """Run the job in a process of its own."""

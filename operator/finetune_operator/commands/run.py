@@ -221,7 +221,7 @@ def _carry_out(record: Record, loaded: JobFile, placement: Placement, lead: Lead
     from finetune_operator.local.machines.coordinator import Machines
     from finetune_operator.local.processes.children import Children
     from finetune_operator.local.processes.tokens import tokens_of
-    from finetune_operator.local.runner import Runner, Setting
+    from finetune_operator.local.runner import Runner, RunSettings
     from finetune_operator.sizing.estimate import cpu_has_bf16, gpu_here
     from finetune_operator.sizing.plan import planner_for
 
@@ -230,7 +230,7 @@ def _carry_out(record: Record, loaded: JobFile, placement: Placement, lead: Lead
         show.note(sentence)
     if tokens.borrowed and loaded.job.spec.publish is not None and loaded.job.spec.publish.repo is not None:
         show.note("HF_PUBLISH_TOKEN is not set: HF_TOKEN is used to publish as well.")
-    setting = Setting(
+    settings = RunSettings(
         placement=placement,
         source=loaded.source,
         cache=cache_directory(),
@@ -242,7 +242,7 @@ def _carry_out(record: Record, loaded: JobFile, placement: Placement, lead: Lead
     )
     children = Children(record.run, record.uid, tokens, memory_limit=f"{memory() / 2**30:.0f}Gi")
     carried_out_by = Machines(children, lead, record.run) if lead else children
-    return Runner(record, setting, carried_out_by, show).run()
+    return Runner(record, settings, carried_out_by, show).run()
 
 
 def cache_directory() -> Path:

@@ -1,4 +1,4 @@
-"""The conditions of a job: the table of the operator's contract, and one condition a stage.
+"""The conditions of a job: the table of the operator's contract, and one condition per stage.
 
 `lastTransitionTime` changes only with `status`; reason, message and generation may change without it.
 """
@@ -8,14 +8,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
+from typing import Literal
 
 from finetune_api.base import STAGES, Stage
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import STAGE_CONDITION, Condition, ConditionType, JobStatus, Phase
+from finetune_api.status import STAGE_CONDITION, AttemptRecord, Condition, ConditionType, JobStatus, Phase
 
 NOT_REQUESTED = "NotRequested"
 PENDING = "Pending"
 MESSAGE_LIMIT = 1000
+RUNNING: dict[Stage, tuple[str, Phase]] = {
+    Stage.PREPARE: ("Preparing", Phase.PREPARING),
+    Stage.TRAIN: ("Training", Phase.TRAINING),
+    Stage.EVALUATE: ("Evaluating", Phase.EVALUATING),
+    Stage.PUBLISH: ("Publishing", Phase.PUBLISHING),
+}
+"""Reason and phase while a stage runs."""
+MISSING = {
+    "Secret": "WaitingForSecret",
+    "PersistentVolumeClaim": "WaitingForClaim",
+    "Webhook": "WaitingForWebhook",
+    "Quota": "WaitingForQuota",
+    "Leftover": "WaitingForOlderJob",
+    "Refused": "WaitingForApiServer",
+}
+"""Reason while something is missing, by its kind."""
 
 
 class State(Enum):
@@ -39,8 +56,8 @@ JOB_CONDITIONS: tuple[ConditionType, ...] = tuple(
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Where the job stands: a row of the table, one word for programs, a sentence and a word for people."""
+class JobCondition:
+    """Where the job stands: a row of the table, a word for programs, a sentence and a word for people."""
 
     state: State
     reason: str
@@ -48,15 +65,28 @@ class Verdict:
     phase: Phase
 
 
-def put(status: JobStatus, kind: ConditionType, holds: bool, reason: str, message: str, now: datetime) -> None:
-    """Set one condition in place, keeping its transition time if it holds (or not) as before."""
-    value = "True" if holds else "False"
+def waiting(reason: str, message: str) -> JobCondition:
+    """The job waits and goes on by itself."""
+    return JobCondition(State.PROGRESSING, reason, message, Phase.WAITING)
+
+
+def starting(record: AttemptRecord) -> JobCondition:
+    """An attempt is being started."""
+    _, phase = RUNNING[record.stage]
+    return JobCondition(State.PROGRESSING, "Starting", f"Starting {record.stage} (attempt {record.number}).", phase)
+
+
+def set_condition(
+    status: JobStatus, kind: ConditionType, holds: bool, reason: str, message: str, now: datetime
+) -> None:
+    """Set one condition, keeping its transition time if it holds (or not) as before."""
+    value: Literal["True", "False"] = "True" if holds else "False"
     before = status.condition(kind)
     condition = Condition(
         type=kind,
-        status="True" if holds else "False",
+        status=value,
         reason=reason,
-        message=cut(message),
+        message=truncate(message),
         last_transition_time=before.last_transition_time if before and before.status == value else now,
         observed_generation=status.observed_generation,
     )
@@ -64,42 +94,42 @@ def put(status: JobStatus, kind: ConditionType, holds: bool, reason: str, messag
     status.conditions = [others[known] for known in ConditionType if known in others]
 
 
-def write(status: JobStatus, verdict: Verdict, spec: FineTuneJobSpec, now: datetime) -> None:
-    """Set every condition and the phase in place from a verdict; `status.observed_generation` is set already."""
+def set_conditions(status: JobStatus, job: JobCondition, spec: FineTuneJobSpec, now: datetime) -> None:
+    """Set every condition and the phase from where the job stands; `status.observed_generation` is set already."""
     for kind in JOB_CONDITIONS:
-        holds = kind in _TRUE[verdict.state]
-        put(status, kind, holds, verdict.reason, verdict.message, now)
-    status.stage = None if verdict.state is State.COMPLETE else next_stage(status, spec)
+        set_condition(status, kind, kind in _TRUE[job.state], job.reason, job.message, now)
+    status.stage = None if job.state is State.COMPLETE else next_stage(status, spec)
     for stage in STAGES:
-        _write_stage(status, stage, verdict, spec, now)
-    status.phase = verdict.phase
+        _set_stage(status, stage, job, spec, now)
+    status.phase = job.phase
 
 
-def _write_stage(status: JobStatus, stage: Stage, verdict: Verdict, spec: FineTuneJobSpec, now: datetime) -> None:
+def _set_stage(status: JobStatus, stage: Stage, job: JobCondition, spec: FineTuneJobSpec, now: datetime) -> None:
     kind = STAGE_CONDITION[stage]
-    if finished(status, stage):
+    if has_succeeded(status, stage):
         condition = status.condition(kind)
         assert condition is not None
-        put(status, kind, True, condition.reason, condition.message, now)
+        set_condition(status, kind, True, condition.reason, condition.message, now)
     elif stage is Stage.PUBLISH and spec.publish is None:
-        put(status, kind, False, NOT_REQUESTED, "The model stays on the run volume: the job names no target.", now)
+        message = "spec.publish is not set: the model stays on the run volume."
+        set_condition(status, kind, False, NOT_REQUESTED, message, now)
     elif stage is status.stage:
-        put(status, kind, False, verdict.reason, verdict.message, now)
+        set_condition(status, kind, False, job.reason, job.message, now)
     else:
-        put(status, kind, False, PENDING, f"Comes after {status.stage}." if status.stage else "", now)
+        set_condition(status, kind, False, PENDING, f"Waiting for {status.stage}." if status.stage else "", now)
 
 
-def finish(status: JobStatus, stage: Stage, message: str, now: datetime) -> None:
-    """Mark a stage as done for good."""
-    put(status, STAGE_CONDITION[stage], True, "Succeeded", message, now)
+def mark_succeeded(status: JobStatus, stage: Stage, message: str, now: datetime) -> None:
+    """Mark a stage as finished for good."""
+    set_condition(status, STAGE_CONDITION[stage], True, "Succeeded", message, now)
 
 
-def reopen(status: JobStatus, stage: Stage, now: datetime) -> None:
-    """Mark a stage as to be done again."""
-    put(status, STAGE_CONDITION[stage], False, PENDING, "To be done again.", now)
+def mark_pending(status: JobStatus, stage: Stage, now: datetime) -> None:
+    """Mark a stage that has succeeded as one to run again."""
+    set_condition(status, STAGE_CONDITION[stage], False, PENDING, "Will run again.", now)
 
 
-def finished(status: JobStatus, stage: Stage) -> bool:
+def has_succeeded(status: JobStatus, stage: Stage) -> bool:
     """Whether a stage has succeeded."""
     return status.is_true(STAGE_CONDITION[stage])
 
@@ -107,8 +137,8 @@ def finished(status: JobStatus, stage: Stage) -> bool:
 def next_stage(status: JobStatus, spec: FineTuneJobSpec) -> Stage | None:
     """The first stage that has not succeeded; Publish only if it was asked for."""
     for stage in STAGES:
-        wanted = stage is not Stage.PUBLISH or spec.publish is not None
-        if wanted and not finished(status, stage):
+        requested = stage is not Stage.PUBLISH or spec.publish is not None
+        if requested and not has_succeeded(status, stage):
             return stage
     return None
 
@@ -118,6 +148,6 @@ def terminal(status: JobStatus) -> bool:
     return status.is_true(ConditionType.COMPLETE) or status.is_true(ConditionType.FAILED)
 
 
-def cut(sentence: str, limit: int = MESSAGE_LIMIT) -> str:
+def truncate(sentence: str, limit: int = MESSAGE_LIMIT) -> str:
     """A sentence that fits: the status is bounded in size."""
     return sentence if len(sentence) <= limit else sentence[: limit - 1] + "…"

@@ -1,29 +1,32 @@
-"""Kubernetes Events of a transition: made from the two statuses, so that each is told once, when it is recorded."""
+"""Kubernetes Events of a transition: made from the two statuses, so that each is emitted once, when it is recorded."""
 
 from __future__ import annotations
 
 from finetune_api.base import STAGES
 from finetune_api.status import STAGE_CONDITION, AttemptRecord, Condition, ConditionType, JobStatus
-from finetune_operator.decision.failure_policy import Disturbance, camel
+from finetune_operator.decision.conditions import RUNNING, starting
+from finetune_operator.decision.failure_policy import InfraFailure, condition_reason
 from finetune_operator.decision.model import Event
 
-QUIET_REASONS = frozenset({"Starting", "Preparing", "Training", "Evaluating", "Publishing", "Ending"})
-"""Reasons of Reconciling that an Event of their own says already, or nobody needs to hear."""
+QUIET_REASONS = frozenset({"Starting", "Ending", *(reason for reason, _ in RUNNING.values())})
+"""Reasons of Reconciling that have another Event, or need none."""
 
 
 def between(old: JobStatus, new: JobStatus) -> tuple[Event, ...]:
-    """What to tell when `new` has been written over `old`; nothing for progress."""
+    """The Events of writing `new` over `old`; none for progress."""
     return (*_attempts(old, new), *_stages(old, new), *_waiting(old, new), *_ends(old, new))
 
 
 def _attempts(old: JobStatus, new: JobStatus) -> list[Event]:
-    before = {(record.stage, record.number): record for record in old.attempts}
-    told = []
+    known = {(record.stage, record.number) for record in old.attempts}
+    failed = _just_failed(old, new)
+    events = [_ended(record, failed) for record in _stopped(old, new)]
     for record in new.attempts:
-        known = before.get((record.stage, record.number))
-        if known is None and record.outcome == "running" and (record.number > 1 or len(new.attempts) == 1):
-            told.append(Event("Normal", "AttemptStarted", f"Starts {record.stage}, attempt {record.number}."))
-    return [_ended(record, _verdict(old, new)) for record in _stopped(old, new)] + told
+        started = record.outcome == "running" and (record.stage, record.number) not in known
+        # The first attempt of a later stage is told by the success of the stage before it.
+        if started and (record.number > 1 or len(new.attempts) == 1):
+            events.append(Event("Normal", "AttemptStarted", starting(record).message))
+    return events
 
 
 def _stopped(old: JobStatus, new: JobStatus) -> list[AttemptRecord]:
@@ -33,14 +36,15 @@ def _stopped(old: JobStatus, new: JobStatus) -> list[AttemptRecord]:
     return [record for record in ended if (record.stage, record.number) not in over]
 
 
-def _ended(record: AttemptRecord, verdict: Condition | None) -> Event:
-    """How an attempt ended; if the job failed by it, in the words of the verdict, which are then not told again."""
+def _ended(record: AttemptRecord, failed: Condition | None) -> Event:
+    """How an attempt ended; if the job failed by it, with the message of the job, which gets no other Event."""
     if record.outcome == "suspended":
-        return Event("Normal", "Suspending", f"Stops {record.stage} attempt {record.number} after a checkpoint.")
-    rank = "" if record.rank is None else f" (rank {record.rank})"
-    reason = camel(str(record.reason or Disturbance.NO_REPORT)) if verdict is None else verdict.reason
-    sentence = record.message if verdict is None else verdict.message.removeprefix(f"{record.stage} failed: ")
-    return Event("Warning", reason, f"{record.stage} attempt {record.number} failed{rank}: {sentence}")
+        message = f"Stopping {record.stage} (attempt {record.number}) after saving a checkpoint."
+        return Event("Normal", "Suspending", message)
+    rank = "" if record.rank is None else f" on rank {record.rank}"
+    reason = condition_reason(str(record.reason or InfraFailure.NO_REPORT)) if failed is None else failed.reason
+    sentence = record.message if failed is None else failed.message.removeprefix(f"{record.stage} failed: ")
+    return Event("Warning", reason, f"{record.stage} (attempt {record.number}) failed{rank}: {sentence}")
 
 
 def _stages(old: JobStatus, new: JobStatus) -> list[Event]:
@@ -54,20 +58,19 @@ def _waiting(old: JobStatus, new: JobStatus) -> list[Event]:
         return []
     if before is not None and before.status == "True" and before.reason == now.reason:
         return []
-    kind = "Warning" if now.reason.startswith("WaitingFor") else "Normal"
-    return [Event("Warning" if kind == "Warning" else "Normal", now.reason, now.message)]
+    return [Event("Warning" if now.reason.startswith("WaitingFor") else "Normal", now.reason, now.message)]
 
 
 def _ends(old: JobStatus, new: JobStatus) -> list[Event]:
     turned = [kind for kind in (ConditionType.COMPLETE, ConditionType.SUSPENDED) if _turned_true(old, new, kind)]
-    told = [Event("Normal", str(kind), _condition(new, kind).message) for kind in turned]
-    verdict = _verdict(old, new)
-    if verdict is not None and not any(record.outcome == "failed" for record in _stopped(old, new)):
-        told.append(Event("Warning", verdict.reason, verdict.message))
-    return told
+    events = [Event("Normal", str(kind), _condition(new, kind).message) for kind in turned]
+    failed = _just_failed(old, new)
+    if failed is not None and not any(record.outcome == "failed" for record in _stopped(old, new)):
+        events.append(Event("Warning", failed.reason, failed.message))
+    return events
 
 
-def _verdict(old: JobStatus, new: JobStatus) -> Condition | None:
+def _just_failed(old: JobStatus, new: JobStatus) -> Condition | None:
     """Why the job has failed, if it just has."""
     failed = ConditionType.FAILED
     return _condition(new, failed) if _turned_true(old, new, failed) else None

@@ -13,8 +13,8 @@ from finetune_api.base import STAGES, Stage
 from finetune_api.report import FailureClass
 
 
-class Disturbance(StrEnum):
-    """Ends of an attempt that no rank reports: the operator sees them."""
+class InfraFailure(StrEnum):
+    """Why an attempt ended, where no rank reports it: the operator observes these."""
 
     EVICTED = "evicted"
     NODE_LOST = "node-lost"
@@ -25,7 +25,7 @@ class Disturbance(StrEnum):
     DEADLINE = "deadline-exceeded"
 
 
-class Then(StrEnum):
+class FailureAction(StrEnum):
     """What happens after a failure."""
 
     FAIL = "fail"
@@ -37,59 +37,59 @@ class Then(StrEnum):
 class Policy:
     """One row of the table."""
 
-    then: Then
+    action: FailureAction
     counted: bool
-    because: str
-    """What is done, and why, for the reader of the table."""
+    explanation: str
+    """What is done, and why, for readers of the table."""
     waits_after_train: bool = False
     """Only the user can help; once a model has been trained the job waits for that instead of failing."""
 
 
-def _fail(because: str, waits: bool = False) -> Policy:
-    return Policy(Then.FAIL, False, because, waits)
+def _fail(explanation: str, waits: bool = False) -> Policy:
+    return Policy(FailureAction.FAIL, False, explanation, waits)
 
 
-POLICIES: dict[FailureClass | Disturbance, Policy] = {
-    FailureClass.BAD_SPEC: _fail("Fails at once: the sentence names the field to change.", waits=True),
-    FailureClass.BAD_DATA: _fail("Fails at once: the sentence names dataset, file and row.", waits=True),
-    FailureClass.NO_ACCESS: _fail(
-        "Fails at once: the sentence names the page to visit or the token to give.", waits=True
-    ),
-    FailureClass.DOES_NOT_FIT: _fail("Fails at once: the sentence names three ways to make it fit."),
-    FailureClass.STORAGE_FULL: _fail("Fails at once: enlarge the claim, then retry; checkpoints are kept.", waits=True),
-    FailureClass.DIVERGED: _fail("Fails at once: two roll-backs did not help; the sentence names the examples."),
-    FailureClass.GATE_REFUSED: _fail("Fails with reason GateRefused: the model stays on the volume, unpublished."),
-    FailureClass.CONFIG_CHANGED: _fail("Fails at once: a checkpoint of another configuration is never gone on from."),
+def _retry(explanation: str, counted: bool = True) -> Policy:
+    return Policy(FailureAction.RETRY, counted, explanation)
+
+
+POLICIES: dict[FailureClass | InfraFailure, Policy] = {
+    FailureClass.BAD_SPEC: _fail("The message names the field to change.", waits=True),
+    FailureClass.BAD_DATA: _fail("The message names the dataset, file and row.", waits=True),
+    FailureClass.NO_ACCESS: _fail("The message names the page to visit or the token to provide.", waits=True),
+    FailureClass.DOES_NOT_FIT: _fail("The message names three ways to make it fit."),
+    FailureClass.STORAGE_FULL: _fail("Enlarge the claim, then retry; checkpoints are kept.", waits=True),
+    FailureClass.DIVERGED: _fail("Two rollbacks did not help; the message names the examples."),
+    FailureClass.GATE_REFUSED: _fail("Fails with reason GateRefused; the model stays on the volume, unpublished."),
+    FailureClass.CONFIG_CHANGED: _fail("A checkpoint of a different configuration is never resumed."),
     FailureClass.CUDA_OOM: Policy(
-        Then.SHRINK,
+        FailureAction.SHRINK,
         True,
-        "Half the micro-batch tokens, never below the longest document; then activation checkpointing; then it does "
-        "not fit. The global batch stays the same.",
+        "Halves the micro-batch tokens, never below the longest document; then turns on activation checkpointing; "
+        "then fails as `does-not-fit`. The global batch size stays the same.",
     ),
-    FailureClass.HOST_OOM: Policy(Then.RETRY, True, "Retried with backoff; the sentence names the limit to raise."),
-    FailureClass.CRASH: Policy(Then.RETRY, True, "Retried with backoff from the newest valid checkpoint."),
-    FailureClass.HANG: Policy(Then.RETRY, True, "Retried with backoff; the stacks of all ranks are on the volume."),
-    FailureClass.FENCED: Policy(Then.RETRY, True, "Retried with backoff: another attempt held the volume."),
-    FailureClass.PEER: Policy(Then.RETRY, True, "Retried as a crash: every rank blames another one."),
-    FailureClass.PREEMPTED: Policy(Then.RETRY, False, "Retried from the checkpoint that was made on the way out."),
-    FailureClass.HUB_UNAVAILABLE: Policy(Then.RETRY, False, "Retried with backoff until the Hub answers again."),
-    Disturbance.EVICTED: Policy(Then.RETRY, False, "Retried: the cluster took the node back."),
-    Disturbance.NODE_LOST: Policy(
-        Then.RETRY, False, "Retried once the lost pods are gone or their node is out of service."
+    FailureClass.HOST_OOM: _retry("The message names the memory limit to raise."),
+    FailureClass.CRASH: _retry("Resumes from the newest valid checkpoint."),
+    FailureClass.HANG: _retry("The stacks of all ranks are on the volume."),
+    FailureClass.FENCED: _retry("Another attempt held the volume."),
+    FailureClass.PEER: _retry("Every rank reported a failure of another rank; treated as a crash."),
+    FailureClass.PREEMPTED: _retry("Resumes from the checkpoint saved before the preemption.", counted=False),
+    FailureClass.HUB_UNAVAILABLE: _retry("Retries until the Hub is available again.", counted=False),
+    InfraFailure.EVICTED: _retry("The cluster evicted or preempted a pod.", counted=False),
+    InfraFailure.NODE_LOST: _retry(
+        "Starts once the lost pods are gone or their node is marked out of service.", counted=False
     ),
-    Disturbance.DELETED: Policy(Then.RETRY, False, "Retried: someone deleted a pod or the child."),
-    Disturbance.PARTIAL_GANG: Policy(
-        Then.RETRY, False, "Retried: not all pods ran within timeouts.startup of the first."
-    ),
-    Disturbance.NO_REPORT: Policy(Then.RETRY, True, "Retried: the pods succeeded, but no report of it arrived."),
-    Disturbance.SUSPENDED: Policy(Then.RETRY, False, "Goes on with the next attempt when suspend is set to false."),
-    Disturbance.DEADLINE: _fail("Fails: the job has run for timeouts.activeDeadlineSeconds."),
+    InfraFailure.DELETED: _retry("Someone deleted a pod or the Job of the attempt.", counted=False),
+    InfraFailure.PARTIAL_GANG: _retry("Not all pods started within timeouts.startup of the first.", counted=False),
+    InfraFailure.NO_REPORT: _retry("The pods succeeded, but their final report is missing or incomplete."),
+    InfraFailure.SUSPENDED: _retry("Resumes with the next attempt when spec.suspend is set to false.", counted=False),
+    InfraFailure.DEADLINE: _fail("The job has run for timeouts.activeDeadlineSeconds."),
 }
-"""Every class and disturbance has a row; a test holds this and the page in docs together."""
+"""Every class has a row; a test compares this with the page in docs."""
 
 
 def policy_for(reason: str) -> Policy:
-    """The row of a class or disturbance; an unknown word (a newer trainer's) is a crash."""
+    """The row of a class; an unknown one (of a newer trainer) counts as a crash."""
     for known, policy in POLICIES.items():
         if known == reason:
             return policy
@@ -97,7 +97,7 @@ def policy_for(reason: str) -> Policy:
 
 
 def waits_for_user(reason: str, stage: Stage, local: bool) -> bool:
-    """Whether the job waits for its user instead of failing: after Train, where somebody may come by later."""
+    """Whether the job waits for its user instead of failing: after Train, since a model exists by then."""
     after_train = STAGES.index(stage) > STAGES.index(Stage.TRAIN)
     return after_train and not local and policy_for(reason).waits_after_train
 
@@ -116,27 +116,27 @@ def backoff_seconds(identity: str, failures: int, base_seconds: float, cap_secon
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an out-of-memory may lower: tokens a packed row at most, and whether activations are recomputed."""
+    """What an out-of-memory failure changes: the limit of tokens per micro-batch, and activation checkpointing."""
 
     micro_batch_tokens: int | None
     activation_checkpointing: bool
 
 
-def shrink(now: Footprint, longest: int | None, can_checkpoint: bool) -> Footprint | None:
-    """The next smaller footprint after a CUDA out-of-memory, or None if there is none: it does not fit.
+def shrink(footprint: Footprint, longest: int | None, can_checkpoint: bool) -> Footprint | None:
+    """The next smaller footprint after a CUDA out-of-memory failure; None if there is none and training does not fit.
 
-    `longest` is the longest document in tokens, below which a row cannot go; None while unknown.
+    `longest` is the longest document in tokens, the least that a micro-batch must hold; None while unknown.
     """
     floor = max(longest or 1, 1)
-    tokens = now.micro_batch_tokens
+    tokens = footprint.micro_batch_tokens
     if tokens is not None and tokens > floor:
-        return Footprint(max(tokens // 2, floor), now.activation_checkpointing)
-    if can_checkpoint and not now.activation_checkpointing:
+        return Footprint(max(tokens // 2, floor), footprint.activation_checkpointing)
+    if can_checkpoint and not footprint.activation_checkpointing:
         return Footprint(tokens, True)
     return None
 
 
-def camel(reason: str) -> str:
+def condition_reason(reason: str) -> str:
     """A class as a condition's reason: `cuda-oom` → `CudaOom`."""
     return "".join(word.capitalize() for word in reason.replace("_", "-").split("-")) or "Unknown"
 
@@ -144,12 +144,12 @@ def camel(reason: str) -> str:
 def markdown() -> str:
     """The table as the page docs/failure-policy.md shows it."""
     rows = [
-        f"| `{reason}` | {_then(policy)} | {'yes' if policy.counted else 'no'} | {policy.because} |"
+        f"| `{reason}` | {_action(policy)} | {'yes' if policy.counted else 'no'} | {policy.explanation} |"
         for reason, policy in POLICIES.items()
     ]
-    return "\n".join(["| class | what follows | counted | why |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(["| class | action | counted | explanation |", "|---|---|---|---|", *rows, ""])
 
 
-def _then(policy: Policy) -> str:
-    words = {Then.FAIL: "failed", Then.RETRY: "next attempt", Then.SHRINK: "next attempt, smaller"}[policy.then]
-    return words + (" (after Train: waits)" if policy.waits_after_train else "")
+def _action(policy: Policy) -> str:
+    texts = {FailureAction.FAIL: "fail", FailureAction.RETRY: "retry", FailureAction.SHRINK: "retry, smaller"}
+    return texts[policy.action] + (" (after Train: wait)" if policy.waits_after_train else "")

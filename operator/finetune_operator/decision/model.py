@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from finetune_api.base import Stage
-from finetune_api.report import Failure, Report
+from finetune_api.report import Failure, Report, attempt_id
 from finetune_api.runconfig import Attempt
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import JobStatus
+from finetune_api.status import AttemptRecord, JobStatus
 
 
 class PodPhase(StrEnum):
@@ -58,10 +58,20 @@ class Pod:
     node: str = ""
     """Name of its node."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether it can do nothing any more."""
+        return self.phase in (PodPhase.SUCCEEDED, PodPhase.FAILED) or self.out_of_service
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the cluster has given it up with its node: it never says how it ended, but may still write."""
+        return self.node_lost and self.terminating
+
 
 @dataclass(frozen=True)
 class Child:
-    """The object that carries one attempt: a batch/v1 Job, a PyTorchJob or a local process group."""
+    """The object that runs one attempt: a batch/v1 Job, a PyTorchJob or a local process group."""
 
     stage: Stage
     number: int
@@ -71,7 +81,7 @@ class Child:
     failed: bool = False
     deleting: bool = False
     queued: bool = False
-    """Suspended by another (Kueue): waits for its turn."""
+    """Suspended by another controller (Kueue) until it is admitted."""
     exists: bool = True
     """False: the object is gone but pods of it are still there."""
     foreign: str = ""
@@ -82,14 +92,19 @@ class Child:
     pods: tuple[Pod, ...] = ()
     pods_expected: int = 1
 
+    @property
+    def all_run(self) -> bool:
+        """Whether every pod runs (or has run to its end): running time counts from here."""
+        return sum(pod.phase in (PodPhase.RUNNING, PodPhase.SUCCEEDED) for pod in self.pods) >= self.pods_expected
+
 
 @dataclass(frozen=True)
 class Missing:
-    """Something the stage needs that is not there yet: waited for, and said.
+    """Something that the stage needs and that is not there yet: shown on the status and waited for.
 
-    A missing Secret or claim keeps an attempt from being entered; the others were found in trying to start one,
-    which is tried again: a webhook that does not answer, a quota, something left of an older job of the name, a
-    refusal of the API server.
+    A missing Secret or claim keeps an attempt from being recorded. The others were found while starting one, which
+    is tried again: a webhook that does not answer, a quota, a remainder of an earlier job with this name, a refusal
+    of the API server.
     """
 
     kind: Literal["Secret", "PersistentVolumeClaim", "Webhook", "Quota", "Leftover", "Refused"]
@@ -145,6 +160,29 @@ class Observation:
         """The persisted status as it is on the wire; made once, and not to be changed."""
         return self.status.to_wire()
 
+    def report_of(self, stage: Stage, number: int) -> Report | None:
+        """The report of one attempt."""
+        name = attempt_id(self.uid, stage, number)
+        return next((report for report in self.reports if report.attempt == name), None)
+
+    def running(self, record: AttemptRecord) -> RunningAttempt:
+        """A running attempt with what is seen of it; children and reports of any other are not looked at."""
+        key = (record.stage, record.number)
+        child = next((child for child in self.children if child.ours and (child.stage, child.number) == key), None)
+        return RunningAttempt(record, child, self.report_of(*key))
+
+
+@dataclass(frozen=True)
+class RunningAttempt:
+    """The attempt that runs or is about to be started."""
+
+    record: AttemptRecord
+    """Its record in the status being drafted, which is brought up to date in place."""
+    child: Child | None
+    """What runs it; None until that is created."""
+    report: Report | None
+    """Its newest report."""
+
 
 @dataclass(frozen=True)
 class EnsureShared:
@@ -193,5 +231,10 @@ class Decision:
     """The status as it is on the wire."""
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
+    settled: bool = True
+    """Whether the persisted status already holds these conclusions. If not, there are no actions yet: write the
+    status, then observe and decide again."""
     requeue_after: float | None = None
-    """Seconds after which to look again even if nothing is seen to change; 0 when the status is to be written first."""
+    """Seconds after which a settled decision may change although nothing is seen to change."""
+    waits_for_removal: bool = False
+    """Whether something of an earlier attempt, or of an earlier job with this name, must go before anything starts."""

@@ -1,4 +1,4 @@
-"""What a report adds to the status, and when a status that only moved on is worth a write."""
+"""What a report adds to the status, and when a status is written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from finetune_api.base import Stage
 from finetune_api.report import MetricResult, Progress, Report, Results
 from finetune_api.status import AttemptRecord, JobStatus, Origin
-from finetune_operator.decision.conditions import cut
+from finetune_operator.decision.conditions import truncate
 from finetune_operator.decision.model import Decision, Observation
 
 WRITE_INTERVAL_SECONDS = 60
-WORDS_INTERVAL_SECONDS = 2
-"""A status whose words alone are new (starting, running, ending) waits so long after the last write: each write costs
-the API server more than anything else here, and a stage that is quick passes through several such states at once."""
+WORDING_INTERVAL_SECONDS = 2
+"""How long after the last write a status waits of which only the wording is new (starting, running, ending). Writes
+are the costliest requests of the operator, and a quick stage passes through several such states at once."""
 WARNINGS_KEPT = 30
 PROGRESS_FIELDS = frozenset(
     {
@@ -36,28 +36,28 @@ PROGRESS_FIELDS = frozenset(
         "price",
     }
 )
-"""Fields of the status that move all the time: nothing is decided by them; written at most once a minute."""
+"""Fields of the status that change all the time: no decision depends on them; written at most once per minute."""
 
 
-def absorb(status: JobStatus, record: AttemptRecord, report: Report) -> None:
-    """Take over in place what a running (or just ended) attempt has to say."""
+def merge_report(status: JobStatus, record: AttemptRecord, report: Report) -> None:
+    """Take over the progress that a running (or just ended) attempt reports."""
     status.progress = report.progress
     status.progress_text = progress_text(report.progress)
     status.eta_text = eta_text(None if report.done else report.progress.eta_seconds)
-    status.activity = cut(report.activity, 200)
+    status.activity = truncate(report.activity, 200)
     status.last_checkpoint = report.last_checkpoint or status.last_checkpoint
     status.choices = status.choices | report.choices
     status.warnings = merged_warnings(status.warnings, report.warnings)
     status.wandb_url = report.wandb_url or status.wandb_url
     if report.progress.validation is not None:
-        shown = report.progress.validation
-        status.metric_text = f"{shown.metric} {shown.value:.3f}"
+        validation = report.progress.validation
+        status.metric_text = f"{validation.metric} {validation.value:.3f}"
     if report.resumed_from_step is not None:
         record.resumed_from_step = report.resumed_from_step
 
 
-def conclude(status: JobStatus, report: Report) -> None:
-    """Take over in place what a stage that succeeded has found, for good."""
+def merge_products(status: JobStatus, report: Report) -> None:
+    """Take over for good what a stage that succeeded has produced."""
     status.datasets = report.datasets or status.datasets
     status.plan = report.plan or status.plan
     status.export = report.export or status.export
@@ -73,9 +73,9 @@ def conclude(status: JobStatus, report: Report) -> None:
 _ON_THE_WIRE = {key: field.alias or name for name, field in Origin.model_fields.items() for key in (name, field.alias)}
 
 
-def _with_origin(origin: Origin, said: dict[str, object]) -> Origin:
+def _with_origin(origin: Origin, reported: dict[str, object]) -> Origin:
     """What a report says of the origin, added field by field: what cannot be read is left out and stops nothing."""
-    for name, value in said.items():
+    for name, value in reported.items():
         if name in _ON_THE_WIRE:
             with contextlib.suppress(ValidationError):
                 origin = Origin.model_validate(origin.model_dump(by_alias=True) | {_ON_THE_WIRE[name]: value})
@@ -84,7 +84,7 @@ def _with_origin(origin: Origin, said: dict[str, object]) -> Origin:
 
 def merged_warnings(before: list[str], new: list[str]) -> list[str]:
     """Both without repetition, the newest kept."""
-    return list(dict.fromkeys([*before, *(cut(sentence, 500) for sentence in new)]))[-WARNINGS_KEPT:]
+    return list(dict.fromkeys([*before, *(truncate(sentence, 500) for sentence in new)]))[-WARNINGS_KEPT:]
 
 
 def progress_text(progress: Progress) -> str:
@@ -119,37 +119,32 @@ def _headline(metrics: list[MetricResult]) -> MetricResult | None:
     return next(iter(mean or primary or metrics), None)
 
 
-def material(wire: dict[str, Any]) -> dict[str, Any]:
-    """A status on the wire without what only moves on: two equal ones hold the same conclusions."""
+def conclusions(wire: dict[str, Any]) -> dict[str, Any]:
+    """A status on the wire without its progress: two equal ones hold the same conclusions."""
     return {name: value for name, value in wire.items() if name not in PROGRESS_FIELDS}
 
 
-def _settled(wire: dict[str, Any]) -> dict[str, object]:
-    """What programs and the next decision go by: what is concluded, and not how it is put."""
-    words, moments = ("phase", "conditions", "attempts"), ("runningSince", "exited")
-    conditions = [(c["type"], c["status"], c["observedGeneration"]) for c in wire.get("conditions", ())]
-    attempts = [{n: v for n, v in record.items() if n not in moments} for record in wire.get("attempts", ())]
-    rest = {name: value for name, value in wire.items() if name not in words}
+def _without_wording(conclusions: dict[str, Any]) -> dict[str, object]:
+    """What programs and the next decision read: what is concluded, not how it is worded."""
+    worded, times = ("phase", "conditions", "attempts"), ("runningSince", "exited")
+    conditions = [(c["type"], c["status"], c["observedGeneration"]) for c in conclusions.get("conditions", ())]
+    attempts = [{n: v for n, v in record.items() if n not in times} for record in conclusions.get("attempts", ())]
+    rest = {name: value for name, value in conclusions.items() if name not in worded}
     return rest | {"conditions": conditions, "attempts": attempts}
 
 
-def worth_writing(seen: Observation, decision: Decision, written: datetime | None) -> bool:
-    """Whether the decision's status is to be written over the persisted one, last written by this process at `written`.
+def should_write_status(observation: Observation, decision: Decision, last_write: datetime | None) -> bool:
+    """Whether to write the decision's status over the persisted one, which this process last wrote at `last_write`.
 
-    Equal: no. Another conclusion: at once. Other words: two seconds after the last write. Progress alone: when the
-    last write is a minute old. A fresh process (`written` is None) waits that minute as well, from `activeUntil`, so
-    that a restart with a thousand jobs is no storm.
+    Equal: no. Other conclusions: at once. Other wording: two seconds after the last write. Progress alone: one minute
+    after it. A fresh process (`last_write` is None) waits that minute as well, from `activeUntil`, so that a restart
+    with a thousand jobs does not write a thousand statuses at once.
     """
-    if seen.wire == decision.wire:
+    if observation.wire == decision.wire:
         return False
-    was, becomes = material(seen.wire), material(decision.wire)
-    if was != becomes:
-        age = None if written is None else (seen.now - written).total_seconds()
-        return age is None or age >= WORDS_INTERVAL_SECONDS or _settled(was) != _settled(becomes)
-    last = written or seen.status.active_until
-    return last is None or seen.now - last >= timedelta(seconds=WRITE_INTERVAL_SECONDS)
-
-
-def waits_on_credentials(stage: Stage) -> bool:
-    """Whether a refused token in this stage is waited for, so that its Secret's version has to be known."""
-    return stage is Stage.PUBLISH
+    before, after = conclusions(observation.wire), conclusions(decision.wire)
+    if before != after:
+        age = None if last_write is None else (observation.now - last_write).total_seconds()
+        return age is None or age >= WORDING_INTERVAL_SECONDS or _without_wording(before) != _without_wording(after)
+    last = last_write or observation.status.active_until
+    return last is None or observation.now - last >= timedelta(seconds=WRITE_INTERVAL_SECONDS)

@@ -1,4 +1,4 @@
-"""Why an attempt ended, from what its pods and its report left: the earliest failure that is not a peer's echo."""
+"""Why an attempt ended, by its pods and its report: the first failure that was not caused by another rank's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_api.report import EXIT_CODES, Failure, FailureClass, Report
-from finetune_operator.decision.failure_policy import Disturbance
+from finetune_operator.decision.failure_policy import InfraFailure
 from finetune_operator.decision.model import Child, Pod, PodPhase
 
 VAGUE = frozenset({FailureClass.CRASH, FailureClass.HANG, FailureClass.PREEMPTED, FailureClass.PEER})
-"""Classes that a lost node or an eviction elsewhere explains; the others explain themselves."""
+"""Classes that a lost node or an eviction explains better; the others explain themselves."""
 
 _CLASS_OF_EXIT_CODE = {code: kind for kind, code in EXIT_CODES.items() if kind is not FailureClass.CRASH}
 _SIGTERM_EXIT = 128 + signal.SIGTERM
@@ -21,9 +21,9 @@ _SIGKILL_EXIT = 128 + signal.SIGKILL
 
 @dataclass(frozen=True)
 class Cause:
-    """Root cause: a FailureClass or Disturbance, a sentence, and whose it was."""
+    """Root cause: its class, a sentence, and the rank where it arose."""
 
-    reason: FailureClass | Disturbance
+    reason: FailureClass | InfraFailure
     sentence: str
     rank: int | None = None
 
@@ -37,7 +37,7 @@ def failures(child: Child, report: Report | None) -> list[Failure]:
 
 
 def named_at(child: Child, report: Report | None) -> datetime | None:
-    """When a rank first said something that is not the echo of another's failure, if one did."""
+    """When a rank first reported a failure that was not caused by another rank's, if one did."""
     causes = (f.time for f in failures(child, report) if f.failure_class is not FailureClass.PEER)
     return next(causes, None)
 
@@ -47,8 +47,8 @@ def find(child: Child, report: Report | None) -> Cause:
     cause = _earliest(child, report)
     limit = next((pod.memory_limit for pod in child.pods if pod.memory_limit), "")
     if cause.reason is FailureClass.HOST_OOM and limit and limit not in cause.sentence:
-        # A rank cannot say how its limit was written; all pods of an attempt have the same.
-        return replace(cause, sentence=f"{cause.sentence} It is {limit} now.")
+        # A rank does not know how its limit was written; all pods of an attempt have the same.
+        return replace(cause, sentence=f"{cause.sentence} The current limit is {limit}.")
     return cause
 
 
@@ -57,9 +57,9 @@ def _earliest(child: Child, report: Report | None) -> Cause:
     definite = _first(failure for failure in written if failure.failure_class not in VAGUE)
     if definite is not None:
         return definite
-    disturbed = _disturbance(child)
-    if disturbed is not None:
-        return disturbed
+    infra_failure = _infra_failure(child)
+    if infra_failure is not None:
+        return infra_failure
     silent = _silent(child.pods)
     candidates = [(failure.time, _cause(failure)) for failure in written]
     candidates += [(when, cause) for when, cause in silent if when is not None]
@@ -80,19 +80,19 @@ def _cause(failure: Failure) -> Cause:
     return Cause(failure.failure_class, failure.sentence + where, failure.rank)
 
 
-def _disturbance(child: Child) -> Cause | None:
+def _infra_failure(child: Child) -> Cause | None:
     for pod in child.pods:
         if pod.node_lost or pod.out_of_service:
             state = "is out of service" if pod.out_of_service else "is lost"
-            return Cause(Disturbance.NODE_LOST, f"Node {pod.node or 'unknown'} of pod {pod.name} {state}.", pod.index)
+            return Cause(InfraFailure.NODE_LOST, f"Node {pod.node or 'unknown'} of pod {pod.name} {state}.", pod.index)
     for pod in child.pods:
         if pod.evicted:
-            return Cause(Disturbance.EVICTED, f"Pod {pod.name} was evicted or preempted by the cluster.", pod.index)
+            return Cause(InfraFailure.EVICTED, f"Pod {pod.name} was evicted or preempted by the cluster.", pod.index)
     return None
 
 
 def _silent(pods: Iterable[Pod]) -> list[tuple[datetime | None, Cause]]:
-    """Pods that failed and wrote nothing: what their exit says, with the time of it."""
+    """Pods that failed without an error report: what their exit code says, with its time."""
     silent = [pod for pod in pods if pod.failure is None and (pod.phase is PodPhase.FAILED or pod.oom_killed)]
     return [(pod.finished, cause) for pod in silent if (cause := _from_exit(pod)) is not None]
 
@@ -105,12 +105,12 @@ def _from_exit(pod: Pod) -> Cause | None:
     if pod.oom_killed or kind is FailureClass.HOST_OOM:
         return Cause(FailureClass.HOST_OOM, _host_oom_sentence(pod), pod.index)
     if kind is not None:
-        return Cause(kind, f"Pod {pod.name} exited with code {code} ({kind}) and left no message.", pod.index)
+        return Cause(kind, f"Pod {pod.name} exited with code {code} ({kind}) without an error report.", pod.index)
     if code == _SIGTERM_EXIT or (code == _SIGKILL_EXIT and pod.terminating):
-        return Cause(Disturbance.DELETED, f"Pod {pod.name} was stopped from outside.", pod.index)
+        return Cause(InfraFailure.DELETED, f"Pod {pod.name} was terminated from outside the job.", pod.index)
     if code == _SIGKILL_EXIT:
         return Cause(FailureClass.CRASH, f"Pod {pod.name} was killed (SIGKILL). {_memory_advice(pod)}", pod.index)
-    return Cause(FailureClass.CRASH, f"Pod {pod.name} {_exit_words(code)} and left no message.", pod.index)
+    return Cause(FailureClass.CRASH, f"Pod {pod.name} {_exit_text(code)} without an error report.", pod.index)
 
 
 def _host_oom_sentence(pod: Pod) -> str:
@@ -126,7 +126,7 @@ def _memory_advice(pod: Pod) -> str:
     return f"If the node ran out of memory, raise podTemplate.resources.limits.memory{limit}."
 
 
-def _exit_words(code: int | None) -> str:
+def _exit_text(code: int | None) -> str:
     if code is None:
         return "failed"
     if code > 128:
@@ -138,13 +138,17 @@ def _exit_words(code: int | None) -> str:
 def _without_evidence(child: Child, report: Report | None) -> Cause:
     echoes = [failure for failure in failures(child, report) if failure.failure_class is FailureClass.PEER]
     if child.deleting or not child.exists:
-        return Cause(Disturbance.DELETED, "The attempt's child was deleted from outside.")
-    going = next((pod for pod in child.pods if pod.terminating), None)
-    if going is not None:
-        return Cause(Disturbance.DELETED, f"Pod {going.name} was deleted from outside.", going.index)
+        return Cause(InfraFailure.DELETED, "The attempt was deleted from outside the job.")
+    terminating = next((pod for pod in child.pods if pod.terminating), None)
+    if terminating is not None:
+        return Cause(
+            InfraFailure.DELETED, f"Pod {terminating.name} was deleted from outside the job.", terminating.index
+        )
     if len(child.pods) < child.pods_expected:
         gone = child.pods_expected - len(child.pods)
-        return Cause(Disturbance.DELETED, f"{gone} of {child.pods_expected} pods disappeared without a message.")
+        return Cause(InfraFailure.DELETED, f"{gone} of {child.pods_expected} pods disappeared without an error report.")
     if echoes:
-        return Cause(FailureClass.PEER, f"Every rank blames another one; the first said: {echoes[0].sentence}")
-    return Cause(FailureClass.CRASH, child.message or "The attempt failed and no pod left a message.")
+        return Cause(
+            FailureClass.PEER, f"Every rank reported a failure of another rank, the first one: {echoes[0].sentence}"
+        )
+    return Cause(FailureClass.CRASH, child.message or "The attempt failed without an error report.")

@@ -1,6 +1,6 @@
 """observe → decide → record → act, for one job with processes of this machine in place of pods.
 
-The decisions are those of the cluster's operator; nothing is decided here. Ctrl-C is `suspend: true`.
+The decisions are those of the operator on a cluster; nothing is decided here. Ctrl-C is `suspend: true`.
 """
 
 from __future__ import annotations
@@ -51,32 +51,32 @@ from finetune_operator.local.processes.stages import Node, environment, nodes_of
 from finetune_operator.local.processes.tokens import Tokens, without_secrets
 
 POLL_SECONDS = 0.5
-"""How often reports are looked at; the end of a process is noticed at once."""
+"""How often reports are read; the end of a process is noticed at once."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Listener(Protocol):
-    """Whoever shows what happens."""
+    """Shows what happens."""
 
     def status(self, record: Record) -> None:
-        """Called after every look, changed or not."""
+        """Called after every decision, whether the status has changed or not."""
 
     def event(self, event: Event) -> None:
-        """Something that the operator would tell as a Kubernetes Event."""
+        """What would be a Kubernetes Event on a cluster."""
 
     def note(self, sentence: str) -> None:
-        """Something that only a local run has to say."""
+        """A message that only a local run has."""
 
 
 class Processes(Protocol):
-    """What carries attempts out: the processes of this machine, or of several."""
+    """The processes that run attempts, on this machine or on several."""
 
     @property
     def alive(self) -> bool:
         """Whether any process still runs."""
 
     def recover(self, tell: Callable[[str], None]) -> None:
-        """End what an earlier, killed run left."""
+        """End the processes that a run which was killed has left behind."""
 
     def observe(self) -> tuple[Child, ...]:
         """The children as they are now."""
@@ -94,11 +94,11 @@ class Processes(Protocol):
         """End everything at once."""
 
     def close(self) -> None:
-        """End what still runs, and leave nothing behind."""
+        """End the processes that still run."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSettings:
     """What a run needs beside the job."""
 
     placement: Placement
@@ -112,17 +112,17 @@ class Setting:
 
 
 class Runner:
-    """Carries one job to its end, or to the user's Ctrl-C."""
+    """Runs one job to its end, or until Ctrl-C."""
 
-    def __init__(self, record: Record, setting: Setting, children: Processes, listener: Listener) -> None:
-        self._record, self._setting, self._children, self._listener = record, setting, children, listener
+    def __init__(self, record: Record, settings: RunSettings, children: Processes, listener: Listener) -> None:
+        self._record, self._settings, self._children, self._listener = record, settings, children, listener
         self._stops = 0
         self._reports: dict[Path, tuple[int, Report | None]] = {}
         spec = resolve(record.job.spec)
-        self._spec = spec.model_copy(update={"topology": setting.placement.apply(spec.topology)})
+        self._spec = spec.model_copy(update={"topology": settings.placement.apply(spec.topology)})
 
     def run(self) -> int:
-        """Go on until the job is complete, has failed or was stopped; returns the exit code."""
+        """Run until the job is complete, has failed or was stopped; returns the exit code."""
         self._children.recover(self._listener.note)
         with stop_signals(self._stop) as wait:
             try:
@@ -130,16 +130,16 @@ class Runner:
                     decision = self._step()
                     if self._over(decision):
                         return exit_code(self._record.status)
-                    if not decision.actions and decision.requeue_after != 0:
+                    if decision.settled and not decision.actions:
                         wait(min(POLL_SECONDS, decision.requeue_after or POLL_SECONDS))
             finally:
                 self._children.close()
 
     def _step(self) -> Decision:
         record = self._record
-        seen = self._observe()
-        decision = decide(seen, self._setting.planner)
-        if decision.wire != seen.wire:
+        observation = self._observe()
+        decision = decide(observation, self._settings.planner)
+        if decision.wire != observation.wire:
             record.status = decision.status
             record.save()
         for event in decision.events:
@@ -152,8 +152,8 @@ class Runner:
     def _over(self, decision: Decision) -> bool:
         status = self._record.status
         ends = (ConditionType.COMPLETE, ConditionType.FAILED, ConditionType.SUSPENDED)
-        settled = not decision.actions and decision.requeue_after != 0
-        return settled and any(status.is_true(end) for end in ends) and not self._children.alive
+        at_rest = decision.settled and not decision.actions
+        return at_rest and any(status.is_true(end) for end in ends) and not self._children.alive
 
     # Observe ------------------------------------------------------------------------------------------
 
@@ -171,19 +171,19 @@ class Runner:
             annotations=metadata.annotations,
             children=self._children.observe(),
             reports=tuple(self._read_reports()),
-            credentials_version=self._setting.tokens.version(record.uid),
-            environment=self._setting.decisions,
+            credentials_version=self._settings.tokens.version(record.uid),
+            environment=self._settings.decisions,
         )
 
     def _read_reports(self) -> Iterator[Report]:
         for file in sorted((self._record.run / "reports").glob("*.json")):
             with contextlib.suppress(FileNotFoundError):
                 changed = file.stat().st_mtime_ns
-                known = self._reports.get(file)
-                if known is None or known[0] != changed:
-                    known = self._reports[file] = (changed, _report(file))
-                if known[1] is not None:
-                    yield known[1]
+                cached = self._reports.get(file)
+                if cached is None or cached[0] != changed:
+                    cached = self._reports[file] = (changed, _report(file))
+                if cached[1] is not None:
+                    yield cached[1]
 
     # Act ----------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Runner:
             case EnsureShared():
                 self._write_config()
             case StartAttempt(attempt=attempt):
-                nodes = nodes_of(attempt, self._spec, self._setting.placement, proc.free_port())
+                nodes = nodes_of(attempt, self._spec, self._settings.placement, proc.free_port())
                 self._children.start(attempt, nodes, self._environ(attempt, len(nodes)))
             case DeleteChild(stage=stage, number=number):
                 self._children.delete(stage, number)
@@ -200,16 +200,16 @@ class Runner:
                 self._children.forget()
 
     def _environ(self, attempt: Attempt, nodes: int) -> Environ:
-        """The environment of each node; ranks that meet on other machines must not listen on loopback."""
-        inherited = without_secrets(self._setting.environ)
-        elsewhere = self._setting.placement.meeting is not None and nodes > 1
+        """The environment of each node; ranks on several machines must not communicate over loopback."""
+        inherited = without_secrets(self._settings.environ)
+        elsewhere = self._settings.placement.meeting is not None and nodes > 1
         return lambda node: environment(
             inherited,
             node,
             attempt,
             self._spec,
             config_file=str(self._record.config_file),
-            cache=str(self._setting.cache),
+            cache=str(self._settings.cache),
             interface="" if elsewhere else loopback_interface(),
         )
 
@@ -228,8 +228,8 @@ class Runner:
         config = RunConfig(
             job=JobRef(namespace=metadata.namespace, name=metadata.name, uid=metadata.uid),
             spec=spec,
-            paths=Paths(run=str(self._record.run), cache=str(self._setting.cache), source=str(self._setting.source)),
-            operator_version=self._setting.version,
+            paths=Paths(run=str(self._record.run), cache=str(self._settings.cache), source=str(self._settings.source)),
+            operator_version=self._settings.version,
         )
         write_json(file, config.to_wire())
 
@@ -238,15 +238,15 @@ class Runner:
     def _stop(self) -> None:
         self._stops += 1
         if self._stops == 1:
-            word = "a checkpoint" if self._children.alive else "what it does"
-            self._listener.note(f"Stopping after {word}; Ctrl-C again ends everything at once.")
+            after = " after saving a checkpoint" if self._children.alive else ""
+            self._listener.note(f"Stopping{after}. Press Ctrl-C again to stop at once.")
         else:
-            self._listener.note("Ending everything at once.")
+            self._listener.note("Stopping at once.")
             self._children.kill()
 
 
 def exit_code(status: JobStatus) -> int:
-    """The process's exit code for a status at rest."""
+    """The exit code for the status of a job that has ended or was stopped."""
     if status.is_true(ConditionType.COMPLETE):
         return EXIT_COMPLETE
     failed = status.condition(ConditionType.FAILED)
@@ -271,7 +271,7 @@ def _config(file: Path) -> RunConfig | None:
 
 @contextlib.contextmanager
 def stop_signals(stop: Callable[[], None]) -> Iterator[Callable[[float], None]]:
-    """Call `stop` on Ctrl-C, SIGTERM and SIGHUP; yields a wait that a signal or the end of a child cuts short."""
+    """Call `stop` on Ctrl-C, SIGTERM and SIGHUP; yields a wait that ends early on a signal or the end of a child."""
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)

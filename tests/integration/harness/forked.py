@@ -20,7 +20,7 @@ from .forking import fork_operator
 from .helm import Helm
 from .operator import ACCOUNT
 
-_IMPATIENT = {"BASE_SECONDS": 0.1, "CAP_SECONDS": 0.5, "DOUBT_SECONDS": 1.0}
+_IMPATIENT = {"BASE_SECONDS": 0.1, "CAP_SECONDS": 0.5, "RELIST_SECONDS": 1.0}
 
 
 class Life:

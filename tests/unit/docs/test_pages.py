@@ -23,7 +23,7 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.validate import validate_documents
 from finetune_operator.cli import COMMANDS, load
-from finetune_operator.decision.failure_policy import Disturbance
+from finetune_operator.decision.failure_policy import InfraFailure
 
 ROOT = Path(__file__).parents[3]
 WHERE = ("*.md", "docs/**/*.md", "charts/*/README.md", "tests/*/README.md")
@@ -242,7 +242,7 @@ def _sources() -> str:
 
 def test_troubleshooting_names_reasons_that_the_operator_writes() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    kinds = {str(kind) for kind in (*FailureClass, *Disturbance)}
+    kinds = {str(kind) for kind in (*FailureClass, *InfraFailure)}
     named = {word for row in re.findall(r"^\|([^|]*)\|", page, re.MULTILINE) for word in re.findall(r"`([^`]+)`", row)}
     assert len(named) > 10
     for reason in named:

@@ -187,7 +187,7 @@ async def test_what_an_operator_of_another_backend_cannot_delete_is_said_and_wai
     cluster.script = train_crashes_once
     await until_it_trains(cluster)
     cluster.backend = TrainJobBackend()
-    with pytest.raises(AssertionError, match="Its PyTorchJob is not of this operator's backend: delete it"):
+    with pytest.raises(AssertionError, match="Its PyTorchJob belongs to another backend: delete it"):
         await cluster.carry_on(seconds=60)
     assert ("create", "TrainJob") not in cluster.requests
     assert endings(cluster)[-1] == ("train", 1, "failed", "cuda-oom", 2)

@@ -66,7 +66,7 @@ def test_a_child_is_made_only_after_its_attempt_is_persisted() -> None:
     world = job()
     first = world.decide()
     assert first.actions == ()
-    assert first.requeue_after == 0.0
+    assert not first.settled
     world.write(first.status)
     start = next(action for action in world.decide().actions if isinstance(action, StartAttempt))
     assert start.attempt.id == f"{UID}/prepare/1"
@@ -288,7 +288,7 @@ def test_a_child_left_by_an_older_job_of_the_name_is_never_adopted() -> None:
     world.strangers = (Child(Stage.PREPARE, 1, ours=False, succeeded=True),)
     world.settled()
     assert world.started == []
-    assert "earlier job of this name" in world.message
+    assert "earlier job with this name" in world.message
     world.strangers = ()
     assert world.settled().current == (Stage.PREPARE, 1)
 
@@ -407,7 +407,7 @@ def test_pods_that_a_quota_keeps_from_being_made_are_missed_after_half_a_minute(
     world.change(pods=pods[:1]).settled()
     assert (world.reason, world.wakes()) == ("Starting", 30)
     world.later(30).settled()
-    assert (world.reason, world.message.startswith("1 of 4 pods are made.")) == ("WaitingForPods", True)
+    assert (world.reason, world.message.startswith("1 of 4 pods have been created.")) == ("WaitingForPods", True)
     assert world.change(pods=pods).running().settled().reason == "Training"
 
 

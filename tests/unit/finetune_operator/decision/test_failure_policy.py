@@ -8,11 +8,11 @@ from finetune_api.base import Stage
 from finetune_api.report import FailureClass
 from finetune_operator.decision.failure_policy import (
     POLICIES,
-    Disturbance,
+    FailureAction,
     Footprint,
-    Then,
+    InfraFailure,
     backoff_seconds,
-    camel,
+    condition_reason,
     markdown,
     policy_for,
     shrink,
@@ -22,8 +22,8 @@ from finetune_operator.decision.failure_policy import (
 ROOT = Path(__file__).parents[4]
 
 
-def test_every_class_and_disturbance_has_a_row() -> None:
-    assert set(POLICIES) == set(FailureClass) | set(Disturbance)
+def test_every_failure_class_and_infra_failure_has_a_row() -> None:
+    assert set(POLICIES) == set(FailureClass) | set(InfraFailure)
 
 
 def test_the_page_in_docs_shows_the_table() -> None:
@@ -32,7 +32,7 @@ def test_the_page_in_docs_shows_the_table() -> None:
 
 @pytest.mark.parametrize("reason", ["bad-spec", "bad-data", "no-access", "does-not-fit", "gate-refused"])
 def test_what_only_the_user_can_mend_is_not_tried_again(reason: str) -> None:
-    assert policy_for(reason).then is Then.FAIL
+    assert policy_for(reason).action is FailureAction.FAIL
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_only_the_user_can_mend_is_not_tried_again(reason: str) -> None:
 )
 def test_only_failures_of_the_job_itself_are_counted(reason: str, counted: bool) -> None:
     assert policy_for(reason).counted is counted
-    assert policy_for(reason).then is not Then.FAIL
+    assert policy_for(reason).action is not FailureAction.FAIL
 
 
 def test_a_word_that_is_not_known_is_treated_as_a_crash() -> None:
@@ -104,4 +104,4 @@ def test_without_a_plan_activation_checkpointing_is_all_there_is_to_lower() -> N
 
 
 def test_classes_become_reasons_of_conditions() -> None:
-    assert [camel(word) for word in ("cuda-oom", "crash", "")] == ["CudaOom", "Crash", "Unknown"]
+    assert [condition_reason(word) for word in ("cuda-oom", "crash", "")] == ["CudaOom", "Crash", "Unknown"]

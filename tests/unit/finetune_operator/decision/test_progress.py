@@ -7,12 +7,12 @@ from tests.unit.finetune_operator.decision.world import job, steps
 from finetune_api.base import Stage
 from finetune_api.status import JobStatus, Phase
 from finetune_operator.decision.model import Decision
-from finetune_operator.decision.progress import eta_text, material, progress_text, worth_writing
+from finetune_operator.decision.progress import conclusions, eta_text, progress_text, should_write_status
 
 
 def is_written(old: JobStatus, new: JobStatus, written: datetime | None, now: datetime) -> bool:
     seen = replace(job().observe(), status=old, now=now)
-    return worth_writing(seen, Decision(new, new.to_wire()), written)
+    return should_write_status(seen, Decision(new, new.to_wire()), written)
 
 
 def test_an_equal_status_is_not_written() -> None:
@@ -29,7 +29,7 @@ def test_other_words_for_the_same_conclusions_wait_two_seconds_after_a_write() -
     world = job().training()
     starting = world.status.model_copy(update={"phase": Phase.PREPARING}, deep=True)
     starting.conditions[0].reason, starting.attempts[-1].running_since = "Starting", None
-    assert material(starting.to_wire()) != material(world.status.to_wire())
+    assert conclusions(starting.to_wire()) != conclusions(world.status.to_wire())
     written = world.now
     assert not is_written(starting, world.status, written, world.now + timedelta(seconds=1))
     assert is_written(starting, world.status, written, world.now + timedelta(seconds=2))
@@ -76,7 +76,7 @@ def test_a_fresh_process_waits_a_minute_as_well() -> None:
 def test_conclusions_are_what_does_not_move_all_the_time() -> None:
     world = job().training()
     moved = world.later(500).says(progress=steps(9), activity="compiling").decide().status
-    assert material(moved.to_wire()) == material(world.status.to_wire())
+    assert conclusions(moved.to_wire()) == conclusions(world.status.to_wire())
     assert moved.active_seconds > world.status.active_seconds
 
 

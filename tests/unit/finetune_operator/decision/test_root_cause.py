@@ -56,7 +56,7 @@ def test_a_host_out_of_memory_names_the_limit_to_raise() -> None:
 def test_a_host_out_of_memory_that_a_rank_told_of_names_the_limit_too() -> None:
     cause = find(child(failed(1, "host-oom", memory_limit="64Gi")), None)
     assert cause.reason is FailureClass.HOST_OOM
-    assert cause.sentence.endswith("It is 64Gi now.")
+    assert cause.sentence.endswith("The current limit is 64Gi.")
 
 
 def test_a_kill_without_a_mark_says_that_memory_may_be_the_reason() -> None:

@@ -167,7 +167,7 @@ class World:
             decision = self.step()
             if before == (self.status.to_wire(), len(self.started), len(self.deleted), self.cleaned):
                 return self
-            if self.refuse_starts and decision.requeue_after != 0.0:
+            if self.refuse_starts and decision.settled:
                 return self
         raise AssertionError("never comes to rest")
 

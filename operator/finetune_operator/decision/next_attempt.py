@@ -1,0 +1,114 @@
+"""A stage's next attempt: what it waits for, its memory plan and footprint, its record in the history."""
+
+from __future__ import annotations
+
+from finetune_api.base import Stage
+from finetune_api.report import FailureClass
+from finetune_api.status import AttemptRecord, Phase
+from finetune_operator.decision import attempts, deadlines, progress
+from finetune_operator.decision.conditions import MISSING, JobCondition, State, starting, waiting
+from finetune_operator.decision.failure_policy import Footprint, condition_reason, shrink
+from finetune_operator.decision.status_draft import StatusDraft
+
+
+def blocked_by(draft: StatusDraft, stage: Stage) -> JobCondition | None:
+    """What keeps the stage's next attempt from being started, if anything: the user, something missing, a backoff."""
+    for check in (_wait_for_user, _wait_for_missing, _wait_for_backoff):
+        condition = check(draft, stage)
+        if condition is not None:
+            return condition
+    draft.status.waiting_since = None
+    return None
+
+
+def _wait_for_user(draft: StatusDraft, stage: Stage) -> JobCondition | None:
+    status = draft.status
+    if not status.credentials_seen:
+        return None
+    record = attempts.latest(status, stage)
+    if record is None or status.credentials_seen != draft.credentials:
+        status.credentials_seen = ""
+        return None
+    reason = "WaitingForCredentials" if record.reason == FailureClass.NO_ACCESS else "WaitingForUser"
+    advice = "Resumes when the Secret changes or the annotation finetune.dev/retry gets a new value."
+    return _wait_until_deadline(draft, record.message) or waiting(reason, f"{record.message} {advice}")
+
+
+def _wait_for_missing(draft: StatusDraft, stage: Stage) -> JobCondition | None:
+    awaited = (missing for missing in draft.observation.missing if missing.kind in ("Secret", "PersistentVolumeClaim"))
+    missing = next(awaited, None)
+    if missing is None:
+        return None
+    return _wait_until_deadline(draft, missing.sentence) or waiting(MISSING[missing.kind], missing.sentence)
+
+
+def _wait_until_deadline(draft: StatusDraft, sentence: str) -> JobCondition | None:
+    """Wait for the user as long as the job's deadline allows, and fail then."""
+    draft.status.waiting_since = draft.status.waiting_since or draft.now
+    deadline = deadlines.user_deadline(draft.status, draft.spec)
+    if deadline is not None and draft.now >= deadline:
+        return draft.fail("DeadlineExceeded", f"Deadline exceeded while waiting for you: {sentence}")
+    draft.requeue_by(deadline)
+    return None
+
+
+def _wait_for_backoff(draft: StatusDraft, stage: Stage) -> JobCondition | None:
+    retry_at = draft.status.retry_at
+    if retry_at is None or draft.now >= retry_at:
+        return None
+    draft.requeue_by(retry_at)
+    record = attempts.latest(draft.status, stage)
+    failure = f" Last failure: {record.message}" if record is not None else ""
+    message = f"Retrying {stage} after a backoff.{failure}"
+    return JobCondition(State.PROGRESSING, "BackingOff", message, Phase.BACKING_OFF)
+
+
+def start_next_attempt(draft: StatusDraft, stage: Stage) -> JobCondition:
+    """Record the stage's next attempt, unless it is known not to fit."""
+    status = draft.status
+    if stage is Stage.TRAIN:
+        refused = _plan_memory(draft)
+        if refused is not None:
+            return refused
+    record = attempts.add(status, stage, _footprint(draft, stage), draft.now)
+    status.progress, status.progress_text, status.eta_text, status.activity = None, "", "", ""
+    return starting(record)
+
+
+def _plan_memory(draft: StatusDraft) -> JobCondition | None:
+    """Make the memory plan from what Prepare found; a plan that does not fit ends the job before a GPU is taken."""
+    status = draft.status
+    report = draft.observation.report_of(Stage.PREPARE, status.attempts_started.get(Stage.PREPARE, 0))
+    if draft.planner is not None and report is not None and report.model is not None and report.lengths is not None:
+        status.plan = draft.planner(draft.spec, report.model, report.lengths)
+    if status.plan is None:
+        return None
+    status.warnings = progress.merged_warnings(status.warnings, status.plan.warnings)
+    if status.plan.fits is not False:
+        return None
+    advice = " ".join(status.plan.warnings)
+    message = f"Training does not fit into memory. {advice}".strip()
+    return draft.fail(condition_reason(FailureClass.DOES_NOT_FIT), message)
+
+
+def _footprint(draft: StatusDraft, stage: Stage) -> Footprint | None:
+    """What the plan gives the stage, as far as earlier out-of-memory failures have left it."""
+    last, plan = attempts.latest(draft.status, stage), draft.status.plan
+    if last is not None and last.reason == FailureClass.CUDA_OOM:
+        return smaller_footprint(draft, last)
+    if last is not None and (last.micro_batch_tokens is not None or last.activation_checkpointing is not None):
+        return Footprint(last.micro_batch_tokens, bool(last.activation_checkpointing))
+    if plan is None or stage is not Stage.TRAIN:
+        return None
+    return Footprint(plan.micro_batch_tokens, plan.activation_checkpointing)
+
+
+def smaller_footprint(draft: StatusDraft, last: AttemptRecord) -> Footprint | None:
+    """The next smaller footprint than an attempt's; None if there is none."""
+    status = draft.status
+    prepared = draft.observation.report_of(Stage.PREPARE, status.attempts_started.get(Stage.PREPARE, 0))
+    longest = prepared.lengths.longest if prepared is not None and prepared.lengths is not None else None
+    tokens = last.micro_batch_tokens or (status.plan.micro_batch_tokens if status.plan is not None else None)
+    always = bool(draft.spec.training.activation_checkpointing)
+    footprint = Footprint(tokens, always or bool(last.activation_checkpointing))
+    return shrink(footprint, longest, can_checkpoint=last.stage is Stage.TRAIN)
