@@ -20,7 +20,7 @@ from finetune_api.spec import Task
 from finetune_trainer import export as exporting
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat
-from finetune_trainer.data.evaluation_rows import BaselineRow, EvaluationRow, write_rows
+from finetune_trainer.data.evaluation_rows import BaselineRow, EvaluationRow, json_line
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, PreparedModel, Span
 from finetune_trainer.digest import export_digest
 from finetune_trainer.failures import write_json
@@ -85,10 +85,10 @@ def evaluation_run(
         if few_shot:
             shown = [turn for text, _, answer in train[:few_shot] for turn in _turns(text, answer)]
             held_out = [row if row.ids else _with_examples(row, shown, chat) for row in held_out]
-        write_rows(root / "run/prepared/evaluation" / f"{name}.jsonl", held_out)
+        _write_rows(root / "run/prepared/evaluation" / f"{name}.jsonl", held_out)
         if task is Task.CLASSIFICATION:
             known = [BaselineRow(text, answer, used=i < 64) for i, (text, _, answer) in enumerate(train)]
-            write_rows(root / "run/prepared/baseline" / f"{name}.jsonl", known)
+            _write_rows(root / "run/prepared/baseline" / f"{name}.jsonl", known)
         training += [_training_ids(task, example, chat) for example in train]
         labels = LABELS if task is Task.CLASSIFICATION else []
         facts = {"index": index, "name": name, "task": task, "labels": labels, "source": f"{name}.csv (sha256 0123)"}
@@ -111,6 +111,11 @@ def evaluated_run(root: Path, **how: Any) -> EvaluationRun:
 
 
 # -- rows -------------------------------------------------------------------------------------------------------
+
+
+def _write_rows(path: Path, rows: Sequence[EvaluationRow | BaselineRow]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(map(json_line, rows)), encoding="utf-8")
 
 
 def _example(task: Task, source: random.Random) -> tuple[str, list[str], str]:

@@ -36,7 +36,7 @@ def test_every_document_is_read_back_as_it_was_written(
         assert document.target_position.tolist() == positions
         assert document.target_id.tolist() == [ids[position + 1] for position in positions]
         assert document.target_weight.tolist() == [1.0] * len(positions)
-        assert (document.id, document.dataset, document.row, document.parent) == (number, number % 3, number * 7, -1)
+        assert (document.id, document.dataset, document.row) == (number, number % 3, number * 7)
 
 
 @given(documents(), st.integers(0, 8))

@@ -33,7 +33,6 @@ ARRAYS: dict[str, str] = {
     "target_weight": "<f4",
     "target_offsets": "<i8",
     "dataset": "<i2",
-    "parent": "<i8",
     "row": "<i8",
 }
 """Name and data type of each array; `<name>.bin` holds it raw."""
@@ -54,8 +53,6 @@ class Document:
     """Index of the dataset in the manifest."""
     id: int
     """Index in the store."""
-    parent: int = -1
-    """Index of the document whose tokens are this one's prefix; -1 for none."""
     row: int = -1
     """Row number in the dataset's split, from 1, for error messages; -1 unknown."""
 
@@ -116,7 +113,6 @@ class DocumentWriter:
         target_weight: Sequence[float] | Float32 | None = None,
         *,
         dataset: int = 0,
-        parent: int = -1,
         row: int = -1,
     ) -> int:
         """Append one document and return its index. Weights are 1 where left out.
@@ -128,15 +124,15 @@ class DocumentWriter:
         weights = np.ones(len(target_id), np.float32) if target_weight is None else np.asarray(target_weight)
         if len(target_id) != len(weights):
             raise ValueError("positions, targets and weights must have one length")
-        self._append(batch, weights, dataset, parent)
+        self._append(batch, weights, dataset)
         return self._count - 1
 
     def extend(self, batch: DocumentBatch, *, dataset: int = 0) -> None:
-        """Append the documents of a batch, with weights of 1 and no parents."""
-        self._append(batch, np.ones(len(batch.target_id), np.float32), dataset, parent=-1)
+        """Append the documents of a batch, with weights of 1."""
+        self._append(batch, np.ones(len(batch.target_id), np.float32), dataset)
 
-    def _append(self, batch: DocumentBatch, weights: Sequence[float] | Float32, dataset: int, parent: int) -> None:
-        count, targets = len(batch), len(batch.target_id)
+    def _append(self, batch: DocumentBatch, weights: Sequence[float] | Float32, dataset: int) -> None:
+        count = len(batch)
         self._write("ids", np.asarray(batch.ids))
         self._write("offsets", self._tokens + np.cumsum(batch.lengths, dtype=np.int64))
         self._write("target_position", np.asarray(batch.target_position))
@@ -144,10 +140,9 @@ class DocumentWriter:
         self._write("target_weight", weights)
         self._write("target_offsets", self._targets + np.cumsum(batch.target_counts, dtype=np.int64))
         self._write("dataset", np.full(count, dataset))
-        self._write("parent", np.full(count, parent))
         self._write("row", np.asarray(batch.rows))
         self._tokens += len(batch.ids)
-        self._targets += targets
+        self._targets += len(batch.target_id)
         self._count += count
 
     def close(self) -> None:
@@ -188,7 +183,6 @@ class DocumentStore:
         self.target_weight: Float32 = self._map("target_weight", targets)
         self.target_offsets: Int64 = self._map("target_offsets", documents + 1)
         self.dataset: npt.NDArray[np.int16] = self._map("dataset", documents)
-        self.parent: Int64 = self._map("parent", documents)
         self.row: Int64 = self._map("row", documents)
 
     def _map(self, name: str, length: int) -> npt.NDArray[Any]:
@@ -223,7 +217,6 @@ class DocumentStore:
             target_weight=self.target_weight[targets],
             dataset=int(self.dataset[index]),
             id=index,
-            parent=int(self.parent[index]),
             row=int(self.row[index]),
         )
 

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +59,6 @@ def json_line(row: EvaluationRow | BaselineRow) -> str:
     values = {field.name: getattr(row, field.name) for field in fields(row)}
     kept: dict[str, Any] = {name: value for name, value in values.items() if value not in (None, [], "")}
     return json.dumps(kept, ensure_ascii=False) + "\n"
-
-
-class RowWriter:
-    """Writes rows to a file, one `json_line` a row."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
-
-    def write(self, row: EvaluationRow | BaselineRow) -> None:
-        """Append one row."""
-        self._file.write(json_line(row))
-
-    def write_lines(self, lines: str) -> None:
-        """Append rows that `json_line` made."""
-        self._file.write(lines)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def write_rows(path: Path, rows: Iterable[EvaluationRow | BaselineRow]) -> int:
-    """Write rows to a file; returns how many."""
-    count = 0
-    with RowWriter(path) as writer:
-        for row in rows:
-            writer.write(row)
-            count += 1
-    return count
 
 
 def read_evaluation(path: Path) -> Iterator[EvaluationRow]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, Sp
 from finetune_trainer.prepare.mixture import UNSEEN_HALF, Division
 from finetune_trainer.prepare.rendering import Written
 from finetune_trainer.reporter import Reporter
+from finetune_trainer.versions import versions
 
 FACTS_FILE = "facts.json"
 FACTS = ("model", "lengths", "datasets", "origin", "choices", "warnings")
 """Fields of the report that Prepare fills."""
-PACKAGES = ("finetune-operator", "torch", "transformers", "tokenizers", "huggingface-hub", "pyarrow", "numpy")
 
 
 def prepared_dataset(division: Division, written: Written) -> PreparedDataset:
@@ -130,7 +129,7 @@ def origin_of(manifest: PreparedManifest, seed: int) -> dict[str, Any]:
         "model": f"{model.source}@{model.commit}" if model.commit else f"{model.source} sha256:{model.digest}",
         "datasets": {dataset.name: dataset.source for dataset in manifest.datasets},
         "configDigest": manifest.config_digest,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "seed": seed,
     }
     return origin | ({"adapter": model.adapter_source} if model.adapter_source else {})

@@ -6,13 +6,12 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TextIO, get_args
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Task
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.documents import DocumentWriter
-from finetune_trainer.data.evaluation_rows import RowWriter
 from finetune_trainer.data.examples import Example
 from finetune_trainer.data.render import Rendering, few_shot_of
 from finetune_trainer.failures import TrainerError
@@ -76,23 +75,28 @@ class DatasetWriter:
         written = Written()
         reading = self.division.reading
         with ExitStack() as stack:
-            scored = stack.enter_context(RowWriter(self.directory / "evaluation" / f"{reading.name}.jsonl"))
+            scored = stack.enter_context(self._opened("evaluation"))
             baseline = None
             if reading.task is Task.CLASSIFICATION:
-                baseline = stack.enter_context(RowWriter(self.directory / "baseline" / f"{reading.name}.jsonl"))
+                baseline = stack.enter_context(self._opened("baseline"))
             for outcome in self._outcomes():
                 self.tick(outcome.rows)
                 written.add(outcome.written)
                 self.train.extend(outcome.train, dataset=reading.index)
                 self.validation.extend(outcome.validation, dataset=reading.index)
-                scored.write_lines(outcome.scored)
+                scored.write(outcome.scored)
                 if baseline is not None:
-                    baseline.write_lines(outcome.baseline)
+                    baseline.write(outcome.baseline)
         usable = sum(len(sides) for sides in self.division.sides.values()) - written.bad.count
         written.bad.check(usable, reading.name, reading.field)
         if not written.train:
             raise TrainerError(FailureClass.BAD_DATA, f"Nothing of {reading.name} is left to train on.", reading.field)
         return written
+
+    def _opened(self, folder: str) -> TextIO:
+        path = self.directory / folder / f"{self.division.reading.name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        return path.open("w", encoding="utf-8")
 
     def _outcomes(self) -> Iterator[Outcome]:
         examples = self._few_shot_examples()
