@@ -1,7 +1,7 @@
-"""Which machine of how many this is and where its ranks meet, from the variables of whoever started it. Pure.
+"""Which of how many machines this is, and where its ranks meet: read from and written to environment variables. Pure.
 
-Pods get torchrun's own variables (PET_*) from the operator, rented clusters (RunPod) set names of theirs. In both
-rendezvous is static: ranks follow from the machine's number, and a machine that comes late is waited for.
+Pods get torchrun's own variables (PET_*) from the operator; rented clusters (RunPod) set names of their own. In both
+cases rendezvous is static: ranks follow from the machine's number, and a machine that comes late is waited for.
 """
 
 from __future__ import annotations
@@ -22,27 +22,45 @@ class Rendezvous:
     address: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     node_address: str = ""
-    """This machine's own address between the machines, where it is known: gloo and NCCL take its interface."""
+    """This machine's own address in the network of the machines, if known: gloo and NCCL use its interface."""
 
     @property
     def ranks(self) -> range:
         """The ranks of this machine."""
         return range(self.node_rank * self.ranks_per_node, (self.node_rank + 1) * self.ranks_per_node)
 
+    def to_environment(self) -> dict[str, str]:
+        """The variables from which `rendezvous_of` reads it back."""
+        own = {TORCHRUN.node_address: self.node_address} if self.node_address else {}
+        return own | {
+            TORCHRUN.nodes: str(self.nodes),
+            TORCHRUN.node_rank: str(self.node_rank),
+            TORCHRUN.ranks_per_node: str(self.ranks_per_node),
+            TORCHRUN.address[0]: self.address,
+            TORCHRUN.port[0]: str(self.port),
+        }
+
 
 @dataclass(frozen=True)
 class Names:
-    """The variables that say it; of several, the first that is set."""
+    """Names of the variables; of several, the first that is set counts."""
 
     nodes: str
     node_rank: str
     ranks_per_node: str
     address: tuple[str, ...]
     port: tuple[str, ...]
-    node_address: str = ""
+    node_address: str
 
 
-TORCHRUN = Names("PET_NNODES", "PET_NODE_RANK", "PET_NPROC_PER_NODE", ("PET_MASTER_ADDR",), ("PET_MASTER_PORT",))
+TORCHRUN = Names(
+    nodes="PET_NNODES",
+    node_rank="PET_NODE_RANK",
+    ranks_per_node="PET_NPROC_PER_NODE",
+    address=("PET_MASTER_ADDR",),
+    port=("PET_MASTER_PORT",),
+    node_address="PET_LOCAL_ADDR",
+)
 RUNPOD = Names(
     nodes="NUM_NODES",
     node_rank="NODE_RANK",
@@ -57,7 +75,7 @@ RUNPOD = Names(
 def rendezvous_of(environ: Mapping[str, str]) -> Rendezvous:
     """torchrun's variables where they are set, else RunPod's where NUM_NODES and NODE_RANK are, else one machine.
 
-    Raises ValueError, with a sentence, for numbers that cannot be and for several machines without an address.
+    Raises ValueError, with a sentence, for impossible numbers and for several machines without an address.
     """
     if any(environ.get(name) for name in (TORCHRUN.nodes, TORCHRUN.node_rank, TORCHRUN.ranks_per_node)):
         names = TORCHRUN
@@ -91,5 +109,5 @@ def _first_set(environ: Mapping[str, str], names: tuple[str, ...]) -> str:
 def _number(environ: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
     text = environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{name} is {text!r}, which is not a whole number from {least} on.")
+        raise ValueError(f"{name} is {text!r}, but must be an integer of at least {least}.")
     return int(text)

@@ -15,11 +15,23 @@ from finetune_api.known_datasets import KNOWN_DATASETS
 from finetune_api.report import attempt_id
 from finetune_api.spec import UNPACKED, Columns, Dataset, FineTuneJobSpec, Method, Splits, Task
 
+CONFIG_VARIABLE = "FINETUNE_RUN_CONFIG"
+"""Path of the run config."""
 ATTEMPT_VARIABLE = "FINETUNE_ATTEMPT"
 GPUS_VARIABLE = "FINETUNE_GPUS_PER_NODE"
-"""How many GPUs the pod was given: the topology may have changed since the run config was written."""
+"""How many GPUs the node was given: the topology may have changed since the run config was written."""
+TOKENS_VARIABLE = "FINETUNE_TOKENS"
+"""Directory with one file per token that the process may read, named by its kind."""
+TERMINATION_VARIABLE = "FINETUNE_TERMINATION_LOG"
+"""File that takes the failure; the kubelet's own where it is not set."""
+REPORT_VARIABLE = "FINETUNE_REPORT_CONFIGMAP"
+"""`<namespace>/<name>` of the ConfigMap that takes the report."""
+RESUME_VARIABLE = "FINETUNE_RESUME_FROM"
+"""Directory at which the claim of `training.resumeFrom` is mounted."""
 RUN_CONFIG_FILE = "run-config.json"
 FENCE_FILE = "fence.json"
+
+TokenKind = Literal["hub", "publish", "wandb"]
 
 
 class JobRef(ApiModel):

@@ -19,8 +19,8 @@ from finetune_operator.decision.model import PodPhase
 from finetune_operator.devices import Gpu, Machine
 from finetune_operator.errors import UserError
 from finetune_operator.local.jobfile.record import write_json
+from finetune_operator.local.machines import coordinator as machines
 from finetune_operator.local.machines.coordinator import Answer, Board, Lead, Machines, Order, read
-from finetune_operator.local.machines.coordinator import coordinator as machines
 from finetune_operator.local.machines.worker import Follower
 from finetune_operator.local.processes.children import Children
 from finetune_operator.local.processes.placement import place_one_of

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune_api.report import EXIT_CODES, Failure
+from finetune_api.runconfig import TERMINATION_VARIABLE
 from finetune_trainer.context import RunContext, context_from_environment
 from finetune_trainer.failures import TrainerError, classify, failure_file, redact, write_json
 from finetune_trainer.imports import few_walks, forget_old_products, leave_out, unneeded
@@ -30,7 +31,7 @@ STAGES = {
     "check-publish": ("finetune_trainer.publish.stage", "check"),
 }
 LAUNCHED = ("train", "evaluate")
-TERMINATION_LOG = Path(os.environ.get("FINETUNE_TERMINATION_LOG", "/dev/termination-log"))
+TERMINATION_LOG = Path(os.environ.get(TERMINATION_VARIABLE, "/dev/termination-log"))
 USAGE = f"usage: python -m finetune_trainer {{{'|'.join(STAGES)}}} | launch {{{'|'.join(LAUNCHED)}}}"
 
 

@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
 from finetune_api.report import FailureClass
-from finetune_api.runconfig import ATTEMPT_VARIABLE, FENCE_FILE, GPUS_VARIABLE, Attempt, RunConfig
+from finetune_api.runconfig import (
+    ATTEMPT_VARIABLE,
+    CONFIG_VARIABLE,
+    FENCE_FILE,
+    GPUS_VARIABLE,
+    TOKENS_VARIABLE,
+    Attempt,
+    RunConfig,
+    TokenKind,
+)
 from finetune_trainer.failures import TrainerError, register_secret, write_json
 from finetune_trainer.reporter import Reporter
-
-CONFIG_VARIABLE = "FINETUNE_RUN_CONFIG"
-TOKENS_VARIABLE = "FINETUNE_TOKENS"
-
-TokenKind = Literal["hub", "publish", "wandb"]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.report import Choice, Failure, Progress, Report
-from finetune_api.runconfig import Attempt
+from finetune_api.runconfig import REPORT_VARIABLE, Attempt
 from finetune_trainer.failures import write_json
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class ConfigMapChannel:
     @classmethod
     def from_environment(cls, key: str, secrets: Path = API_TOKEN_DIRECTORY) -> ConfigMapChannel:
         """The channel of this pod: `FINETUNE_REPORT_CONFIGMAP` is `<namespace>/<name>`."""
-        namespace, _, name = os.environ["FINETUNE_REPORT_CONFIGMAP"].partition("/")
+        namespace, _, name = os.environ[REPORT_VARIABLE].partition("/")
         host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
         host = f"[{host}]" if ":" in host else host
         url = f"https://{host}:{port}/api/v1/namespaces/{namespace}/configmaps/{name}"

@@ -10,6 +10,7 @@ from finetune_api.base import Stage
 from finetune_api.spec import FineTuneJobSpec, SecretKey
 from finetune_operator.cluster.api import Api
 from finetune_operator.decision.model import Missing
+from finetune_operator.programs import programs_of, secret_of
 
 FRESH = timedelta(seconds=2)
 """So long after it was seen something is taken to be there still: many jobs ask for the same Secret and claim."""
@@ -71,19 +72,8 @@ class Prerequisites:
 
 def secrets_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, SecretKey]:
     """Secrets that a stage mounts, by the field that names them."""
-    credentials = spec.credentials
-    write = (
-        {"credentials.publish": credentials.publish} if credentials.publish else {"credentials.hub": credentials.hub}
-    )
-    wanted: dict[str, SecretKey | None] = {}
-    if stage is Stage.PREPARE:
-        wanted["credentials.hub"] = credentials.hub
-        wanted.update(write if spec.publish is not None else {})
-    elif stage is Stage.TRAIN:
-        wanted["credentials.wandb"] = credentials.wandb
-    elif stage is Stage.PUBLISH:
-        wanted.update(write)
-    return {field: secret for field, secret in wanted.items() if secret is not None}
+    named = (secret_of(spec.credentials, program.token) for program in programs_of(stage, spec))
+    return dict(sorted(dict(filter(None, named)).items()))
 
 
 def claims_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:

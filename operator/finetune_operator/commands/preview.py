@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -46,12 +47,23 @@ def _preview(loaded: JobFile, run: Path) -> int:
     import shutil
 
     from finetune_api.base import Stage
-    from finetune_api.runconfig import RUN_CONFIG_FILE, Attempt, JobRef, Paths, RunConfig, resolve
+    from finetune_api.runconfig import (
+        RUN_CONFIG_FILE,
+        TERMINATION_VARIABLE,
+        TOKENS_VARIABLE,
+        Attempt,
+        JobRef,
+        Paths,
+        RunConfig,
+        resolve,
+    )
     from finetune_operator.commands.run import cache_directory
     from finetune_operator.devices import cores, loopback_interface
     from finetune_operator.local.jobfile.record import write_json
-    from finetune_operator.local.processes.stages import Node, Step, environment
+    from finetune_operator.local.processes.environment import environment
+    from finetune_operator.local.processes.placement import Node
     from finetune_operator.local.processes.tokens import tokens_of, without_secrets, write_tokens
+    from finetune_operator.programs import PREVIEW
 
     metadata, cache = loaded.job.metadata, cache_directory()
     spec = resolve(loaded.job.spec)
@@ -61,23 +73,23 @@ def _preview(loaded: JobFile, run: Path) -> int:
         paths=Paths(run=str(run), cache=str(cache), source=str(loaded.source)),
     )
     write_json(run / RUN_CONFIG_FILE, config.to_wire())
-    step = Step("preview", ("preview",), ("hub",))
-    node = Node(0, (step,), {"OMP_NUM_THREADS": str(cores())})
     variables = environment(
         without_secrets(os.environ),
-        node,
+        Node((PREVIEW,), threads=cores()),
         Attempt(uid="preview", stage=Stage.PREPARE),
         spec,
         config_file=str(run / RUN_CONFIG_FILE),
         cache=str(cache),
         interface=loopback_interface(),
     )
-    tokens = write_tokens(tokens_of(os.environ), step.tokens)
+    tokens = write_tokens(tokens_of(os.environ), PREVIEW.token)
     try:
-        given = {"FINETUNE_TOKENS": str(tokens), "FINETUNE_TERMINATION_LOG": str(run / TERMINATION_FILE)}
+        given = {TOKENS_VARIABLE: str(tokens), TERMINATION_VARIABLE: str(run / TERMINATION_FILE)}
         with (run / LOG_FILE).open("wb") as log:
             stderr = None if debugging() else log
-            return subprocess.run(step.command, env=variables | given, stderr=stderr, check=False).returncode
+            return subprocess.run(
+                PREVIEW.command(sys.executable), env=variables | given, stderr=stderr, check=False
+            ).returncode
     finally:
         shutil.rmtree(tokens, ignore_errors=True)
 

@@ -46,8 +46,8 @@ from finetune_operator.errors import (
 from finetune_operator.local.jobfile.record import Record, write_json
 from finetune_operator.local.processes import proc
 from finetune_operator.local.processes.children import Environ
-from finetune_operator.local.processes.placement import Placement
-from finetune_operator.local.processes.stages import Node, environment, nodes_of
+from finetune_operator.local.processes.environment import environment
+from finetune_operator.local.processes.placement import Node, Placement
 from finetune_operator.local.processes.tokens import Tokens, without_secrets
 
 POLL_SECONDS = 0.5
@@ -192,7 +192,7 @@ class Runner:
             case EnsureShared():
                 self._write_config()
             case StartAttempt(attempt=attempt):
-                nodes = nodes_of(attempt, self._spec, self._settings.placement, proc.free_port())
+                nodes = self._settings.placement.nodes_of(attempt.stage, self._spec, proc.free_port())
                 self._children.start(attempt, nodes, self._environ(attempt, len(nodes)))
             case DeleteChild(stage=stage, number=number):
                 self._children.delete(stage, number)
@@ -202,7 +202,7 @@ class Runner:
     def _environ(self, attempt: Attempt, nodes: int) -> Environ:
         """The environment of each node; ranks on several machines must not communicate over loopback."""
         inherited = without_secrets(self._settings.environ)
-        elsewhere = self._settings.placement.meeting is not None and nodes > 1
+        elsewhere = self._settings.placement.rendezvous is not None and nodes > 1
         return lambda node: environment(
             inherited,
             node,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from finetune_api.base import Stage
-from finetune_api.runconfig import ATTEMPT_VARIABLE, GPUS_VARIABLE, RUN_CONFIG_FILE, Attempt
-from finetune_api.spec import SecretKey
+from finetune_api.rendezvous import Rendezvous
+from finetune_api.runconfig import REPORT_VARIABLE, RESUME_VARIABLE, RUN_CONFIG_FILE, TOKENS_VARIABLE, Attempt
 from finetune_operator.manifests.job import CACHE_VOLUME, RUN_VOLUME, Job, Manifest, labels
-
-TokenKind = Literal["hub", "publish", "wandb"]
+from finetune_operator.programs import COMPUTING_STAGES, Program, programs_of, secret_of, trainer_environment
 
 CONFIG_DIRECTORY = "/etc/finetune"
 TOKENS_DIRECTORY = "/var/run/secrets/finetune"
@@ -25,35 +24,24 @@ NODE_LOSS_SECONDS = 120
 """How long a node may be not ready or unreachable before its pods are given up: docs/decisions/0018."""
 
 
-@dataclass(frozen=True)
-class Program:
-    """One container: what it runs, and which token it alone sees."""
-
-    name: str
-    arguments: tuple[str, ...]
-    token: TokenKind | None = None
-
-
-def token_secret(job: Job, kind: TokenKind | None) -> SecretKey | None:
-    """The Secret behind a kind of token; publishing falls back to the read token."""
-    credentials = job.spec.credentials
-    if kind == "publish":
-        return credentials.publish or credentials.hub
-    return {"hub": credentials.hub, "wandb": credentials.wandb}[kind] if kind is not None else None
-
-
 def pod_template(
     job: Job,
     attempt: Attempt,
-    program: Program,
     *,
-    before: Iterable[Program] = (),
     resources: Manifest,
-    environment: Iterable[Manifest] = (),
     placed: bool,
+    container: str | None = None,
+    rendezvous: Rendezvous | None = None,
+    variables: Iterable[Manifest] = (),
 ) -> Manifest:
-    """The pod of one attempt. `placed`: it carries the user's node selector; tolerations come along."""
-    extra = list(environment)
+    """The pod of one attempt: what `programs` says that its stage runs.
+
+    `placed`: it carries the user's node selector and tolerations. `container`: the name of the stage's own container,
+    where somebody else looks for it. `variables`: further ones, for a rendezvous that depends on the pod.
+    """
+    *before, program = programs_of(attempt.stage, job.spec)
+    named = replace(program, name=container or program.name)
+    environment = [*_as_list(_environment(job, attempt, rendezvous)), *variables]
     template = job.spec.pod_template
     spec: Manifest = {
         "serviceAccountName": job.account_name,
@@ -62,8 +50,8 @@ def pod_template(
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": attempt.grace_seconds,
         "securityContext": _pod_security(),
-        "initContainers": [_container(job, attempt, each, extra, _SMALL) for each in before],
-        "containers": [_container(job, attempt, program, extra, resources)],
+        "initContainers": [_container(job, attempt, each, environment, _SMALL) for each in before],
+        "containers": [_container(job, attempt, named, environment, resources)],
         "tolerations": [*_own_tolerations(), *(_tolerations(job) if placed else [])],
         "volumes": _volumes(job, attempt, [*before, program]),
     }
@@ -96,12 +84,12 @@ def _pod_security() -> Manifest:
     }
 
 
-def _container(job: Job, attempt: Attempt, program: Program, extra: list[Manifest], resources: Manifest) -> Manifest:
+def _container(job: Job, attempt: Attempt, program: Program, env: list[Manifest], resources: Manifest) -> Manifest:
     return {
         "name": program.name,
         "image": job.image,
-        "command": ["python", "-m", "finetune_trainer", *program.arguments],
-        "env": [*_environment(job, attempt), *extra],
+        "command": program.command(),
+        "env": env,
         "resources": resources,
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -113,27 +101,43 @@ def _container(job: Job, attempt: Attempt, program: Program, extra: list[Manifes
     }
 
 
-def _environment(job: Job, attempt: Attempt) -> list[Manifest]:
-    """Variables of every container; the user's own come first, so that ours win."""
-    prepares, resume_from = attempt.stage is Stage.PREPARE, job.spec.training.resume_from
-    values = {
+def _environment(job: Job, attempt: Attempt, rendezvous: Rendezvous | None) -> dict[str, str]:
+    """The variables of every container of a pod."""
+    resumes = job.spec.training.resume_from is not None and attempt.stage is Stage.TRAIN
+    common = trainer_environment(
+        attempt,
+        given={variable.name: variable.value for variable in job.spec.pod_template.env},
+        config_file=f"{CONFIG_DIRECTORY}/{RUN_CONFIG_FILE}",
+        # Only Prepare may write to the cache.
+        hf_home=f"{CACHE_VOLUME}/huggingface" if attempt.stage is Stage.PREPARE else "/tmp/huggingface",
+        gpus=job.gpus_per_node,
+        threads=_threads(job) if attempt.stage in COMPUTING_STAGES else None,
+        rendezvous=rendezvous,
+    )
+    return common | {
         "HOME": "/tmp",
         "USER": "trainer",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # Outside Prepare the cache is read-only, and nothing is fetched that Prepare has not fetched.
-        "HF_HOME": f"{CACHE_VOLUME}/huggingface" if prepares else "/tmp/huggingface",
-        **({"HF_HUB_OFFLINE": "1"} if attempt.stage in (Stage.TRAIN, Stage.EVALUATE) else {}),
-        **({"FINETUNE_RESUME_FROM": _resume_mount(job)} if resume_from and attempt.stage is Stage.TRAIN else {}),
-        "FINETUNE_RUN_CONFIG": f"{CONFIG_DIRECTORY}/{RUN_CONFIG_FILE}",
-        "FINETUNE_TOKENS": TOKENS_DIRECTORY,
-        "FINETUNE_REPORT_CONFIGMAP": f"{job.namespace}/{job.report_name}",
-        ATTEMPT_VARIABLE: attempt.model_dump_json(by_alias=True, exclude_none=True),
-        **({GPUS_VARIABLE: str(job.gpus_per_node)} if attempt.stage in (Stage.TRAIN, Stage.EVALUATE) else {}),
+        TOKENS_VARIABLE: TOKENS_DIRECTORY,
+        REPORT_VARIABLE: f"{job.namespace}/{job.report_name}",
+        **({RESUME_VARIABLE: _resume_mount(job)} if resumes else {}),
     }
-    given = [{"name": v.name, "value": v.value} for v in job.spec.pod_template.env if v.name not in values]
-    return [*given, *({"name": name, "value": value} for name, value in values.items())]
+
+
+def _threads(job: Job) -> int | None:
+    """Threads per rank within the pod's CPU limit, or its request; None if it has neither.
+
+    Without a number, each rank would start as many threads as its node has cores.
+    """
+    resources = job.spec.pod_template.resources
+    cpu = re.fullmatch(r"([0-9.]+)(m?)", resources.limits.get("cpu") or resources.requests.get("cpu") or "")
+    if cpu is None:
+        return None
+    cores = float(cpu[1]) / (1000 if cpu[2] else 1)
+    return max(1, int(cores / job.ranks_per_node))
+
+
+def _as_list(variables: Mapping[str, str]) -> list[Manifest]:
+    return [{"name": name, "value": value} for name, value in variables.items()]
 
 
 def _resume_claim(job: Job, stage: Stage) -> str | None:
@@ -154,11 +158,11 @@ def _mounts(job: Job, stage: Stage, program: Program) -> list[Manifest]:
         {"name": "report-token", "mountPath": REPORT_TOKEN_DIRECTORY, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},
     ]
-    if stage in (Stage.TRAIN, Stage.EVALUATE):
+    if stage in COMPUTING_STAGES:
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
     if _resume_claim(job, stage) is not None:
         mounts.append({"name": "resume", "mountPath": RESUME_DIRECTORY, "readOnly": True})
-    if token_secret(job, program.token) is not None:
+    if secret_of(job.spec.credentials, program.token) is not None:
         mounts.append({"name": f"token-{program.token}", "mountPath": TOKENS_DIRECTORY, "readOnly": True})
     return mounts
 
@@ -171,16 +175,17 @@ def _volumes(job: Job, attempt: Attempt, programs: list[Program]) -> list[Manife
         {"name": "report-token", "projected": {"sources": _report_token(), "defaultMode": 0o440}},
         {"name": "tmp", "emptyDir": {}},
     ]
-    if attempt.stage in (Stage.TRAIN, Stage.EVALUATE):
-        # The default 64 MiB of /dev/shm are too little for NCCL.
+    if attempt.stage in COMPUTING_STAGES:
+        # The default 64 MiB of /dev/shm are too few for NCCL.
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
     resume_claim = _resume_claim(job, attempt.stage)
     if resume_claim is not None:
         # Read-only by the mount: a claim that is read-only as a whole could not be the run's own as well.
         volumes.append({"name": "resume", "persistentVolumeClaim": {"claimName": resume_claim}})
     for kind in dict.fromkeys(program.token for program in programs):
-        secret = token_secret(job, kind)
-        if secret is not None:
+        named = secret_of(job.spec.credentials, kind)
+        if named is not None:
+            _, secret = named
             items = [{"key": secret.key, "path": str(kind)}]
             source = {"secretName": secret.name, "items": items, "defaultMode": 0o440}
             volumes.append({"name": f"token-{kind}", "secret": source})
@@ -210,10 +215,10 @@ def _tolerations(job: Job) -> list[Manifest]:
     return [toleration.to_wire() for toleration in job.spec.pod_template.tolerations]
 
 
-def gpu_resources(job: Job) -> Manifest:
+def computing_resources(job: Job) -> Manifest:
     """Resources of a pod that computes: the user's, and the GPUs of the topology."""
     given = job.spec.pod_template.resources
-    made: Manifest = {"requests": dict(given.requests), "limits": dict(given.limits)}
+    resources: Manifest = {"requests": dict(given.requests), "limits": dict(given.limits)}
     if job.gpus_per_node:
-        made["limits"] |= {"nvidia.com/gpu": str(job.gpus_per_node)}
-    return {name: values for name, values in made.items() if values}
+        resources["limits"] |= {"nvidia.com/gpu": str(job.gpus_per_node)}
+    return {name: values for name, values in resources.items() if values}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune_api.rendezvous import DEFAULT_PORT, TORCHRUN
 from finetune_api.runconfig import Attempt
 from finetune_operator.manifests.backend import ChildState, condition_of, words
-from finetune_operator.manifests.batch import MASTER_PORT
 from finetune_operator.manifests.job import Job, Manifest, attempt_metadata
 from finetune_operator.manifests.labels import REPLICA_INDEX
 from finetune_operator.manifests.training import training_template
@@ -68,10 +68,10 @@ class PyTorchJobBackend:
 
 
 def _rendezvous(name: str) -> list[Manifest]:
-    """What the training-operator does not set: it gives PET_NNODES and PET_NPROC_PER_NODE."""
+    """What the training-operator does not set: it sets PET_NNODES and PET_NPROC_PER_NODE."""
     rank = {"fieldRef": {"fieldPath": f"metadata.labels['{REPLICA_INDEX}']"}}
     return [
-        {"name": "PET_NODE_RANK", "valueFrom": rank},
-        {"name": "PET_MASTER_ADDR", "value": f"{name}-worker-0"},
-        {"name": "PET_MASTER_PORT", "value": str(MASTER_PORT)},
+        {"name": TORCHRUN.node_rank, "valueFrom": rank},
+        {"name": TORCHRUN.address[0], "value": f"{name}-worker-0"},
+        {"name": TORCHRUN.port[0], "value": str(DEFAULT_PORT)},
     ]

@@ -1,4 +1,4 @@
-"""The pods of Train, the same whoever carries them."""
+"""The pods of Train, the same for every backend."""
 
 from __future__ import annotations
 
@@ -6,26 +6,16 @@ from collections.abc import Iterable
 
 from finetune_api.runconfig import Attempt
 from finetune_operator.manifests.job import UID_LABEL, Job, Manifest
-from finetune_operator.manifests.pod import Program, gpu_resources, pod_template
+from finetune_operator.manifests.pod import computing_resources, pod_template
 
 
 def training_template(job: Job, attempt: Attempt, container: str, rendezvous: Iterable[Manifest] = ()) -> Manifest:
-    """A pod of the gang; `container` is the name by which its carrier finds it.
+    """A pod of the gang; its backend finds the container by the name `container`.
 
-    Rendezvous is static: that bears a node 0 that comes late, where c10d would give up after 60 s.
+    Rendezvous is static: it waits for a node 0 that comes late, where c10d would give up after 60 s.
     """
-    shared = [
-        {"name": "PET_RDZV_CONF", "value": f"timeout={attempt.startup_seconds}"},
-        {"name": "NCCL_DEBUG", "value": "WARN"},
-    ]
-    template = pod_template(
-        job,
-        attempt,
-        Program(container, ("launch", "train"), "wandb"),
-        resources=gpu_resources(job),
-        environment=[*rendezvous, *shared],
-        placed=True,
-    )
+    resources = computing_resources(job)
+    template = pod_template(job, attempt, resources=resources, placed=True, container=container, variables=rendezvous)
     if job.spec.topology.nodes > 1:
         template["spec"]["affinity"] = _together(job)
     return template

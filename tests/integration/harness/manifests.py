@@ -18,7 +18,6 @@ def worker_only_pytorchjob(name: str, workers: int) -> Resource:
             },
             {"name": "PET_MASTER_ADDR", "value": f"{name}-worker-0"},
             {"name": "PET_MASTER_PORT", "value": "23456"},
-            {"name": "PET_RDZV_CONF", "value": "timeout=900"},
         ],
     }
     return {

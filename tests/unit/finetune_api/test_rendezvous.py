@@ -43,9 +43,9 @@ def test_a_machine_knows_its_place(environ: dict[str, str], expected: Rendezvous
     ("changes", "sentence"),
     [
         ({"NODE_RANK": "3"}, "NODE_RANK is 3, but NUM_NODES is 3: machines are numbered from 0."),
-        ({"NODE_RANK": "first"}, "NODE_RANK is 'first', which is not a whole number from 0 on."),
-        ({"NUM_TRAINERS": "0"}, "NUM_TRAINERS is '0', which is not a whole number from 1 on."),
-        ({"PRIMARY_PORT": "ssh"}, "PRIMARY_PORT is 'ssh', which is not a whole number from 1 on."),
+        ({"NODE_RANK": "first"}, "NODE_RANK is 'first', but must be an integer of at least 0."),
+        ({"NUM_TRAINERS": "0"}, "NUM_TRAINERS is '0', but must be an integer of at least 1."),
+        ({"PRIMARY_PORT": "ssh"}, "PRIMARY_PORT is 'ssh', but must be an integer of at least 1."),
         (
             {"PRIMARY_ADDR": "", "MASTER_ADDR": ""},
             "NUM_NODES is 3, but PRIMARY_ADDR, the address of machine 0, is not set.",
@@ -56,6 +56,11 @@ def test_what_cannot_be_is_said_in_a_sentence(changes: dict[str, str], sentence:
     with pytest.raises(ValueError) as wrong:  # noqa: PT011 - the whole sentence is compared
         rendezvous_of(runpod_variables(1, 3, 29500) | changes)
     assert str(wrong.value) == sentence
+
+
+@pytest.mark.parametrize("given", [Rendezvous(), Rendezvous(3, 2, 4, "job-worker-0", 29500, "10.0.0.3")])
+def test_a_launcher_reads_back_the_rendezvous_that_it_was_given(given: Rendezvous) -> None:
+    assert rendezvous_of(runpod_variables(0, 8, 1) | given.to_environment()) == given
 
 
 def test_ranks_follow_from_the_number_of_the_machine() -> None:

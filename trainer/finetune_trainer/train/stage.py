@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from finetune_api.report import EXIT_CODES, ExportRef, Failure, FailureClass
-from finetune_api.runconfig import DEFAULT_LEARNING_RATE
+from finetune_api.runconfig import DEFAULT_LEARNING_RATE, RESUME_VARIABLE
 from finetune_api.spec import UNPACKED, Method, ResumeFrom, Task
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.documents import DocumentStore
@@ -52,8 +52,6 @@ LONGER_ROWS_PAY = 0.9
 """Share of the computed tokens below which rows become twice as long on a CPU."""
 SAMPLED_STEPS = 8
 """Steps from which the report says how much of an epoch examples have in common."""
-RESUME_VARIABLE = "FINETUNE_RESUME_FROM"
-"""Directory at which the claim of `training.resumeFrom` is mounted."""
 
 
 def run(context: RunContext) -> None:

@@ -26,7 +26,7 @@ from finetune_operator.decision.model import Child, Pod, PodPhase
 from finetune_operator.errors import EXIT_FAILED
 from finetune_operator.local.jobfile.record import write_json
 from finetune_operator.local.processes.children import Children, Environ
-from finetune_operator.local.processes.stages import Node
+from finetune_operator.local.processes.placement import Node
 
 BEAT_SECONDS = 2.0
 LOST_SECONDS = 60.0

@@ -15,8 +15,8 @@ from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTE
 from finetune_operator.local.jobfile.record import write_json
 from finetune_operator.local.machines.coordinator import BEAT_SECONDS, Answer, Board, Order, Pulse, read
 from finetune_operator.local.processes.children import Children
+from finetune_operator.local.processes.environment import environment
 from finetune_operator.local.processes.placement import place_one_of
-from finetune_operator.local.processes.stages import environment, nodes_of
 from finetune_operator.local.processes.tokens import Tokens, without_secrets
 from finetune_operator.local.runner import POLL_SECONDS, stop_signals
 
@@ -46,7 +46,8 @@ def starter(
                 "and name it in FINETUNE_CACHE.",
                 EXIT_FAILED,
             )
-        node = nodes_of(attempt, spec, place_one_of(meeting, spec.topology, machine), meeting.port)[meeting.node_rank]
+        placement = place_one_of(meeting, spec.topology, machine)
+        node = placement.nodes_of(attempt.stage, spec, meeting.port)[meeting.node_rank]
         variables = environment(
             without_secrets(environ),
             node,

@@ -11,6 +11,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from pydantic import Field, ValidationError
 
 from finetune_api.base import ApiModel, Stage
 from finetune_api.report import Failure, FailureClass, Report, attempt_id
-from finetune_api.runconfig import Attempt
+from finetune_api.runconfig import TERMINATION_VARIABLE, TOKENS_VARIABLE, Attempt
 from finetune_operator.decision.model import Child, Pod, PodPhase
 from finetune_operator.local.jobfile.record import write_json
 from finetune_operator.local.processes import proc
-from finetune_operator.local.processes.stages import PROCESS_VARIABLE, Node, Step
+from finetune_operator.local.processes.environment import PROCESS_VARIABLE
+from finetune_operator.local.processes.placement import Node
 from finetune_operator.local.processes.tokens import Tokens, write_tokens
+from finetune_operator.programs import Program
 
 CHILDREN_FILE = "children.json"
 Environ = Callable[[Node], dict[str, str]]
@@ -191,7 +194,7 @@ class Children:
             termination = self._termination(record, node.index)
             termination.unlink(missing_ok=True)
             variables = environ(node) | {
-                "FINETUNE_TERMINATION_LOG": str(termination),
+                TERMINATION_VARIABLE: str(termination),
                 PROCESS_VARIABLE: self._marker(attempt.stage, attempt.number, node.index),
             }
             self._live[attempt.stage, attempt.number, node.index] = self._spawn(record, process, node, 0, variables)
@@ -200,13 +203,13 @@ class Children:
     def _spawn(
         self, record: ChildRecord, process: ProcessRecord, node: Node, step: int, environ: Mapping[str, str]
     ) -> _Live:
-        program = node.steps[step]
-        directory = write_tokens(self._tokens, program.tokens)
+        program = node.programs[step]
+        directory = write_tokens(self._tokens, program.token)
         process.tokens, process.step = str(directory), program.name
         with self._log(record, node, program).open("ab") as log:
             popen = subprocess.Popen(
-                program.command,
-                env=dict(environ) | {"FINETUNE_TOKENS": str(directory)},
+                program.command(sys.executable),
+                env=dict(environ) | {TOKENS_VARIABLE: str(directory)},
                 cwd=self._run,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -221,8 +224,8 @@ class Children:
         """What every process of a node inherits, so that none is lost."""
         return f"{attempt_id(self._mark, stage, number)}/{index}"
 
-    def _log(self, record: ChildRecord, node: Node, program: Step) -> Path:
-        name = program.name if program is not node.steps[-1] else f"node{node.index}"
+    def _log(self, record: ChildRecord, node: Node, program: Program) -> Path:
+        name = program.name if program is not node.programs[-1] else f"node{node.index}"
         return self._logs(record.stage, record.number) / f"{name}.log"
 
     # Waiting ------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ class Children:
             _remove(live.record.tokens)
             record = next(r for r in self._records if r.stage is stage and r.number == number)
             following = live.step + 1
-            if code == 0 and following < len(live.node.steps) and (stage, number) not in self._deleting:
+            if code == 0 and following < len(live.node.programs) and (stage, number) not in self._deleting:
                 self._live[key] = self._spawn(record, live.record, live.node, following, live.environ)
                 continue
             del self._live[key]

@@ -5,43 +5,80 @@ A node of the cluster becomes one launcher here. What differs from the file is s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from finetune_api.base import Stage
 from finetune_api.rendezvous import Rendezvous
-from finetune_api.spec import Topology
+from finetune_api.spec import FineTuneJobSpec, Topology
 from finetune_operator.devices import Gpu, Machine
 from finetune_operator.errors import UserError
+from finetune_operator.programs import Program, programs_of
 
 BYTES_PER_PROCESS = 768 << 20
-"""What a rank needs before it holds any model: interpreter, torch, gloo."""
+"""What a rank needs before it loads any model: interpreter, torch, gloo."""
 PROCESSES_PER_CORE = 4
-"""More CPU ranks than this a core make no progress worth waiting for."""
+"""More CPU ranks than this per core make no useful progress."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """The local counterpart of a pod: programs that run one after the other, the last one being the stage."""
+
+    programs: tuple[Program, ...]
+    index: int = 0
+    gpus: tuple[str, ...] = ()
+    threads: int = 1
+    """Per rank."""
+    rendezvous: Rendezvous | None = None
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How many launchers, how many ranks each, and which GPUs."""
+    """How many launchers there are, how many ranks each starts, and on which GPUs."""
 
     nodes: int
     gpus_per_node: int
     gpus: tuple[Gpu, ...] = ()
     cores: int = 1
     notes: tuple[str, ...] = ()
-    meeting: Rendezvous | None = None
-    """This machine's place among several; none: all nodes are on this machine."""
+    rendezvous: Rendezvous | None = None
+    """This machine's place among several; None: all nodes are on this machine."""
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks a launcher starts: one a GPU, or one on the CPU."""
+        """Ranks that a launcher starts: one per GPU, or one on the CPU."""
         return max(1, self.gpus_per_node)
 
     def gpu_ids(self, node: int) -> tuple[str, ...]:
         """The GPUs of one node, which is this machine where there are several."""
-        first = 0 if self.meeting else node * self.gpus_per_node
+        first = 0 if self.rendezvous else node * self.gpus_per_node
         return tuple(gpu.id for gpu in self.gpus[first : first + self.gpus_per_node])
 
+    def nodes_of(self, stage: Stage, spec: FineTuneJobSpec, port: int) -> tuple[Node, ...]:
+        """The nodes of a stage: several for training, one for every other stage.
+
+        `port` is for ranks that meet on this machine; several machines have a port of their own.
+        """
+        programs = programs_of(stage, spec)
+        if stage is Stage.TRAIN:
+            whole = self.rendezvous or Rendezvous(self.nodes, ranks_per_node=self.ranks_per_node, port=port)
+            whole = replace(whole, ranks_per_node=self.ranks_per_node)
+            here = self.ranks_per_node * (1 if self.rendezvous else self.nodes)
+            return tuple(
+                Node(programs, index, self.gpu_ids(index), self._threads(here), replace(whole, node_rank=index))
+                for index in range(self.nodes)
+            )
+        if stage is Stage.EVALUATE:
+            gpus = tuple(gpu.id for gpu in self.gpus)
+            ranks = max(1, len(gpus))
+            return (Node(programs, 0, gpus, self._threads(ranks), Rendezvous(ranks_per_node=ranks, port=port)),)
+        return (Node(programs, threads=self.cores),)
+
+    def _threads(self, ranks: int) -> int:
+        return max(1, self.cores // ranks)
+
     def apply(self, topology: Topology) -> Topology:
-        """The topology that is really run: what plan and run config should say."""
+        """The topology that is really run, for plan and run config."""
         return topology.model_copy(update={"nodes": self.nodes, "gpus_per_node": self.gpus_per_node})
 
 
@@ -62,7 +99,7 @@ def place(topology: Topology, machine: Machine) -> Placement:
     return placement
 
 
-def place_one_of(meeting: Rendezvous, topology: Topology, machine: Machine) -> Placement:
+def place_one_of(rendezvous: Rendezvous, topology: Topology, machine: Machine) -> Placement:
     """The placement on one of several machines, each of which is one node.
 
     Raises UserError if the machine has fewer GPUs than a node shall have.
@@ -71,13 +108,13 @@ def place_one_of(meeting: Rendezvous, topology: Topology, machine: Machine) -> P
     wanted = there if topology.gpus_per_node is None else topology.gpus_per_node
     if wanted > there:
         raise UserError(
-            f"topology.gpusPerNode is {wanted} and machine {meeting.node_rank} has {_gpus(there)}: "
+            f"topology.gpusPerNode is {wanted} and machine {rendezvous.node_rank} has {_gpus(there)}: "
             f"--set topology.gpusPerNode={there} on all machines uses what is there."
         )
     notes: tuple[str, ...] = ()
-    if topology.nodes != meeting.nodes:
-        notes = (f"topology.nodes is {topology.nodes}: run on the {meeting.nodes} machines that there are.",)
-    return Placement(meeting.nodes, wanted, machine.gpus[:wanted], machine.cores, notes, meeting)
+    if topology.nodes != rendezvous.nodes:
+        notes = (f"topology.nodes is {topology.nodes}: run on the {rendezvous.nodes} machines that there are.",)
+    return Placement(rendezvous.nodes, wanted, machine.gpus[:wanted], machine.cores, notes, rendezvous)
 
 
 def _on_what_is_there(nodes: int, machine: Machine) -> Placement:

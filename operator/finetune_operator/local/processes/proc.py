@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_operator.local.processes.stages import PROCESS_VARIABLE
+from finetune_operator.local.processes.environment import PROCESS_VARIABLE
 
 PROC = Path("/proc")
 _PR_SET_PDEATHSIG = 1

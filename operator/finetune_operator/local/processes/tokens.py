@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-TokenKind = Literal["hub", "publish", "wandb"]
+from finetune_api.runconfig import TokenKind
 
 SECRET_VARIABLES = (
     "HF_TOKEN",
@@ -64,12 +63,11 @@ def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in SECRET_VARIABLES}
 
 
-def write_tokens(tokens: Tokens, kinds: tuple[TokenKind, ...]) -> Path:
-    """A new directory, for this user alone, with one file for each of `kinds` that there is."""
+def write_tokens(tokens: Tokens, kind: TokenKind | None) -> Path:
+    """A new directory, for this user alone, that holds the token of that kind if there is one."""
     directory = Path(tempfile.mkdtemp(prefix="finetune-tokens-"))
-    for kind in kinds:
-        if kind in tokens.values:
-            descriptor = os.open(directory / kind, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(tokens.values[kind])
+    if kind is not None and kind in tokens.values:
+        descriptor = os.open(directory / kind, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(tokens.values[kind])
     return directory

@@ -33,7 +33,11 @@ SPEC: dict[str, object] = {
         "queueName": "team",
         "labels": {"team": "ml", "finetune.dev/uid": "forged"},
         "annotations": {"note": "x"},
-        "env": [{"name": "NCCL_IB_HCA", "value": "mlx5"}, {"name": "FINETUNE_TOKENS", "value": "/elsewhere"}],
+        "env": [
+            {"name": "NCCL_IB_HCA", "value": "mlx5"},
+            {"name": "NCCL_DEBUG", "value": "INFO"},
+            {"name": "FINETUNE_TOKENS", "value": "/elsewhere"},
+        ],
         "resources": {"requests": {"cpu": "8", "memory": "64Gi"}, "limits": {"memory": "96Gi"}},
     },
 }
@@ -201,7 +205,6 @@ def test_the_gang_is_worker_only_with_static_rendezvous_and_no_retries_of_its_ow
     assert (spec["nprocPerNode"], worker["replicas"], worker["restartPolicy"]) == ("4", 3, "Never")
     variables = environment(manifest)
     assert variables["PET_MASTER_ADDR"] == "support-train-2-worker-0"
-    assert variables["PET_RDZV_CONF"] == "timeout=900"
     assert "training.kubeflow.org/replica-index" in variables["PET_NODE_RANK"]
 
 
@@ -244,6 +247,7 @@ def test_the_pod_template_adds_what_it_may_and_overrides_nothing_of_ours(stage: 
     assert template["metadata"]["annotations"] == {"note": "x"}
     assert pod(manifest)["priorityClassName"] == "research"
     assert environment(manifest)["NCCL_IB_HCA"] == "mlx5"
+    assert environment(manifest)["NCCL_DEBUG"] == "INFO"
     names = [variable["name"] for variable in container(manifest)["env"]]
     assert len(names) == len(set(names))
     assert environment(manifest)["FINETUNE_TOKENS"] == "/var/run/secrets/finetune"
@@ -263,6 +267,26 @@ def test_pods_that_compute_are_told_how_many_gpus_they_were_given(topology: dict
     for stage in (Stage.TRAIN, Stage.EVALUATE):
         assert environment(child(stage, asked))["FINETUNE_GPUS_PER_NODE"] == gpus
     assert "FINETUNE_GPUS_PER_NODE" not in environment(child(Stage.PREPARE, asked))
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "threads"),
+    [
+        ({"requests": {"cpu": "8"}, "limits": {"cpu": "16"}}, 4, "4"),
+        ({"requests": {"cpu": "8"}}, 0, "8"),
+        ({"limits": {"cpu": "2500m"}}, 0, "2"),
+        ({"limits": {"cpu": "500m"}}, 0, "1"),
+        ({"limits": {"memory": "8Gi"}}, 0, None),
+        ({"limits": {"cpu": "1k"}}, 0, None),
+    ],
+)
+def test_the_ranks_of_a_pod_share_the_cores_that_it_may_use(
+    resources: dict[str, object], gpus: int, threads: str | None
+) -> None:
+    asked = job(topology={"gpusPerNode": gpus}, podTemplate={"resources": resources})
+    for stage in (Stage.TRAIN, Stage.EVALUATE):
+        assert environment(child(stage, asked)).get("OMP_NUM_THREADS") == threads
+    assert "OMP_NUM_THREADS" not in environment(child(Stage.PREPARE, asked))
 
 
 def test_the_attempt_is_told_to_every_container() -> None:
