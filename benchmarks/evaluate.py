@@ -14,7 +14,7 @@ import torch
 from benchmarks import jobs
 from benchmarks.harness import Figures, Result, Size, Table, in_turn, ratios, spread
 
-from finetune_api.spec import Method
+from finetune_api.traits import Method
 from finetune_trainer.data.evaluation_rows import read_evaluation
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.evaluate.generation import greedy_answers

@@ -100,7 +100,7 @@ def random_model(folder: Path, config: Figures, case: Figures, mesh: Any = None)
     """`load_model` with random weights in the place of files."""
     import torch
 
-    from finetune_api.spec import Method, Tuning
+    from finetune_api.spec import Tuning
     from finetune_trainer.model import build, nf4
 
     tuning = Tuning.model_validate({"method": case["method"], "lora": {"rank": RANK}})
@@ -114,7 +114,7 @@ def random_model(folder: Path, config: Figures, case: Figures, mesh: Any = None)
             if parameter.is_floating_point():
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 torch.nn.init.normal_(local.data, std=0.02)
-        if tuning.method is Method.QLORA:
+        if tuning.method.traits.four_bit:
             quantise(base, tuning)
 
     build._fill = fill

@@ -11,8 +11,9 @@ from finetune_api.base import API_VERSION, KIND
 from finetune_api.crd import Schema, root_schema
 from finetune_api.known_datasets import KNOWN_DATASETS
 from finetune_api.report import EXIT_CODES
-from finetune_api.spec import MUTABILITY, TASK_COLUMNS, Mutability
+from finetune_api.spec import MUTABILITY, Mutability
 from finetune_api.structure import PATTERNS
+from finetune_api.traits import Task
 
 CHANGE = {
     Mutability.ALWAYS: "at any time",
@@ -194,7 +195,7 @@ def _known_datasets() -> str:
 
 def _task_columns() -> str:
     lines = ["## Columns of a task", "", "| task | columns it reads |", "|---|---|"]
-    lines += [f"| `{task}` | {', '.join(f'`{name}`' for name in names)} |" for task, names in TASK_COLUMNS.items()]
+    lines += [f"| `{task}` | {', '.join(f'`{name}`' for name in task.traits.columns)} |" for task in Task]
     return "\n".join([*lines, ""])
 
 

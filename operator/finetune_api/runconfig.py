@@ -13,7 +13,8 @@ from pydantic import Field
 from finetune_api.base import ApiModel, Stage
 from finetune_api.known_datasets import KNOWN_DATASETS
 from finetune_api.report import attempt_id
-from finetune_api.spec import UNPACKED, Columns, Dataset, FineTuneJobSpec, Method, Splits, Task
+from finetune_api.spec import Columns, Dataset, FineTuneJobSpec, Splits
+from finetune_api.traits import Task
 
 CONFIG_VARIABLE = "FINETUNE_RUN_CONFIG"
 """Path of the run config."""
@@ -96,15 +97,6 @@ class Attempt(ApiModel):
         return attempt_id(self.uid, self.stage, self.number)
 
 
-DEFAULT_LEARNING_RATE: dict[Method, float] = {
-    Method.FULL: 1e-5,
-    Method.LORA: 2e-4,
-    Method.QLORA: 2e-4,
-    Method.PROMPT: 1e-2,
-    Method.PREFIX: 5e-3,
-}
-
-
 def _resolve_dataset(dataset: Dataset) -> Dataset:
     """What is known of the repository fills in what the user left out, field by field."""
     known = KNOWN_DATASETS.get(dataset.repo or "")
@@ -119,7 +111,7 @@ def _resolve_dataset(dataset: Dataset) -> Dataset:
 
 def resolve(spec: FineTuneJobSpec) -> FineTuneJobSpec:
     """The spec with every default filled in that follows from other fields (never from device or data)."""
-    training = spec.training
+    training, method = spec.training, spec.tuning.method.traits
     run = spec.storage.run
     datasets = [_resolve_dataset(dataset) for dataset in spec.datasets]
     several_tasks = len({dataset.task for dataset in datasets}) > 1
@@ -131,9 +123,9 @@ def resolve(spec: FineTuneJobSpec) -> FineTuneJobSpec:
             "datasets": datasets,
             "training": training.model_copy(
                 update={
-                    "learning_rate": training.learning_rate or DEFAULT_LEARNING_RATE[spec.tuning.method],
+                    "learning_rate": training.learning_rate or method.default_learning_rate,
                     "loss_reduction": reduction or training.loss_reduction,
-                    "packing": False if spec.tuning.method in UNPACKED else training.packing,
+                    "packing": training.packing if method.can_pack else False,
                 }
             ),
             "storage": spec.storage.model_copy(update={"run": run.model_copy(update={"access_mode": access_mode})}),

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from finetune_api.base import ApiModel, Duration, Fraction, Name, Quantity, RepoId, Rule
 from finetune_api.known_datasets import KNOWN_DATASETS
+from finetune_api.traits import Method, Task
 
 Path = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Text = Annotated[str, StringConstraints(max_length=20_000)]
@@ -39,40 +40,6 @@ ResourceAmount = Annotated[
 """An amount of CPU, memory or another resource: `8`, `500m`, `64Gi`."""
 Resource = Annotated[dict[str, ResourceAmount], Field(max_length=32)]
 
-
-class Task(StrEnum):
-    """What one dataset teaches; decides how its rows become prompts and how they are scored."""
-
-    CLASSIFICATION = "classification"
-    MULTIPLE_CHOICE = "multiple-choice"
-    QUESTION_ANSWERING = "question-answering"
-    CHAT = "chat"
-    SUMMARIZATION = "summarization"
-    TEXT = "text"
-
-
-class Method(StrEnum):
-    """How the model is tuned."""
-
-    FULL = "full"
-    LORA = "lora"
-    QLORA = "qlora"
-    PROMPT = "prompt"
-    PREFIX = "prefix"
-
-
-UNPACKED = (Method.PROMPT, Method.PREFIX)
-"""Methods whose documents would see each other's virtual tokens in a packed row."""
-
-TASK_COLUMNS: dict[Task, tuple[str, ...]] = {
-    Task.CLASSIFICATION: ("text", "label"),
-    Task.MULTIPLE_CHOICE: ("question", "choices", "answer", "context"),
-    Task.QUESTION_ANSWERING: ("question", "answer", "context"),
-    Task.CHAT: ("messages",),
-    Task.SUMMARIZATION: ("document", "summary"),
-    Task.TEXT: ("text",),
-}
-"""The `columns` that a task reads. Another one would have no effect, and is refused."""
 
 ONE_SOURCE = Rule(
     "has(self.repo) != has(self.path)",
@@ -111,22 +78,14 @@ def _as_by_default(prefix: str, model: type[ApiModel], *, but: str = "") -> str:
 
 def _reads_only(task: Task) -> Rule:
     """Refuse columns that rows of this task do not have."""
-    foreign = [name for name in Columns.model_fields if name not in TASK_COLUMNS[task]]
+    foreign = [name for name in Columns.model_fields if name not in task.traits.columns]
     given = " || ".join(f"has(self.columns.{name})" for name in foreign)
     return Rule(
         f"!has(self.task) || self.task != '{task}' || !({given})",
-        f"task {task} reads no other columns than {', '.join(TASK_COLUMNS[task])}: take the others out, "
+        f"task {task} reads no other columns than {', '.join(task.traits.columns)}: take the others out, "
         "or choose the task that they belong to",
         ".columns",
     )
-
-
-WITHOUT_EFFECT: dict[str, tuple[Task, ...]] = {
-    "template": (Task.CHAT,),
-    "answerTemplate": (Task.CHAT, Task.TEXT),
-    "systemPrompt": (Task.TEXT,),
-}
-"""Fields of a dataset that some tasks do not read."""
 
 
 def _no_effect(name: str, task: Task) -> Rule:
@@ -244,7 +203,12 @@ class Dataset(Source):
             "FieldValueRequired",
         ),
         *(_reads_only(task) for task in Task),
-        *(_no_effect(name, task) for name, tasks in WITHOUT_EFFECT.items() for task in tasks),
+        *(
+            _no_effect(name, task)
+            for name in ("template", "answerTemplate", "systemPrompt")
+            for task in Task
+            if name in task.traits.without_effect
+        ),
         Rule(
             "self.lossOn == 'all' || (has(self.task) && self.task == 'chat')",
             "lossOn: last chooses among the turns of a chat and has no effect on other tasks: take it out",
@@ -328,6 +292,18 @@ _LAYERS_IN_4_BITS = r"(^|[.])(q|k|v|o|gate|up|down)_proj$"
 """Linear layers whatever the architecture that calls a module so; which other names are one, the model decides."""
 
 
+def _used_only_by_its_methods(block: str, model: type[ApiModel]) -> Rule:
+    """Refuse settings of a method that is not chosen."""
+    methods = [str(method) for method in Method if block in method.traits.blocks]
+    one = len(methods) == 1
+    return Rule(
+        f"self.method {f'== {methods[0]!r}' if one else f'in {methods}'} || ({_as_by_default(f'self.{block}', model)})",
+        f"{block} is used by the method{'' if one else 's'} {' and '.join(methods)} only: "
+        f"choose {'it' if one else 'one of them'}, or take {block} out",
+        f".{block}",
+    )
+
+
 class Tuning(ApiModel):
     """What is trained."""
 
@@ -342,27 +318,18 @@ class Tuning(ApiModel):
     quantization: Quantization = Quantization()
     """Used by `qlora`."""
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Trained positions before each input, which take room in the model's context."""
+        traits = self.method.traits
+        count: int = getattr(self, traits.blocks[0]).virtual_tokens if traits.prepends_tokens else 0
+        return count
+
     cel_rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            f"self.method in ['lora', 'qlora'] || ({_as_by_default('self.lora', Lora)})",
-            "lora is used by the methods lora and qlora only: choose one of them, or take lora out",
-            ".lora",
-        ),
-        Rule(
-            f"self.method == 'prompt' || ({_as_by_default('self.prompt', PromptTuning)})",
-            "prompt is used by the method prompt only: choose it, or take prompt out",
-            ".prompt",
-        ),
-        Rule(
-            f"self.method == 'prefix' || ({_as_by_default('self.prefix', PrefixTuning)})",
-            "prefix is used by the method prefix only: choose it, or take prefix out",
-            ".prefix",
-        ),
-        Rule(
-            f"self.method == 'qlora' || ({_as_by_default('self.quantization', Quantization)})",
-            "quantization is used by the method qlora only: choose it, or take quantization out",
-            ".quantization",
-        ),
+        _used_only_by_its_methods("lora", Lora),
+        _used_only_by_its_methods("prompt", PromptTuning),
+        _used_only_by_its_methods("prefix", PrefixTuning),
+        _used_only_by_its_methods("quantization", Quantization),
         Rule(
             "self.method != 'qlora' || self.lora.init != 'pissa'",
             "pissa starts from the singular vectors of the weights, which qlora holds in 4 bits only: "

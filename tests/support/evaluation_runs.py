@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_llama
 from finetune_api.base import Stage
 from finetune_api.report import Choice, DatasetFacts, ExportRef, MemoryComponent, Plan, Report
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
-from finetune_api.spec import Task
+from finetune_api.traits import Task
 from finetune_trainer import export as exporting
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from finetune_api.spec import Method, Tuning
+from finetune_api.spec import Tuning
+from finetune_api.traits import Method
 from finetune_operator.sizing.memory import Memory, Run
 from finetune_operator.sizing.model_shapes import model_facts, shape_of
 from finetune_trainer.data.packing import Batch

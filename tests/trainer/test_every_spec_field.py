@@ -41,7 +41,8 @@ from tests.unit.finetune_operator.decision.world import LENGTHS, MODEL_FACTS, Wo
 from transformers import AutoModelForCausalLM
 
 from finetune_api.base import ApiModel
-from finetune_api.spec import FineTuneJobSpec, Method, Task, Training
+from finetune_api.spec import FineTuneJobSpec, Training
+from finetune_api.traits import Method, Task
 from finetune_api.validate import check
 from finetune_operator.manifests.children import all_manifests
 from finetune_operator.manifests.job import Job

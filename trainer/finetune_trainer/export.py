@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from finetune_api.report import FailureClass
-from finetune_api.spec import Method
 from finetune_trainer.digest import export_digest, files_of, write_digest
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import flush
@@ -71,8 +70,8 @@ def export_model(
     Raises TrainerError if a trained weight is not finite or a file reads back otherwise than it was written.
     """
     leader = not dist.is_initialized() or dist.get_rank() == 0
-    kind: Literal["adapter", "merged", "model"] = "model" if model.method is Method.FULL else format
-    if kind == "merged" and model.method in (Method.PROMPT, Method.PREFIX):
+    kind: Literal["adapter", "merged", "model"] = "model" if model.method.traits.trains_base else format
+    if kind == "merged" and not model.method.traits.can_merge:
         raise TrainerError(
             FailureClass.BAD_SPEC, f"{model.method} cannot be merged into weights: use adapter.", "publish.format"
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from finetune_api.base import Stage
-from finetune_api.spec import FineTuneJobSpec, Method
+from finetune_api.spec import FineTuneJobSpec
 
 OBJECTS_BETWEEN_WALKS = 50_000
 """New objects after which the collector looks at the young ones, while modules are imported; else 700."""
@@ -29,11 +29,11 @@ def unneeded(spec: FineTuneJobSpec, stage: Stage, gpus: int | None) -> list[str]
     if spec.model.trust_remote_code:
         return []
     found = {
-        "bitsandbytes": spec.tuning.method is not Method.QLORA,  # PEFT imports it, for 4-bit layers
+        "bitsandbytes": not spec.tuning.method.traits.four_bit,  # PEFT imports it, for 4-bit layers
         "triton": gpus == 0,  # torch imports it, to compile for GPUs
         "scipy": stage is Stage.TRAIN,  # transformers imports it, for losses of object detection
         # Tokenizers and configs need none, and transformers imports it: 700 MB in each process.
-        "torch": stage is Stage.PREPARE and spec.tuning.method is not Method.QLORA,
+        "torch": stage is Stage.PREPARE and not spec.tuning.method.traits.four_bit,
     }
     return [name for name, without_use in found.items() if without_use]
 

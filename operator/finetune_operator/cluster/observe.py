@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from finetune_api.base import Stage
 from finetune_api.report import Failure, Report
-from finetune_api.spec import Dataset, FineTuneJobSpec, Method, Model, Tuning
+from finetune_api.spec import Dataset, FineTuneJobSpec, Model, Tuning
 from finetune_api.status import AttemptRecord, JobStatus
+from finetune_api.traits import Method
 from finetune_operator.cluster.api import Object
 from finetune_operator.decision.model import Child, Environment, Missing, Observation, Pod, PodPhase
 from finetune_operator.manifests.backend import Backend, ChildState, condition_of, words

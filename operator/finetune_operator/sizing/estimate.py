@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 from finetune_api.known_datasets import KNOWN_DATASETS
 from finetune_api.report import LengthFacts, ModelFacts
-from finetune_api.spec import Dataset, FineTuneJobSpec, Task
+from finetune_api.spec import Dataset, FineTuneJobSpec
+from finetune_api.traits import Task
 from finetune_operator import devices
 from finetune_operator.errors import UserError
 from finetune_operator.sizing.gpus import Gpu, find_gpu
@@ -35,13 +36,6 @@ ASSUMED_TOKENS = 200
 """For data that cannot be seen from here."""
 LABEL_TOKENS = 4
 """Tokens of a label or a choice."""
-ANSWERED: dict[Task, float] = {
-    Task.QUESTION_ANSWERING: 0.1,
-    Task.CHAT: 0.5,
-    Task.SUMMARIZATION: 0.2,
-    Task.TEXT: 1.0,
-}
-"""Share of an example's tokens that carry a label, where answers are free text."""
 
 
 def gpu_here(gpu: devices.Gpu) -> Gpu | None:
@@ -287,7 +281,8 @@ def data_estimate(spec: FineTuneJobSpec, places: Sequence[Path]) -> DataEstimate
 
 
 def _labelled(task: Task | None, tokens: float) -> float:
-    return ANSWERED[task] * tokens if task in ANSWERED else min(LABEL_TOKENS, tokens)
+    share = task.traits.trained_share if task else None
+    return min(LABEL_TOKENS, tokens) if share is None else share * tokens
 
 
 def _look_at(dataset: Dataset, places: Sequence[Path]) -> tuple[int, float, int, str]:
@@ -326,7 +321,7 @@ def _measured(files: list[Path], dataset: Dataset) -> tuple[int, float, int, str
                     labels.add(str(row[dataset.columns.label]))
     if not sizes:
         return 1, 1.0, 1, "no rows were found"
-    overhead = 0 if dataset.task is Task.TEXT else TEMPLATE_TOKENS
+    overhead = 0 if dataset.task and dataset.task.traits.form == "text" else TEMPLATE_TOKENS
     if dataset.template is None:  # the prompt names all labels
         overhead += round(sum(len(label) + 2 for label in labels) / CHARACTERS_PER_TOKEN)
     mean = sum(sizes) / len(sizes) / CHARACTERS_PER_TOKEN + overhead

@@ -16,7 +16,8 @@ from math import ceil, prod
 from typing import Literal
 
 from finetune_api.report import MemoryComponent
-from finetune_api.spec import Lora, Method, Tuning
+from finetune_api.spec import Lora, Tuning
+from finetune_api.traits import Method, MethodTraits
 from finetune_operator.sizing.model_shapes import Dims, Matrix, Shape
 
 GIB = 1 << 30
@@ -68,9 +69,9 @@ class Run:
     """Tokens of the longest document: an attention matrix is as wide, where one exists."""
 
     @property
-    def method(self) -> Method:
+    def method(self) -> MethodTraits:
         """How the model is tuned."""
-        return self.tuning.method
+        return self.tuning.method.traits
 
     @property
     def sharded(self) -> bool:
@@ -85,12 +86,12 @@ class Run:
     @property
     def fused(self) -> bool:
         """Whether the compiler sees through a whole layer: 4-bit products break its graph."""
-        return self.compiled and self.method is not Method.QLORA
+        return self.compiled and not self.method.four_bit
 
     @property
     def trains_base(self) -> bool:
         """Whether the base model's own parameters are trained."""
-        return self.method is Method.FULL
+        return self.method.trains_base
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _selects(lora: Lora, layer: int, matrix: Matrix) -> bool:
 
 def adapted(shape: Shape, tuning: Tuning) -> dict[int, tuple[Matrix, ...]]:
     """The matrices of each layer that get a LoRA adapter; layers without any are left out."""
-    if tuning.method not in (Method.LORA, Method.QLORA):
+    if not tuning.method.traits.low_rank:
         return {}
     by_layer = {
         layer: tuple(matrix for matrix in shape.matrices if _selects(tuning.lora, layer, matrix))
@@ -164,7 +165,7 @@ def tensors(shape: Shape, run: Run) -> Iterator[Tensor]:
         yield Tensor(dims, base, ROOT, full)
     for layer in range(facts.num_hidden_layers):
         for matrix in shape.matrices:
-            if run.method is Method.QLORA:
+            if run.method.four_bit:
                 yield Tensor((ceil(matrix.out * matrix.into / 2), 1), 1, layer, packed=True)
             else:
                 yield Tensor((matrix.out, matrix.into), base, layer, full)
@@ -182,7 +183,7 @@ def _adapters(shape: Shape, tuning: Tuning) -> Iterator[Tensor]:
             yield from _low_rank(matrix.out, matrix.into, lora.rank, layer, lora.dora)
         if shape.family.experts and lora.target_modules == "all-linear":
             yield from _for_experts(shape, lora.rank, layer)
-    if tuning.method in (Method.LORA, Method.QLORA):
+    if tuning.method.traits.low_rank:
         yield from _beside_the_layers(shape, lora)
     elif tuning.method is Method.PROMPT:
         yield Tensor((tuning.prompt.virtual_tokens, facts.hidden_size), 4, ROOT, True)
@@ -226,7 +227,7 @@ def _beside_the_layers(shape: Shape, lora: Lora) -> Iterator[Tensor]:
 
 def constants_bytes(shape: Shape, tuning: Tuning) -> int:
     """QLoRA's quantisation constants, whole on every rank (https://arxiv.org/abs/2305.14314, section 3)."""
-    if tuning.method is not Method.QLORA:
+    if not tuning.method.traits.four_bit:
         return 0
     total = 0
     for matrix in shape.matrices:
@@ -302,7 +303,7 @@ class _Layer:
     @property
     def _plain_lora(self) -> bool:
         """The trainer's own layer takes its input as it is; PEFT's others copy it."""
-        return self.run.tuning.method is Method.LORA and not self.run.tuning.lora.dora
+        return self.run.method.low_rank and not self.run.method.four_bit and not self.run.tuning.lora.dora
 
     @property
     def _attention(self) -> int:
@@ -436,7 +437,7 @@ class Memory:
     def layers_with_backward(self) -> range:
         """The layers that a backward pass goes through: none below the lowest that is trained."""
         count = self.shape.facts.num_hidden_layers
-        if self.run.method in (Method.LORA, Method.QLORA):
+        if self.run.method.low_rank:
             below = any(t.trained and t.group in (EMBEDDING, ROOT) for t in self._tensors)
             embeds = "embed_tokens" in self.run.tuning.lora.target_modules + str(self.run.tuning.lora.modules_to_save)
             lowest = 0 if below and embeds else min(self._adapted, default=count)
@@ -523,7 +524,7 @@ class Memory:
         """The largest matrix in the type of the products, for its own multiplication; DoRA takes its norm as well."""
         run = self.run
         largest = max((m.out * m.into for m in self.shape.matrices), default=0)
-        total = run.compute_bytes * largest if run.method is Method.QLORA else 0
+        total = run.compute_bytes * largest if run.method.four_bit else 0
         if run.tuning.lora.dora and self._adapted:
             widest = max(m.into for matrices in self._adapted.values() for m in matrices)
             total += run.compute_bytes * (widest**2 + 3 * largest)

@@ -13,13 +13,13 @@ from math import ceil, floor
 from typing import Literal
 
 from finetune_api.report import LengthFacts, ModelFacts, Plan
-from finetune_api.spec import FineTuneJobSpec, Method
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.structure import nearest
 from finetune_operator.sizing.gpus import GIB, GPUS, Gpu, find_gpu
 from finetune_operator.sizing.memory import Memory, Run
 from finetune_operator.sizing.model_shapes import Shape, shape_of
 
-UTILISATION: dict[Method, float] = {method: 0.30 if method is Method.QLORA else 0.40 for method in Method}
+UTILISATION, UTILISATION_4_BIT = 0.40, 0.30
 """Share of the peak speed that is assumed. Published: Llama-3-8B, LoRA, one H100, bf16: 402 of 989 TFLOP/s;
 4-bit weights are dequantised for every product."""
 ROW_STEP = 256
@@ -111,16 +111,10 @@ class Planner:
 
     # --- rows and memory ---
 
-    @property
-    def _virtual_tokens(self) -> int:
-        tuning = self.spec.tuning
-        virtual = {Method.PROMPT: tuning.prompt.virtual_tokens, Method.PREFIX: tuning.prefix.virtual_tokens}
-        return virtual.get(tuning.method, 0)
-
     @cached_property
     def shortest_row(self) -> int:
         """No row can be shorter than the longest document."""
-        return max(1, self.lengths.longest + self._virtual_tokens)
+        return max(1, self.lengths.longest + self.spec.tuning.virtual_tokens)
 
     def memory(self, row: int, checkpointing: bool) -> Memory:
         """Peak memory of a rank whose rows have so many tokens."""
@@ -162,7 +156,7 @@ class Planner:
         if self.gpu is None:
             return max(self.shortest_row, min(self._wanted_row, UNKNOWN_GPU_ROW)), bool(asked)
         least = max(self.shortest_row, min(EFFICIENT_ROW, self._wanted_row))
-        can_recompute = self.spec.tuning.method is not Method.PREFIX
+        can_recompute = self.spec.tuning.method.traits.can_recompute
         checkpointing = can_recompute and not self._fits(least, False) if asked is None else asked
         return self._longest_fitting(checkpointing), checkpointing
 
@@ -199,12 +193,12 @@ class Planner:
         backward = len(memory.layers_with_backward) / max(1, layers)
         passes = 1 + backward + (backward if self.layout[1] else 0)
         active = self.shape.active_parameters
-        trained = active if self.spec.tuning.method is Method.FULL else memory.trained_parameters
+        full = self.spec.tuning.method.traits.trains_base
+        trained = active if full else memory.trained_parameters
         queries = facts.num_attention_heads * facts.head_dim
         attention = layers * 2 * self._tokens_per_document * queries
         head = facts.vocab_size * facts.hidden_size
         labelled = min(1.0, self.lengths.labelled / max(1, self.lengths.tokens))
-        full = self.spec.tuning.method is Method.FULL
         per_token = (2 * active + attention) * passes + attention * backward + 2 * trained
         return self.tokens * (per_token + labelled * head * (6 if full else 4))
 
@@ -212,7 +206,7 @@ class Planner:
     def utilisation(self) -> float:
         """Share of the GPUs' peak speed that is assumed; less where several wait for weights with little to compute."""
         busy = 1.0 if self.ranks == 1 else min(1.0, self.tokens_per_rank_step / EFFICIENT_ROW)
-        return UTILISATION[self.spec.tuning.method] * busy
+        return (UTILISATION_4_BIT if self.spec.tuning.method.traits.four_bit else UTILISATION) * busy
 
     @cached_property
     def hours(self) -> float | None:
@@ -353,9 +347,9 @@ def _smaller_batch(batch: int, plan: Plan) -> int:
 
 def _smaller_adapter(planner: Planner) -> str:
     tuning = planner.spec.tuning
-    if tuning.method is Method.FULL:
-        return ": tuning.method lora trains fewer"
-    if tuning.method not in (Method.LORA, Method.QLORA) or tuning.lora.rank <= 2:
+    if tuning.method.traits.trains_base:
+        return f": tuning.method {tuning.method.traits.lighter[0]} trains fewer"
+    if not tuning.method.traits.low_rank or tuning.lora.rank <= 2:
         return ""
     rank = max(2, tuning.lora.rank // 4)
     lora = tuning.lora.model_copy(update={"rank": rank})
@@ -402,16 +396,13 @@ def _ways(planner: Planner) -> Iterator[tuple[str, Planner]]:
     """Changes that lower the memory, the gentlest first."""
     spec = planner.spec
     tuning, training, topology = spec.tuning, spec.training, spec.topology
-    if training.activation_checkpointing is False and tuning.method is not Method.PREFIX:
+    if training.activation_checkpointing is False and tuning.method.traits.can_recompute:
         on = training.model_copy(update={"activation_checkpointing": True})
         yield "training.activationCheckpointing: true", _changed(planner, training=on)
     if topology.sharding == "hybrid" and topology.nodes > 1:
         yield "topology.sharding: full", _changed(planner, topology=topology.model_copy(update={"sharding": "full"}))
-    if tuning.method is Method.LORA and tuning.lora.init != "pissa":
-        qlora = tuning.model_copy(update={"method": Method.QLORA})
-        yield "tuning.method: qlora", _changed(planner, tuning=qlora)
-    if tuning.method is Method.FULL:
-        for method in (Method.LORA, Method.QLORA):
+    for method in tuning.method.traits.lighter:
+        if not (method.traits.four_bit and tuning.lora.init == "pissa"):
             yield f"tuning.method: {method}", _changed(planner, tuning=tuning.model_copy(update={"method": method}))
     yield from _more_gpus(planner)
     yield from _shorter_documents(planner)

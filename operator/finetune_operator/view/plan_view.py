@@ -10,7 +10,7 @@ from rich.text import Text
 
 from finetune_api.cel import own_violations
 from finetune_api.report import Plan
-from finetune_api.spec import FineTuneJobSpec, Method
+from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.view.words import count, duration
 
 GIB = 1 << 30
@@ -147,7 +147,7 @@ def _row_words(plan: Plan, holder: str) -> str:
 
 
 def _formula(spec: FineTuneJobSpec, plan: Plan) -> str:
-    formula = "6N a token" if spec.tuning.method is Method.FULL else "4N a token and the adapters"
+    formula = "6N a token" if spec.tuning.method.traits.trains_base else "4N a token and the adapters"
     if plan.activation_checkpointing:
         formula += ", 2N to recompute"
     return f"{formula}, attention; N: matrix elements"

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from finetune_api.spec import Columns, Task
+from finetune_api.spec import Columns
+from finetune_api.traits import Task
 from finetune_trainer.data.examples import BadRowError, Example, read_example, read_messages
 from finetune_trainer.prepare.columns import find_columns
 

@@ -7,7 +7,8 @@ from tests.support.assets import smollm2_directory
 from tests.support.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from finetune_api.spec import Columns, Task
+from finetune_api.spec import Columns
+from finetune_api.traits import Task
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.examples import BadRowError, Example, read_example
 from finetune_trainer.data.render import Rendering, few_shot_of, render_evaluation, render_training

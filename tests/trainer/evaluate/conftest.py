@@ -11,7 +11,7 @@ import pytest
 from tests.support.evaluation_runs import EvaluationRun, evaluation_run
 
 from finetune_api.runconfig import Paths
-from finetune_api.spec import Task
+from finetune_api.traits import Task
 from finetune_trainer.evaluate import stage
 from finetune_trainer.failures import write_json
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune_api.spec import Task
+from finetune_api.traits import Task
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.evaluate.bootstrap import interval, resampled_values
 from finetune_trainer.evaluate.compare import Answered, changes, compare, confusion, label_table

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
-from finetune_api.spec import Method, Tuning
+from finetune_api.spec import Tuning
+from finetune_api.traits import Method
 from finetune_trainer.data.manifest import PreparedModel
 from finetune_trainer.evaluate.likelihood import Closed, has_virtual_tokens, plain_scores, tree_scores
 from finetune_trainer.evaluate.models import Source, opened, opened_both

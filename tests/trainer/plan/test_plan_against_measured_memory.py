@@ -6,7 +6,8 @@ import pytest
 from tests.support.measured_memory import Case, kept_bytes, llama_3_8b, tracked_peak
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from finetune_api.spec import Method, Tuning
+from finetune_api.spec import Tuning
+from finetune_api.traits import Method
 from finetune_operator.sizing.memory import LOGITS_PER_BLOCK, LOGITS_PER_CHUNK
 from finetune_trainer.model import loss
 

@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from finetune_api.spec import Method, Quantization, Tuning
+from finetune_api.spec import Quantization, Tuning
+from finetune_api.traits import Method
 from finetune_operator.sizing.memory import Memory, Run, constants_bytes
 from finetune_operator.sizing.model_shapes import FAMILIES, model_facts, shape_of
 from finetune_trainer.data.order import total_steps

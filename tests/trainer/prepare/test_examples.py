@@ -14,7 +14,8 @@ from tests.support.assets import fetch, smollm2_directory
 
 from finetune_api.base import Stage
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
-from finetune_api.spec import FineTuneJob, Method, Task
+from finetune_api.spec import FineTuneJob
+from finetune_api.traits import Method, Task
 from finetune_operator.cli import run_command_line
 from finetune_trainer.context import RunContext
 from finetune_trainer.prepare import preview

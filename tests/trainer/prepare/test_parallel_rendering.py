@@ -7,7 +7,8 @@ from tests.support.prepare_runs import labelled, write_rows
 from tests.support.tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from finetune_api.spec import Dataset, Task
+from finetune_api.spec import Dataset
+from finetune_api.traits import Task
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.render import Rendering
 from finetune_trainer.prepare import workers

@@ -21,7 +21,8 @@ from tests.support.ranks import PRELOADED
 from finetune_api.base import Stage
 from finetune_api.report import Report
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
-from finetune_api.spec import FineTuneJobSpec, Task
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.traits import Task
 from finetune_trainer.data.documents import DocumentWriter
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, PreparedModel, Span
 

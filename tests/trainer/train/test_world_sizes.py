@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from tests.trainer.train.jobs import PAD, DatasetOf, Job, make_job, start, train
 
-from finetune_api.spec import Lora, Method, Task, Tuning
+from finetune_api.spec import Lora, Tuning
+from finetune_api.traits import Method, Task
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.model.build import load_model
 from finetune_trainer.train.batches import Batcher

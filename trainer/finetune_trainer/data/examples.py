@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune_api.spec import Task
+from finetune_api.traits import Task
 
 Message = dict[str, str]
 Found = Mapping[str, str | tuple[str, ...]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune_api.base import ApiModel
-from finetune_api.spec import Task
+from finetune_api.traits import Task
 
 MANIFEST_FILE = "manifest.json"
 

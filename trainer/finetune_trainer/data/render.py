@@ -11,31 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetune_api.spec import Task
+from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, Message, Segment, Tokens
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.data.examples import UNANSWERABLE, BadRowError, Example
 from finetune_trainer.data.templates import TemplateRowError, compile_template
 
-DEFAULT_TEMPLATES: dict[Task, str] = {
-    Task.CLASSIFICATION: ("Classify the text. Answer with one of: {{ labels | join(', ') }}.\n\nText: {{ text }}"),
-    Task.MULTIPLE_CHOICE: (
-        "{% if context %}{{ context }}\n\n{% endif %}{{ question }}\n\nAnswer with one of:\n"
-        "{% for choice in choices %}- {{ choice }}\n{% endfor %}"
-    ),
-    Task.QUESTION_ANSWERING: (
-        "{% if context %}Answer the question from the text."
-        "{% if may_be_unanswerable %} If the text does not answer it, say: {{ unanswerable }}.{% endif %}"
-        "\n\nText: {{ context }}\n\nQuestion: {{ question }}{% else %}{{ question }}{% endif %}"
-    ),
-    Task.SUMMARIZATION: "Summarise the text.\n\n{{ document }}",
-    Task.TEXT: "{{ text }}",
-}
-DEFAULT_ANSWER = "{{ answer }}"
-CUT_FROM: dict[Task, str] = {Task.CLASSIFICATION: "text", Task.SUMMARIZATION: "document"}
-"""What is cut at its end where a prompt is too long. A question or its context is never cut: the row is left out."""
-CLOSED = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE)
-LIKELIHOOD_ONLY = (Task.CHAT, Task.TEXT)
 MAX_CUTS = 8
 
 
@@ -69,17 +50,6 @@ class Rendering:
         }
 
 
-TEMPLATE_VARIABLES: dict[Task, tuple[str, ...]] = {
-    Task.CLASSIFICATION: ("text", "label", "labels"),
-    Task.MULTIPLE_CHOICE: ("question", "choices", "context", "answer"),
-    Task.QUESTION_ANSWERING: ("question", "context", "answer", "may_be_unanswerable", "unanswerable"),
-    Task.SUMMARIZATION: ("document", "summary", "answer"),
-    Task.TEXT: ("text",),
-    Task.CHAT: ("messages",),
-}
-"""What a user's template may use beside the columns."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """The documents of one row."""
@@ -109,9 +79,9 @@ class FewShot:
 def render_training(how: Rendering, example: Example) -> Rendered:
     """Documents to learn from. Raises BadRowError where the row does not fit or the template refuses it."""
     try:
-        if how.task is Task.TEXT:
+        if how.task.traits.form == "text":
             return Rendered(_text_documents(how, example))
-        if how.task is Task.CHAT:
+        if how.task.traits.form == "chat":
             return _chat_documents(how, example)
         answer = how.format.answer_ids(answer_text(how, example, example.answer))
         question = _question(how, example, room=how.max_tokens - len(answer))
@@ -133,7 +103,7 @@ def render_evaluation(
     answer_tokens: room kept for a generated answer. Raises BadRowError as `render_training` does.
     """
     key = f"{dataset}/{example.row}"
-    if how.task in LIKELIHOOD_ONLY:
+    if how.task.traits.scoring is Scoring.LIKELIHOOD:
         rendered = render_training(how, example).documents
         ids = [key] if len(rendered) == 1 else [f"{key}#{number}" for number in range(1, len(rendered) + 1)]
         return [
@@ -180,14 +150,14 @@ def _evaluation_row(
 
 
 def _candidates(how: Rendering, example: Example) -> tuple[list[str] | None, int | None]:
-    if how.task is Task.CLASSIFICATION:
+    if how.task.traits.has_labels:
         return list(how.labels), how.labels.index(example.answer)
     return example.candidates, example.gold
 
 
 def question_text(how: Rendering, variables: Mapping[str, Any]) -> str:
     """The prompt of a row, before the chat template."""
-    return compile_template(how.template or DEFAULT_TEMPLATES[how.task])({**variables, **how.constants}).strip()
+    return compile_template(how.template or how.task.traits.template)({**variables, **how.constants}).strip()
 
 
 def answer_text(how: Rendering, example: Example, answer: str) -> str:
@@ -217,7 +187,7 @@ def few_shot_of(how: Rendering, examples: Sequence[Example]) -> FewShot:
 def _question(how: Rendering, example: Example, room: int) -> _Question:
     """The rendered prompt in at most `room` tokens, its text cut at the end where the task allows that."""
     variables = dict(example.variables)
-    cut = CUT_FROM.get(how.task, "")
+    cut = how.task.traits.cut_from
     removed = 0
     for _ in range(MAX_CUTS):
         messages = how.format.with_system(

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.report import Interval, MetricResult
-from finetune_api.spec import Task
+from finetune_api.traits import Task
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.evaluate.bootstrap import SEED, interval, resampled_values
 from finetune_trainer.evaluate.gate import MACRO
-from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER, PRIMARY, Answer, measure, metrics_of, row_score
+from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER, Answer, measure, metrics_of, row_score
 
 Float64 = npt.NDArray[np.float64]
 
@@ -48,7 +48,9 @@ def compare(datasets: Sequence[Answered], asked: Sequence[str]) -> list[Compared
     for index, dataset in enumerate(datasets):
         names = metrics_of(dataset.task, asked)
         for name in names if dataset.rows else []:
-            one, resampled = _compare_one(dataset, name, primary=name == PRIMARY[dataset.task], seed=SEED + index)
+            one, resampled = _compare_one(
+                dataset, name, primary=name == dataset.task.traits.primary_metric, seed=SEED + index
+            )
             compared.append(one)
             if one.result.primary:
                 macro.append((one.result, resampled))
@@ -181,7 +183,7 @@ def changes(dataset: Answered) -> tuple[list[Change], list[Change]]:
     """Rows that became better and rows that became worse, the largest changes first, else in their order."""
     if dataset.base is None:
         return [], []
-    name = PRIMARY[dataset.task]
+    name = dataset.task.traits.primary_metric
     all_ = [
         Change(row, base, tuned, row_score(name, row, tuned) - row_score(name, row, base))
         for row, base, tuned in zip(dataset.rows, dataset.base, dataset.tuned, strict=True)

@@ -17,41 +17,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api.spec import Task
+from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 
 Float64 = npt.NDArray[np.float64]
 
-PRIMARY: dict[Task, str] = {
-    Task.CLASSIFICATION: "accuracy",
-    Task.MULTIPLE_CHOICE: "accuracy",
-    Task.QUESTION_ANSWERING: "f1",
-    Task.SUMMARIZATION: "rouge-l",
-    Task.CHAT: "neg-loss",
-    Task.TEXT: "neg-loss",
+EXTRA: dict[str, tuple[tuple[str, ...], frozenset[Scoring]]] = {
+    "accuracy": (("accuracy",), frozenset({Scoring.CANDIDATES, Scoring.LIKELIHOOD})),
+    "macro-f1": (("macro-f1",), frozenset({Scoring.CANDIDATES})),
+    "exact-match": (("exact-match",), frozenset({Scoring.GENERATION})),
+    "f1": (("f1",), frozenset({Scoring.GENERATION})),
+    "rouge": (("rouge-l", "rouge-1", "rouge-2"), frozenset({Scoring.GENERATION})),
+    "bleu": (("bleu",), frozenset({Scoring.GENERATION})),
+    "perplexity": (("perplexity",), frozenset({Scoring.CANDIDATES, Scoring.LIKELIHOOD})),
 }
-"""The metric that the gate reads; higher is better for all of them."""
-
-OWN: dict[Task, tuple[str, ...]] = {
-    Task.CLASSIFICATION: ("accuracy", "macro-f1"),
-    Task.MULTIPLE_CHOICE: ("accuracy",),
-    Task.QUESTION_ANSWERING: ("f1", "exact-match"),
-    Task.SUMMARIZATION: ("rouge-l", "rouge-1", "rouge-2"),
-    Task.CHAT: ("neg-loss", "perplexity"),
-    Task.TEXT: ("neg-loss", "perplexity"),
-}
-"""Metrics of each task, the primary one first."""
-
-EXTRA: dict[str, tuple[tuple[str, ...], frozenset[Task]]] = {
-    "accuracy": (("accuracy",), frozenset({Task.CLASSIFICATION, Task.MULTIPLE_CHOICE, Task.CHAT, Task.TEXT})),
-    "macro-f1": (("macro-f1",), frozenset({Task.CLASSIFICATION, Task.MULTIPLE_CHOICE})),
-    "exact-match": (("exact-match",), frozenset({Task.QUESTION_ANSWERING, Task.SUMMARIZATION})),
-    "f1": (("f1",), frozenset({Task.QUESTION_ANSWERING, Task.SUMMARIZATION})),
-    "rouge": (("rouge-l", "rouge-1", "rouge-2"), frozenset({Task.QUESTION_ANSWERING, Task.SUMMARIZATION})),
-    "bleu": (("bleu",), frozenset({Task.QUESTION_ANSWERING, Task.SUMMARIZATION})),
-    "perplexity": (("perplexity",), frozenset({Task.CLASSIFICATION, Task.MULTIPLE_CHOICE, Task.CHAT, Task.TEXT})),
-}
-"""`evaluation.metrics`: what each asks for, and the tasks it can be measured on."""
+"""`evaluation.metrics`: what each asks for, and how rows are scored that it can be measured on."""
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
 
@@ -93,10 +73,10 @@ class Measure:
 
 def metrics_of(task: Task, asked: Sequence[str]) -> list[str]:
     """Names of the metrics of a dataset: the task's own, the primary one first, then what was asked for."""
-    names = list(OWN[task])
+    names = list(task.traits.metrics)
     for extra in asked:
-        given, tasks = EXTRA[extra]
-        names += [name for name in given if task in tasks and name not in names]
+        given, scorings = EXTRA[extra]
+        names += [name for name in given if task.traits.scoring in scorings and name not in names]
     return names
 
 

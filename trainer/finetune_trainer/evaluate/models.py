@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from finetune_api.spec import Method
+from finetune_api.traits import Method
 from finetune_trainer.data.manifest import PreparedManifest, PreparedModel
 
 Variant = Literal["base", "tuned"]
@@ -53,7 +53,7 @@ class Source:
     @property
     def base_directory(self) -> Path:
         """What the adapter is loaded on: the 4-bit copy if it was trained on that."""
-        quantised = self.is_adapter and self.method is Method.QLORA and self.base.nf4_directory
+        quantised = self.is_adapter and self.method.traits.four_bit and self.base.nf4_directory
         return Path(quantised if quantised else self.base.directory)
 
 

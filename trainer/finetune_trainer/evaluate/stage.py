@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from finetune_api.report import FailureClass, Progress, Report, Results
-from finetune_api.spec import Method, Task
+from finetune_api.traits import Task
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.evaluation_rows import EvaluationRow, read_baseline, read_evaluation
@@ -31,7 +31,7 @@ from finetune_trainer.evaluate.compare import Answered, Compared, compare
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.evaluate.generation import greedy_answers
 from finetune_trainer.evaluate.likelihood import Budget, has_virtual_tokens, tree_disagreement
-from finetune_trainer.evaluate.metrics import EXTRA, OWN, Answer
+from finetune_trainer.evaluate.metrics import EXTRA, Answer
 from finetune_trainer.evaluate.models import Source, Variant, fits_on_one_device, manifest_source, opened_both
 from finetune_trainer.evaluate.page.build import Prompted, Story, write_page
 from finetune_trainer.evaluate.ranks import Ranks
@@ -321,15 +321,16 @@ def _put_together(
 def _add_baselines(context: RunContext, answered: Sequence[Answered]) -> None:
     for dataset in answered:
         path = context.prepared / "baseline" / f"{dataset.name}.jsonl"
-        if dataset.task is Task.CLASSIFICATION and path.exists():
+        if dataset.task.traits.has_labels and path.exists():
             dataset.baselines.update(baselines.classification_baselines(list(read_baseline(path)), dataset.rows))
 
 
 def _warn_of_metrics_without_effect(context: RunContext, manifest: PreparedManifest) -> None:
     tasks = {dataset.task for dataset in manifest.datasets}
-    measured = {name for task in tasks for name in OWN[task]}
+    measured = {name for task in tasks for name in task.traits.metrics}
     for asked in context.config.spec.evaluation.metrics:
-        names, of_tasks = EXTRA[asked]
+        names, scorings = EXTRA[asked]
+        of_tasks = {task for task in Task if task.traits.scoring in scorings}
         if not tasks & of_tasks and not set(names) & measured:
             wanted = ", ".join(sorted(of_tasks))
             context.reporter.warn(f"evaluation.metrics: {asked} is measured on {wanted}; this job has no such dataset.")
@@ -402,7 +403,7 @@ def _origin(context: RunContext, manifest: PreparedManifest, source: Source, dig
         "prepared": manifest.digest,
         "export": digest,
         "precision": str(source.dtype).removeprefix("torch."),
-        "quantized": source.is_adapter and source.method is Method.QLORA,
+        "quantized": source.is_adapter and source.method.traits.four_bit,
         "device": torch.cuda.get_device_name() if source.device.type == "cuda" else "cpu",
         "ranks": context.world_size,
         "intervals": STATEMENT,

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune_api.report import FailureClass
-from finetune_api.spec import Lora, Method, Tuning
+from finetune_api.spec import Lora, Tuning
+from finetune_api.traits import Method
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import nf4
 from finetune_trainer.model.lora_linear import LoraLinear
@@ -46,7 +47,7 @@ def attach(model: PreTrainedModel, tuning: Tuning, adapter_directory: Path | Non
     """
     if adapter_directory is not None:
         config = _existing(adapter_directory)
-    elif tuning.method in (Method.LORA, Method.QLORA):
+    elif tuning.method.traits.low_rank:
         config = lora_config(model, tuning.lora)
     elif tuning.method is Method.PROMPT:
         config = PromptTuningConfig(
@@ -54,7 +55,7 @@ def attach(model: PreTrainedModel, tuning: Tuning, adapter_directory: Path | Non
         )
     else:
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tuning.prefix.virtual_tokens)
-    if isinstance(config, LoraConfig) and tuning.method is not Method.QLORA:  # 4-bit layers are linear layers too
+    if isinstance(config, LoraConfig) and not tuning.method.traits.four_bit:  # 4-bit layers are linear layers too
         config._register_custom_module({nn.Linear: LoraLinear})
     try:
         peft_model: PeftModel = get_peft_model(model, config, low_cpu_mem_usage=True)

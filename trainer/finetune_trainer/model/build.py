@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import AutoTokenizer, PreTrainedModel
 
 from finetune_api.report import Choice, FailureClass
-from finetune_api.spec import UNPACKED, Method, Tuning
+from finetune_api.spec import Tuning
+from finetune_api.traits import Method
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import adapters, nf4
@@ -144,7 +145,7 @@ class CausalModel(nn.Module):
 
         Full tuning exchanges in every backward pass, or each rank would hold the whole model's gradients.
         """
-        if self.method is not Method.FULL and isinstance(self, FSDPModule):
+        if not self.method.traits.trains_base and isinstance(self, FSDPModule):
             self.set_requires_gradient_sync(last)
 
     def _precision(self, batch: Batch) -> AbstractContextManager[Any]:
@@ -254,8 +255,8 @@ def load_model(
     _refuse_combinations(method, tuning, activation_checkpointing)
     nf4.refuse_quantized(directory, trust_remote_code)
     config = read_config(directory, trust_remote_code)
-    packed = packing and method not in UNPACKED
-    base = empty_model(config, torch.float32 if method is Method.FULL else precision, "eager", trust_remote_code)
+    packed = packing and method.traits.can_pack
+    base = empty_model(config, torch.float32 if method.traits.trains_base else precision, "eager", trust_remote_code)
     chosen = choose_attention(
         attention,
         config=base.config.get_text_config(),
@@ -284,10 +285,10 @@ def load_model(
         if mesh is not None:
             shard(root, layers, [] if _tied(base) else [base.get_input_embeddings()], mesh, precision)
         _materialise(root, base, buffers, device)
-        if method is Method.QLORA:
+        if method.traits.four_bit:
             nf4.read_states(base, files, device)
         _fill(base, weights)
-        if method is Method.QLORA and mesh is not None:
+        if method.traits.four_bit and mesh is not None:
             check_bits(base, layers[0], weights)
     _initialise(root, directory, tuning, seed, adapter_directory)
     root.trainable = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
@@ -301,7 +302,7 @@ def load_model(
 
 
 def _source(directory: Path, method: Method, nf4_directory: Path | None) -> Path:
-    if method is not Method.QLORA:
+    if not method.traits.four_bit:
         return directory
     if nf4_directory is None:
         raise ValueError("qlora needs the 4-bit copy that Prepare writes")
@@ -368,13 +369,13 @@ def _head_width(config: Any) -> int:
 
 def _refuse_combinations(method: Method, tuning: Tuning, activation_checkpointing: bool) -> None:
     """What cannot be computed rightly, whatever the spec's own rules let through (an out-of-memory forces options)."""
-    if method is Method.PREFIX and activation_checkpointing:
+    if activation_checkpointing and not method.traits.can_recompute:
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            "prefix tuning cannot recompute activations: set training.activationCheckpointing to false.",
+            f"{method.traits.title} cannot recompute activations: set training.activationCheckpointing to false.",
             "training.activationCheckpointing",
         )
-    if method is Method.QLORA and tuning.lora.init == "pissa":
+    if method.traits.four_bit and tuning.lora.init == "pissa":
         raise TrainerError(
             FailureClass.BAD_SPEC,
             "PiSSA takes the adapter out of the base, which a 4-bit base cannot express: use lora, or init: default.",
@@ -385,13 +386,13 @@ def _refuse_combinations(method: Method, tuning: Tuning, activation_checkpointin
 def _attach(
     base: PreTrainedModel, method: Method, tuning: Tuning, precision: torch.dtype, adapter_directory: Path | None
 ) -> PreTrainedModel | PeftModel:
-    if method is Method.FULL:
+    if method.traits.trains_base:
         return base.requires_grad_(True)
-    if method is Method.QLORA:
+    if method.traits.four_bit:
         nf4.refuse_saving_quantized(base, tuning.lora.modules_to_save)
         nf4.make_linear_4bit(base, tuning.quantization, _compute_dtype(tuning, precision))
     attached = adapters.attach(base, tuning, adapter_directory)
-    if method is Method.QLORA:
+    if method.traits.four_bit:
         nf4.pack_empty(base)
     return attached
 
@@ -487,7 +488,7 @@ def _initialise(root: CausalModel, directory: Path, tuning: Tuning, seed: int, a
         return
     if adapter_directory is not None:
         adapters.load_adapter(model, adapter_directory)
-    elif root.method in (Method.LORA, Method.QLORA):
+    elif root.method.traits.low_rank:
         adapters.initialise_lora(root.causal_lm, tuning.lora, seed)
         if tuning.lora.init == "pissa":
             factors = {name: p for name, p in root.named_parameters() if ".lora_A." in name or ".lora_B." in name}

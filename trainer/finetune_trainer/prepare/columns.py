@@ -5,35 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune_api.report import FailureClass
-from finetune_api.spec import Columns, Task
+from finetune_api.spec import Columns
+from finetune_api.traits import USUAL_COLUMNS, Task
 from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
 
-USUAL: dict[str, tuple[str, ...]] = {
-    "text": ("text", "sentence", "content", "tweet", "review", "utterance", "query", "comment", "claim", "document"),
-    "label": ("label", "labels", "sentiment", "category", "intent", "class", "target", "topic"),
-    "question": ("question", "query", "prompt", "goal", "question_stem", "sentence", "ctx"),
-    "choices": ("choices", "options", "endings", "candidates"),
-    "answer": ("answer", "answerKey", "answers", "answer_key", "label", "target", "gold"),
-    "context": ("context", "passage", "paragraph", "article"),
-    "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
-    "document": ("document", "article", "text", "dialogue", "source", "content"),
-    "summary": ("summary", "highlights", "abstract", "target", "headline", "tldr"),
-}
-"""Names under which a column is looked for, the most usual first; case does not matter."""
-
-NEEDED: dict[Task, tuple[str, ...]] = {
-    Task.CLASSIFICATION: ("text", "label"),
-    Task.MULTIPLE_CHOICE: ("question", "choices", "answer"),
-    Task.QUESTION_ANSWERING: ("question", "answer"),
-    Task.CHAT: ("messages",),
-    Task.SUMMARIZATION: ("document", "summary"),
-    Task.TEXT: ("text",),
-}
-OPTIONAL: dict[Task, tuple[str, ...]] = {
-    Task.QUESTION_ANSWERING: ("context",),
-    Task.MULTIPLE_CHOICE: ("context",),
-}
 MADE_BY_TEMPLATE = ("text", "question", "document")
 """What a `template` makes out of other columns, so that its own column need not exist."""
 
@@ -58,14 +34,14 @@ def find_columns(
     """
     found: dict[str, str | tuple[str, ...]] = {}
     taken: set[str] = set(filter(None, configured.model_dump().values()))
-    for role in (*NEEDED[task], *OPTIONAL.get(task, ())):
+    for role in task.traits.columns:
         given: str | None = getattr(configured, role)
         column = _configured(role, given, present, where, field) if given else _usual(role, present, taken)
         if column is not None:
             found[role] = column
             taken.update([column] if isinstance(column, str) else column)
-        elif role in NEEDED[task] and not (templated and role in MADE_BY_TEMPLATE):
-            usual = ", ".join(USUAL[role][:4])
+        elif role not in task.traits.optional_columns and not (templated and role in MADE_BY_TEMPLATE):
+            usual = ", ".join(USUAL_COLUMNS[role][:4])
             raise TrainerError(
                 FailureClass.BAD_DATA,
                 f"{where} has no column for {role} under a usual name ({usual}, …): set columns.{role} "
@@ -87,7 +63,7 @@ def _configured(role: str, given: str, present: Sequence[str], where: str, field
 
 def _usual(role: str, present: Sequence[str], taken: set[str]) -> str | tuple[str, ...] | None:
     by_lower = {name.lower(): name for name in reversed(present) if name not in taken}
-    for name in USUAL[role]:
+    for name in USUAL_COLUMNS[role]:
         if name.lower() in by_lower:
             return by_lower[name.lower()]
     if role == "choices":

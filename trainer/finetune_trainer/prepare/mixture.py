@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.report import FailureClass
-from finetune_api.spec import Split, Task
+from finetune_api.spec import Split
 from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.near_duplicates import METHOD, joined, keep_together
@@ -88,7 +88,7 @@ def _divide(reading: Reading, scans: dict[str, Scan], split: Split, selects: boo
     for i, side in zip(chosen, assigned, strict=True):
         sides[i] = side
     division = Division(reading, scans, {own.train: sides}, "none", ())
-    if reading.task is Task.CLASSIFICATION:
+    if reading.task.traits.has_labels:
         trained = {label for label, side in zip(train.labels, sides, strict=True) if side == "train"}
         division.labels = tuple(sorted(trained))
     if own.validation is not None:
@@ -149,7 +149,7 @@ def _exclude_held_out(division: Division) -> None:
 
 
 def _check_labels(division: Division) -> None:
-    if division.reading.task is not Task.CLASSIFICATION:
+    if not division.reading.task.traits.has_labels:
         return
     name, known = division.reading.name, set(division.labels)
     for split, sides in division.sides.items():

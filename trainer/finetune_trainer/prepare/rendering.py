@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from finetune_api.spec import Task
 from finetune_trainer.data.documents import DocumentBatch
 from finetune_trainer.data.evaluation_rows import BaselineRow, json_line
 from finetune_trainer.data.examples import BadRowError, Example
@@ -115,7 +114,7 @@ class Renderer:
                 outcome.written.bad.add(order.row.place, str(error))
                 continue
             scored += lines
-            if self.how.task is Task.CLASSIFICATION and order.side in ("train", "left out"):
+            if self.how.task.traits.has_labels and order.side in ("train", "left out"):
                 baseline.append(json_line(BaselineRow(example.text, example.answer, used=order.side == "train")))
         outcome.written.scored = len(scored)
         outcome.scored, outcome.baseline = "".join(scored), "".join(baseline)

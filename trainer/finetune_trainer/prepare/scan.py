@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.report import FailureClass
-from finetune_api.spec import Dataset, Task
+from finetune_api.spec import Dataset
+from finetune_api.traits import Task
 from finetune_trainer.data.examples import UNANSWERABLE, BadRowError, Example, read_example
-from finetune_trainer.data.render import TEMPLATE_VARIABLES
 from finetune_trainer.data.templates import TemplateRowError, check_template, compile_filter, near_match
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.columns import find_columns
@@ -177,17 +177,12 @@ def open_reading(spec: Dataset, index: int, source: DatasetSource) -> Reading:
 
 
 def _check_templates(spec: Dataset, task: Task, present: tuple[str, ...], field: str) -> None:
-    without_effect = {
-        Task.CHAT: ("template", "answer_template"),
-        Task.TEXT: ("answer_template", "system_prompt"),
-    }.get(task, ())
-    for name in without_effect:
-        if getattr(spec, name) is not None:
-            camel = {"answer_template": "answerTemplate", "system_prompt": "systemPrompt"}.get(name, name)
+    for name in task.traits.without_effect:
+        if spec.to_wire().get(name) is not None:
             raise TrainerError(
-                FailureClass.BAD_SPEC, f"{camel} has no effect on task {task.value}: remove it.", f"{field}.{camel}"
+                FailureClass.BAD_SPEC, f"{name} has no effect on task {task.value}: remove it.", f"{field}.{name}"
             )
-    known = (*present, *TEMPLATE_VARIABLES[task])
+    known = (*present, *task.traits.variables)
     if spec.template is not None:
         check_template(spec.template, known, f"{field}.template")
     if spec.answer_template is not None:
@@ -206,7 +201,7 @@ class Look:
     def __call__(self, rows: Sequence[SourceRow]) -> Seen:
         """What is kept of these rows."""
         seen, texts = Seen(), list[str]()
-        classified, group_by = self.reading.task is Task.CLASSIFICATION, self.reading.spec.group_by
+        classified, group_by = self.reading.task.traits.has_labels, self.reading.spec.group_by
         for row in rows:
             seen.foreign += row.foreign_bytes
             try:
@@ -223,7 +218,7 @@ class Look:
             seen.labels.append(sys.intern(example.answer) if classified else "")
             if group_by is not None:
                 seen.groups.append(content_key(0, repr(example.variables.get(group_by))))
-            seen.unanswerable |= self.reading.task is Task.QUESTION_ANSWERING and example.answers == [UNANSWERABLE]
+            seen.unanswerable |= self.reading.task.traits.may_be_unanswerable and example.answers == [UNANSWERABLE]
             texts.append(example.text)
         seen.signatures = signatures(texts)
         return seen

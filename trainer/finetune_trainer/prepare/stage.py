@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune_api.report import Progress, Report
 from finetune_api.runconfig import RunConfig, resolve
-from finetune_api.spec import FineTuneJobSpec, Method
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.documents import DocumentStore, DocumentWriter
@@ -46,7 +46,7 @@ from finetune_trainer.prepare.models import (
 )
 from finetune_trainer.prepare.rendering import Written
 from finetune_trainer.prepare.scan import scan_all
-from finetune_trainer.prepare.tokenizer import document_limit, open_chat, virtual_tokens
+from finetune_trainer.prepare.tokenizer import document_limit, open_chat
 from finetune_trainer.prepare.workers import Workers
 from finetune_trainer.prepare.write import DatasetWriter, rendering_of
 
@@ -78,7 +78,7 @@ def config_digest(config: RunConfig) -> str:
         "model": spec.model.to_wire(),
         "datasets": [dataset.to_wire() for dataset in spec.datasets],
         "split": spec.split.to_wire(),
-        "tuning": [spec.tuning.method, spec.tuning.quantization.to_wire(), virtual_tokens(spec)],
+        "tuning": [spec.tuning.method, spec.tuning.quantization.to_wire(), spec.tuning.virtual_tokens],
         "training": [training.max_sequence_length, selects(spec)],
         "evaluation": [evaluation.few_shot, evaluation.max_rows, evaluation.max_new_tokens],
         "paths": [config.paths.source, config.paths.cache],
@@ -221,7 +221,7 @@ def _prepared_model(
         adapter_directory=str(adapter[0]) if adapter else None,
         adapter_source=adapter[1] if adapter else "",
     )
-    if spec.tuning.method is not Method.QLORA:
+    if not spec.tuning.method.traits.four_bit:
         return model
     context.reporter.activity("writing the 4-bit copy")
     copy = nf4_copy(model, spec.tuning.quantization, context.cache)

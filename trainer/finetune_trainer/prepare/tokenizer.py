@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.report import FailureClass
-from finetune_api.spec import FineTuneJobSpec, Method
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, choose_pad, with_plain_template
 from finetune_trainer.failures import TrainerError
@@ -80,17 +80,9 @@ def document_limit(context: RunContext, spec: FineTuneJobSpec, config: Any) -> i
     """Tokens of a document at most: `maxSequenceLength`, within the model's context less the virtual tokens."""
     asked = spec.training.max_sequence_length
     longest = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
-    room = (longest or asked + virtual_tokens(spec)) - virtual_tokens(spec)
+    room = longest - spec.tuning.virtual_tokens if longest else asked
     if asked > room:
         context.reporter.warn(
             f"training.maxSequenceLength {asked} is more than the model's context has room for: {room} is used."
         )
     return min(asked, room)
-
-
-def virtual_tokens(spec: FineTuneJobSpec) -> int:
-    """Trained positions that take room in the context."""
-    tuning = spec.tuning
-    if tuning.method is Method.PROMPT:
-        return tuning.prompt.virtual_tokens
-    return tuning.prefix.virtual_tokens if tuning.method is Method.PREFIX else 0

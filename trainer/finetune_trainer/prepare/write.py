@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO, get_args
 
 from finetune_api.report import FailureClass
-from finetune_api.spec import Task
+from finetune_api.traits import Scoring
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.documents import DocumentWriter
 from finetune_trainer.data.examples import Example
@@ -28,7 +28,7 @@ def rendering_of(division: Division, chat: ChatFormat, max_tokens: int) -> Rende
         task=reading.task,
         format=chat,
         max_tokens=max_tokens,
-        labels=division.labels if reading.task is Task.CLASSIFICATION else (),
+        labels=division.labels if reading.task.traits.has_labels else (),
         may_be_unanswerable=any(scan.unanswerable for scan in division.scans.values()),
         system_prompt=spec.system_prompt,
         template=spec.template or "",
@@ -77,7 +77,7 @@ class DatasetWriter:
         with ExitStack() as stack:
             scored = stack.enter_context(self._opened("evaluation"))
             baseline = None
-            if reading.task is Task.CLASSIFICATION:
+            if reading.task.traits.has_labels:
                 baseline = stack.enter_context(self._opened("baseline"))
             for outcome in self._outcomes():
                 self.tick(outcome.rows)
@@ -111,7 +111,7 @@ class DatasetWriter:
     def _orders(self, split: str, sides: Sequence[Side]) -> Iterator[Order]:
         """What is wanted of each row of a split."""
         scan = self.division.scans[split]
-        skipped: set[Side] = {"excluded"} if self.how.task is Task.CLASSIFICATION else {"excluded", "left out"}
+        skipped: set[Side] = {"excluded"} if self.how.task.traits.has_labels else {"excluded", "left out"}
         side_of = SideOf(scan.rows, sides, skipped)
         for row in self.division.reading.rows(scan.split, side_of):
             side = side_of[row.number]
@@ -124,7 +124,7 @@ class DatasetWriter:
 
     def _few_shot_examples(self) -> list[Example]:
         """The first training rows by rank, label by label in turn: never a held-out row."""
-        if not self.few_shot or self.how.task in (Task.CHAT, Task.TEXT):
+        if not self.few_shot or self.how.task.traits.scoring is Scoring.LIKELIHOOD:
             return []
         split = self.division.reading.spec.splits.train
         scan, sides = self.division.scans[split], self.division.sides[split]

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from finetune_api.report import MetricResult, Results
 from finetune_api.runconfig import RunConfig
-from finetune_api.spec import Dataset, FineTuneJobSpec, Task
+from finetune_api.spec import Dataset, FineTuneJobSpec
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.evaluate.baselines import WORDS
 from finetune_trainer.evaluate.bootstrap import STATEMENT
@@ -29,14 +29,6 @@ HERE = Path(__file__).parent
 CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 
-TASK_TYPES: dict[Task, tuple[str, str]] = {
-    Task.CLASSIFICATION: ("text-classification", "Text classification"),
-    Task.MULTIPLE_CHOICE: ("multiple-choice", "Multiple choice"),
-    Task.QUESTION_ANSWERING: ("question-answering", "Question answering"),
-    Task.CHAT: ("text-generation", "Chat"),
-    Task.SUMMARIZATION: ("summarization", "Summarization"),
-    Task.TEXT: ("text-generation", "Text"),
-}
 METRIC_TYPES = {"rouge-l": "rouge", "rouge-1": "rouge", "rouge-2": "rouge", "exact-match": "exact_match"}
 METRIC_TYPES |= {"macro-f1": "f1", "neg-loss": "loss"}
 
@@ -111,10 +103,9 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 def _eval_result(facts: CardFacts, metric: MetricResult) -> EvalResult:
     prepared = facts.manifest.dataset(metric.dataset)
     dataset = _spec_dataset(facts.config.spec, metric.dataset)
-    task_type, task_name = TASK_TYPES[prepared.task]
     return EvalResult(
-        task_type=task_type,
-        task_name=task_name,
+        task_type=prepared.task.traits.hub_task,
+        task_name=prepared.task.traits.title,
         dataset_type=dataset.repo or metric.dataset,
         dataset_name=metric.dataset,
         dataset_config=dataset.config,
@@ -167,13 +158,13 @@ def _view(facts: CardFacts) -> dict[str, Any]:
         "stronger": [_baseline(m, who, v) for m in primary for who, v in m.baselines.items() if v > m.tuned],
         "data": [_data(facts, dataset) for dataset in spec.datasets],
         "training": _training(spec),
-        "lora": spec.tuning.lora if spec.tuning.method.value in ("lora", "qlora") else None,
+        "lora": spec.tuning.lora if spec.tuning.method.traits.low_rank else None,
         "epochs": training.epochs,
         "origin": _origin(facts),
         "job": reproducible_job(facts),
         "digest": results.export_digest,
         "operator_version": (facts.origin.get("versions") or {}).get("finetune-operator", ""),
-        "chat": any(d.task is Task.CHAT for d in facts.manifest.datasets),
+        "chat": any(d.task.traits.form == "chat" for d in facts.manifest.datasets),
         "few": min((m.rows for m in primary), default=0),
     }
 
@@ -224,13 +215,13 @@ def public_source(source: str, path: str | None) -> str:
 def _training(spec: FineTuneJobSpec) -> list[tuple[str, str]]:
     training, lora = spec.training, spec.tuning.lora
     lines = [("Method", spec.tuning.method.value)]
-    if spec.tuning.method.value in ("lora", "qlora"):
+    if spec.tuning.method.traits.low_rank:
         lines.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.target_modules}"))
         kinds = [
             name for name, on in (("DoRA", lora.dora), ("rsLoRA", lora.rslora), ("PiSSA", lora.init == "pissa")) if on
         ]
         lines += [("Variants", ", ".join(kinds))] if kinds else []
-    if spec.tuning.method.value == "qlora":
+    if spec.tuning.method.traits.four_bit:
         quantization = spec.tuning.quantization
         double = ", double quantisation" if quantization.double_quant else ""
         lines.append(("Base in training", f"4-bit {quantization.type}{double}"))

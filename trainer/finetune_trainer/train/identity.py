@@ -27,7 +27,6 @@ FREE_TRAINING_FIELDS = {
 """Fields of `training` that change how, not what, is computed, or only what is looked at."""
 STARTING_FIELDS = {"tuning.lora.dropout", "tuning.lora.bPlusRatio", "tuning.lora.init", "tuning.prompt.initText"}
 """Fields of `tuning` that say how weights begin or are learnt, not what they mean."""
-METHOD_BLOCKS = {"lora": ("lora",), "qlora": ("lora", "quantization"), "prompt": ("prompt",), "prefix": ("prefix",)}
 
 
 def training_identity(spec: FineTuneJobSpec, model_digest: str, data_digest: str) -> Identity:
@@ -38,7 +37,7 @@ def training_identity(spec: FineTuneJobSpec, model_digest: str, data_digest: str
     kept = {
         "datasets": wire["datasets"],
         "split": wire["split"],
-        "tuning": {k: v for k, v in tuning.items() if k in ("method", *METHOD_BLOCKS.get(tuning["method"], ()))},
+        "tuning": {k: v for k, v in tuning.items() if k in ("method", *spec.tuning.method.traits.blocks)},
         "training": {k: v for k, v in training.items() if k not in FREE_TRAINING_FIELDS},
     }
     return {**dict(_flat(kept)), "model": model_digest, "prepared data": data_digest}

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from finetune_api.report import EXIT_CODES, ExportRef, Failure, FailureClass
-from finetune_api.runconfig import DEFAULT_LEARNING_RATE, RESUME_VARIABLE
-from finetune_api.spec import UNPACKED, Method, ResumeFrom, Task
+from finetune_api.runconfig import RESUME_VARIABLE
+from finetune_api.spec import ResumeFrom
+from finetune_api.traits import Scoring
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.manifest import PreparedManifest
@@ -46,7 +47,6 @@ from finetune_trainer.train.tracking import NoTracker, Tracker, WandbTracker
 from finetune_trainer.train.validate import Validator
 from finetune_trainer.train.watchdog import Watchdog
 
-CLOSED_TASKS = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE)
 VALIDATIONS_PER_EPOCH = 4
 LONGER_ROWS_PAY = 0.9
 """Share of the computed tokens below which rows become twice as long on a CPU."""
@@ -89,7 +89,7 @@ def build_loop(
 ) -> Loop:
     """The loop with everything in it, resumed from the newest checkpoint. Collective."""
     spec, attempt = context.config.spec, context.attempt
-    training, method = spec.training, spec.tuning.method
+    training, method = spec.training, spec.tuning.method.traits
     manifest = PreparedManifest.read(context.prepared)
     if training.deterministic:
         processes.be_deterministic()
@@ -100,7 +100,7 @@ def build_loop(
         betas=(training.betas[0], training.betas[1]),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        b_plus_ratio=spec.tuning.lora.b_plus_ratio if method in (Method.LORA, Method.QLORA) else 1.0,
+        b_plus_ratio=spec.tuning.lora.b_plus_ratio if method.low_rank else 1.0,
         world_size=context.world_size,
     )
     train, validation = build_batchers(context, manifest, device, model.shares_prefixes)
@@ -115,7 +115,7 @@ def build_loop(
     total = order.total_steps(training.epochs, training.max_steps)
     validator = None
     if validation is not None:
-        closed = np.array([dataset.task in CLOSED_TASKS for dataset in manifest.datasets])
+        closed = np.array([dataset.task.traits.scoring is Scoring.CANDIDATES for dataset in manifest.datasets])
         names = [dataset.name for dataset in manifest.datasets]
         validator = Validator(validation, names, closed, training.validation_rows, training.seed, device)
     plan = Plan(
@@ -142,7 +142,7 @@ def build_loop(
     state = resume(context, checkpoints, optimizer, identity, training.resume_from)
     schedule = Schedule(
         kind=training.scheduler.type,
-        peak=training.learning_rate or DEFAULT_LEARNING_RATE[method],
+        peak=training.learning_rate or method.default_learning_rate,
         total=total,
         warmup_ratio=training.scheduler.warmup_ratio,
         minimum_ratio=training.min_learning_rate_ratio,
@@ -213,12 +213,10 @@ def build_batchers(
 ) -> tuple[Batcher, Batcher | None]:
     """The batchers of training and of validation (None where there is nothing to validate on)."""
     spec, choose = context.config.spec, context.reporter.choose
-    method, training = spec.tuning.method, spec.training
-    unpacked = method in UNPACKED
+    training, unpacked = spec.training, not spec.tuning.method.traits.can_pack
     packing = not unpacked if training.packing is None else training.packing
     choose("packing", "on" if packing else "off", _why_packed(unpacked, training.packing))
-    virtual = {Method.PROMPT: spec.tuning.prompt.virtual_tokens, Method.PREFIX: spec.tuning.prefix.virtual_tokens}
-    virtual_tokens = virtual.get(method, 0)
+    virtual_tokens = spec.tuning.virtual_tokens
 
     def batcher(store: DocumentStore) -> Batcher:
         longest = int(store.lengths.max()) + virtual_tokens

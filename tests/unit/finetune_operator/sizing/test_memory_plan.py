@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.support.jobs import job
 
 from finetune_api.report import LengthFacts, ModelFacts, Plan
-from finetune_api.spec import FineTuneJobSpec, Method
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.traits import Method
 from finetune_operator.sizing.gpus import GIB, Gpu, find_gpu
 from finetune_operator.sizing.model_shapes import known_model
 from finetune_operator.sizing.plan import CPU_ROW, ROW_BUDGET, _smaller_batch, plan_run, planner_for

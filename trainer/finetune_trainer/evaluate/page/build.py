@@ -22,13 +22,13 @@ from markupsafe import Markup
 from finetune_api.base import Stage
 from finetune_api.report import Plan, Report, Results
 from finetune_api.runconfig import RunConfig
-from finetune_api.spec import Task
+from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest
 from finetune_trainer.evaluate.baselines import WORDS
 from finetune_trainer.evaluate.bootstrap import STATEMENT
 from finetune_trainer.evaluate.compare import Answered, Change, Compared, LabelLine, changes, confusion, label_table
 from finetune_trainer.evaluate.gate import MACRO
-from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER, PRIMARY
+from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER
 from finetune_trainer.evaluate.page.charts import Level, Series, heatmap, level_chart, line_chart, minus
 from finetune_trainer.reports import newest_done
 
@@ -100,7 +100,7 @@ def _view(story: Story) -> dict[str, Any]:
         "job": story.config.job.name,
         "created": story.created.strftime("%d %B %Y, %H:%M UTC"),
         "model": story.manifest.model.source,
-        "method": METHODS[spec.tuning.method.value],
+        "method": spec.tuning.method.traits.title,
         "dataset_names": _and([dataset.name for dataset in story.answered]),
         "rows": f"{sum(len(dataset.rows) for dataset in story.answered):,}",
         "split": results.split,
@@ -112,7 +112,7 @@ def _view(story: Story) -> dict[str, Any]:
         "lines": [_line(one, _all_percent(story.compared)) for one in _without_lone_macro(story.compared)],
         "statement": STATEMENT,
         "precision": story.origin.get("precision", "") + (", 4-bit base" if story.origin.get("quantized") else ""),
-        "how_scored": _how_scored({dataset.task for dataset in story.answered}),
+        "how_scored": _how_scored({dataset.task.traits.scoring for dataset in story.answered}),
         "curves": curves(story.metrics),
         "training_facts": _training_facts(train, story.metrics),
         "prompted": story.prompted,
@@ -127,15 +127,6 @@ def _view(story: Story) -> dict[str, Any]:
         "origin": list(flat(story.origin)),
         "spec": yaml.safe_dump(spec.to_wire(), sort_keys=False, allow_unicode=True, width=100),
     }
-
-
-METHODS = {
-    "full": "full fine-tuning",
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-    "prompt": "prompt tuning",
-    "prefix": "prefix tuning",
-}
 
 
 # -- words ------------------------------------------------------------------------------------------------------
@@ -237,13 +228,13 @@ def _without_lone_macro(compared: Sequence[Compared]) -> Sequence[Compared]:
     return [one for one in compared if not (lone and one.result.dataset == MACRO)]
 
 
-def _how_scored(tasks: set[Task]) -> str:
+def _how_scored(scorings: set[Scoring]) -> str:
     sentences = []
-    if tasks & {Task.CLASSIFICATION, Task.MULTIPLE_CHOICE}:
+    if Scoring.CANDIDATES in scorings:
         sentences.append("Closed answers: the candidate with the highest log-probability, end token included.")
-    if tasks & {Task.QUESTION_ANSWERING, Task.SUMMARIZATION}:
+    if Scoring.GENERATION in scorings:
         sentences.append("Free answers: greedy decoding.")
-    if tasks & {Task.CHAT, Task.TEXT}:
+    if Scoring.LIKELIHOOD in scorings:
         sentences.append("Chat and text: likelihood of the held-out tokens (neg-loss is minus the mean loss in nats).")
     return " ".join(sentences)
 
@@ -313,7 +304,7 @@ def _dataset_view(dataset: Answered, prepared: PreparedDataset) -> dict[str, Any
     view: dict[str, Any] = {
         "name": dataset.name,
         "task": dataset.task.value,
-        "exact": PRIMARY[dataset.task] == "accuracy",
+        "exact": dataset.task.traits.primary_metric == "accuracy",
         "with_base": dataset.base is not None,
         "fixed": [_change(c, dataset.task) for c in fixed[:EXAMPLES_SHOWN]],
         "fixed_total": len(fixed),
@@ -323,7 +314,7 @@ def _dataset_view(dataset: Answered, prepared: PreparedDataset) -> dict[str, Any
         "confused": [],
         "labels": [],
     }
-    if dataset.task is not Task.CLASSIFICATION:
+    if not dataset.task.traits.has_labels:
         return view
     labels = dataset.rows[0].candidates or prepared.labels
     matrix = confusion(dataset.rows, dataset.tuned, len(labels))
@@ -344,7 +335,7 @@ def _dataset_view(dataset: Answered, prepared: PreparedDataset) -> dict[str, Any
 
 def _change(change_: Change, task: Task) -> dict[str, str]:
     row = change_.row
-    if task in (Task.CHAT, Task.TEXT):
+    if task.traits.scoring is Scoring.LIKELIHOOD:
         gold, said = "–", [f"loss {a.nll / max(1, a.tokens):.3f}" for a in (change_.base, change_.tuned)]
     else:
         gold = row.candidates[row.gold or 0] if row.candidates else " | ".join(row.answers)
