@@ -1,4 +1,4 @@
-"""What every model of the API shares: names in camelCase, no unknown fields, CEL rules beside the fields.
+"""Base of all API models: names in camelCase, no unknown fields, CEL rules beside the fields.
 
 Nothing here may import a Kubernetes client, torch, or anything of the operator or the trainer.
 """
@@ -16,7 +16,7 @@ from pydantic.alias_generators import to_camel
 
 @dataclass(frozen=True)
 class Rule:
-    """A cross-field rule, written once as CEL and carried out by the API server and `finetune validate` alike.
+    """A cross-field rule, written once as CEL and evaluated by both the API server and `finetune validate`.
 
     `rule` sees the object as `self` (and, for a transition rule, its last state as `oldSelf`);
     `field` is the path, relative to the object, that the error points at.
@@ -72,7 +72,7 @@ RepoId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9
 """`owner/name` on the Hub."""
 
 Duration = Annotated[str, StringConstraints(pattern=r"^([0-9]+(h|m|s))+$", max_length=32)]
-"""A length of time such as `90s`, `15m`, `1h30m`."""
+"""A duration such as `90s`, `15m`, `1h30m`."""
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$", max_length=32)]
 """A Kubernetes quantity of bytes such as `200Gi`."""
@@ -81,7 +81,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _rfc3339(value: datetime) -> str:
-    # Some twenty times a status; strftime takes ten times as long.
+    # Called some twenty times per status; strftime takes ten times as long.
     return f"{value.isoformat()[:19]}Z"
 
 

@@ -1,4 +1,4 @@
-"""The models' CEL rules, carried out here as the API server carries them out: same strings, same sentences.
+"""Evaluation of the models' CEL rules as on the API server: same rules, same messages.
 
 cel-python is imported with the first rule that is evaluated, not before.
 """
@@ -29,7 +29,7 @@ class Violation:
 def violations(model: ApiModel, old: ApiModel | None = None, path: PathParts = ()) -> Iterator[Violation]:
     """Yield the rules of the model and of everything in it that do not hold.
 
-    With `old`, the state before a change, the transition rules (those that say `oldSelf`) are carried out
+    With `old`, the state before a change, the transition rules (those that say `oldSelf`) are evaluated
     too; as on the API server, not within lists, whose entries have no identity.
     """
     yield from own_violations(model, old, path)

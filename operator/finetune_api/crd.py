@@ -1,7 +1,7 @@
-"""The CustomResourceDefinition, made from the models: types, limits, defaults, descriptions, rules, columns.
+"""The CustomResourceDefinition, generated from the models: types, limits, defaults, descriptions, rules, columns.
 
-A structural schema as the API server wants it: no references, no nulls, no `additionalProperties: false`.
-Fields that may be left out without a default are simply not required.
+A structural schema as the API server requires: no references, no nulls, no `additionalProperties: false`.
+Fields without a default that can be left out are simply not required.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLUMNS: tuple[tuple[str, str, str, int], ...] = (
 @cache
 def render() -> str:
     """The CRD as YAML, ready for `kubectl apply --server-side -f -`."""
-    head = "# Made from operator/finetune_api by `make generate`; edits are lost.\n"
+    head = "# Generated from operator/finetune_api by `make generate`; edits are lost.\n"
     return head + yaml.safe_dump(definition(), sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -52,7 +52,7 @@ def definition() -> dict[str, Any]:
         "metadata": {
             "name": f"{PLURAL}.{GROUP}",
             "labels": {"app.kubernetes.io/name": "finetune-operator"},
-            # Uninstalling the chart must not delete everybody's jobs.
+            # Uninstalling the chart must not delete all jobs.
             "annotations": {"helm.sh/resource-policy": "keep"},
         },
         "spec": {
@@ -104,7 +104,7 @@ def root_schema() -> Schema:
 
 
 def model_schema(model: type[ApiModel], *, defaults: bool = True) -> Schema:
-    """Structural schema of one model. Without `defaults` (status) nothing is filled in that nobody wrote."""
+    """Structural schema of one model. Without `defaults` (status), the API server fills nothing in."""
     wire = model.model_json_schema(by_alias=True, mode="validation")
     return _object(model, wire, wire.get("$defs", {}), defaults)
 
@@ -177,7 +177,7 @@ def _bounds(wire: Schema) -> Schema:
 
 
 def _default(value: object) -> object:
-    """A default, whole: the API server carries out the rules on it before it fills in what lies below."""
+    """A complete default: the API server evaluates the rules on it before it fills in nested defaults."""
     return value.to_wire() if isinstance(value, ApiModel) else value
 
 

@@ -1,4 +1,4 @@
-"""The reference page, made from the CRD's schema and the tables beside the models: every field, every rule."""
+"""The reference page, generated from the CRD's schema and the tables beside the models: every field, every rule."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CHANGE = {
     Mutability.NEVER: "never",
 }
 
-HEAD = f"""<!-- Made from operator/finetune_api by `make generate`; edits are lost. -->
+HEAD = f"""<!-- Generated from operator/finetune_api by `make generate`; edits are lost. -->
 # FineTuneJob reference
 
-`apiVersion: {API_VERSION}`, `kind: {KIND}`, short name `ftj`. On a cluster the same text is in
-`kubectl explain ftj.spec --recursive`; `finetune validate FILE` checks a file against all of it.
+All fields of a FineTuneJob: `apiVersion: {API_VERSION}`, `kind: {KIND}`, short name `ftj`. On a cluster,
+`kubectl explain ftj.spec --recursive` shows the same text. `finetune validate FILE` checks a file against it.
 
 Only [`model`](#specmodel), [`datasets`](#specdatasets) and [`tuning.method`](#spectuning) are required.
-A field without a default may be left out: its description says what happens then.
+Fields without a default can be left out; their description says what happens then.
 """
 
 
@@ -38,11 +38,11 @@ def render() -> str:
     root = root_schema()
     spec, status = root["properties"]["spec"], root["properties"]["status"]
     parts = [HEAD, "## Contents\n", *_contents(spec, "spec"), ""]
-    parts += _section("spec", spec, "The fields of a job, and when each may change once the job exists.")
+    parts += _section("spec", spec, "The fields of a job, and when each can change once the job exists.")
     for name, schema in spec["properties"].items():
         parts += _sections(f"spec.{name}", schema, CHANGE[MUTABILITY[name]])
     parts += [_rules(root), _known_datasets(), _task_columns(), _exit_codes()]
-    parts += _section("status", status, "What the operator (or `finetune run`) says happened. Nobody else writes it.")
+    parts += _section("status", status, "What happened so far. Written only by the operator or `finetune run`.")
     for name, schema in status["properties"].items():
         parts += _sections(f"status.{name}", schema, None)
     return "\n".join(parts).rstrip() + "\n"
@@ -54,7 +54,7 @@ def _contents(schema: Schema, path: str) -> Iterator[str]:
         for name, below in schema["properties"].items()
     )
     yield "- [rules](#rules)"
-    yield "- [datasets known by name](#datasets-known-by-name), [columns of a task](#columns-of-a-task)"
+    yield "- [datasets known by name](#datasets-known-by-name), [columns per task](#columns-per-task)"
     yield "- [exit codes of the trainer](#exit-codes-of-the-trainer)"
     yield "- [`status`](#status)"
 
@@ -74,7 +74,7 @@ def _sections(path: str, schema: Schema, change: str | None) -> list[str]:
     if below is not schema and below.get("description", "") != schema["description"]:
         intro.append(f"Each entry: {below['description'][:1].lower()}{below['description'][1:]}")
     if change is not None:
-        intro.append(f"May change: {change}.")
+        intro.append(f"Can change: {change}.")
     parts = _section(shown, below, " ".join(intro))
     for name, field in below["properties"].items():
         parts += _sections(f"{shown}.{name}", field, None)
@@ -85,7 +85,7 @@ def _section(path: str, schema: Schema, intro: str) -> list[str]:
     required = set(schema.get("required", ()))
     depth = min(2 + path.count("."), 4)
     top = path == "spec"
-    head = "| field | type | default | | may change |" if top else "| field | type | default | |"
+    head = "| field | type | default | description |" + (" can change |" if top else "")
     lines = [f"{'#' * depth} {path}", "", intro, "", head, "|---" * (head.count("|") - 1) + "|"]
     for name, field in schema["properties"].items():
         label = f"[`{name}`]({_anchor(f'{path}.{name}')})" if _object_in(field) else f"`{name}`"
@@ -157,9 +157,9 @@ def _rules(root: Schema) -> str:
     lines = [
         "## Rules",
         "",
-        "What fields may not say together. The API server and `finetune validate` refuse it with the same sentence.",
+        "Combinations of fields that are refused. The API server and `finetune validate` give the same message.",
         "",
-        "| field | sentence |",
+        "| field | message |",
         "|---|---|",
     ]
     for path, rule in _all_rules(root, ""):
@@ -181,7 +181,7 @@ def _known_datasets() -> str:
     lines = [
         "## Datasets known by name",
         "",
-        "For these `repo` alone is enough; what is written in the job comes first.",
+        "For these datasets `repo` is sufficient. Fields that are set in the job take precedence.",
         "",
         "| repo | task | columns | splits |",
         "|---|---|---|---|",
@@ -194,7 +194,7 @@ def _known_datasets() -> str:
 
 
 def _task_columns() -> str:
-    lines = ["## Columns of a task", "", "| task | columns it reads |", "|---|---|"]
+    lines = ["## Columns per task", "", "| task | columns |", "|---|---|"]
     lines += [f"| `{task}` | {', '.join(f'`{name}`' for name in task.traits.columns)} |" for task in Task]
     return "\n".join([*lines, ""])
 
@@ -203,7 +203,7 @@ def _exit_codes() -> str:
     lines = [
         "## Exit codes of the trainer",
         "",
-        "What a pod's container exits with; the same class is in its termination message and in the status.",
+        "Exit codes of a pod's container. The same class is in its termination message and in the status.",
         "",
         "| class | code |",
         "|---|---|",

@@ -1,7 +1,7 @@
 """YAML text as documents with line numbers, read as the API server's clients read it.
 
 PyYAML takes `2e-4` for text and `2024-01-01` for a date; kubectl takes the first for a number and the second
-for text. Whoever reads a job's file reads it here, so that the same file means the same everywhere.
+for text. All job files are read here, so that the same file means the same everywhere.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _Loader.add_implicit_resolver(
 
 
 class DocumentError(ValueError):
-    """Text that is no document: `sentence` says what is wrong, `line` (from 1) where."""
+    """Text that is not a document: `sentence` says what is wrong, `line` (from 1) where."""
 
     def __init__(self, sentence: str, line: int | None = None) -> None:
         super().__init__(sentence if line is None else f"line {line}: {sentence}")
@@ -65,7 +65,7 @@ class Document:
     """Line (from 1) of each field and list entry."""
 
     def line(self, path: PathParts) -> int | None:
-        """Line of that path, or of the nearest thing around it that is there."""
+        """Line of that path, or of the nearest enclosing field that exists."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path)
@@ -97,11 +97,11 @@ def read_documents(text: str) -> Iterator[Document]:
 
 
 def _words(error: yaml.MarkedYAMLError) -> str:
-    problem = str(error.problem or error.context or "it cannot be read")
+    problem = str(error.problem or error.context or "cannot be read")
     if "\\t" in problem or "'\t'" in problem:
-        return "a tab where spaces are needed; YAML is indented with spaces only"
+        return "found a tab; indent YAML with spaces only"
     if problem == "mapping values are not allowed here":
-        return "a second ': ' in one line, or a wrong indentation; put text that contains ': ' in quotes"
+        return "a second ': ' in one line, or wrong indentation; put text that contains ': ' in quotes"
     if problem == "could not determine a constructor for the tag":
         return problem
     return f"{problem} ({error.context})" if error.context and error.problem else problem
@@ -114,7 +114,7 @@ def _measure(node: Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """
     if id(node) in known:
         if known[id(node)] == (0, 0):
-            raise DocumentError("an alias (*) that refers to what it stands in", node.start_mark.line + 1)
+            raise DocumentError("an alias (*) that refers to an enclosing value", node.start_mark.line + 1)
         return known[id(node)]
     known[id(node)] = (0, 0)
     inner: list[Node] = []
@@ -125,7 +125,7 @@ def _measure(node: Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     sizes = [_measure(part, known) for part in inner]
     values, levels = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
     if values > MAX_VALUES:
-        sentence = f"more than {MAX_VALUES:,} values, each alias (*) counted as what it stands for"
+        sentence = f"more than {MAX_VALUES:,} values with all aliases (*) expanded"
         raise DocumentError(sentence, node.start_mark.line + 1)
     if levels > MAX_DEPTH:
         raise DocumentError(f"nested more than {MAX_DEPTH} levels deep", node.start_mark.line + 1)
@@ -144,7 +144,7 @@ def _plain(loader: _Loader, node: Node, path: PathParts, lines: dict[PathParts, 
             entries.append(_plain(loader, entry, (*path, index), lines))
         return entries
     if not isinstance(node, MappingNode):
-        raise DocumentError("neither text, list nor map", node.start_mark.line + 1)
+        raise DocumentError("must be text, a list or a map", node.start_mark.line + 1)
     _refuse_repeated_keys(node)
     loader.flatten_mapping(node)
     result: dict[str, Any] = {}
@@ -158,7 +158,7 @@ def _plain(loader: _Loader, node: Node, path: PathParts, lines: dict[PathParts, 
 def _scalar(loader: _Loader, node: ScalarNode) -> Any:
     value = loader.construct_object(node)
     if isinstance(value, float) and not math.isfinite(value):
-        raise DocumentError(f"{node.value} is no number that JSON can hold", node.start_mark.line + 1)
+        raise DocumentError(f"{node.value} is not a number that JSON can represent", node.start_mark.line + 1)
     return value if value is None or isinstance(value, str | bool | int | float) else str(node.value)
 
 
@@ -177,5 +177,5 @@ def _refuse_repeated_keys(node: MappingNode) -> None:
         line = key.start_mark.line + 1
         if isinstance(key, ScalarNode) and key.value != "<<":
             if key.value in first:
-                raise DocumentError(f"{key.value} is given twice, first in line {first[key.value]}: keep one", line)
+                raise DocumentError(f"{key.value} is set twice, first in line {first[key.value]}: remove one", line)
             first[key.value] = line

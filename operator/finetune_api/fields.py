@@ -1,4 +1,4 @@
-"""The models as a tree of fields: which model stands where, and what its fields are called on the wire."""
+"""The models as a tree of fields: which model is where, and the wire names of its fields."""
 
 from __future__ import annotations
 

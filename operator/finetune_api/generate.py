@@ -1,4 +1,4 @@
-"""`python -m finetune_api.generate [--check]`: write what is made from the models, or show where it drifted."""
+"""`python -m finetune_api.generate [--check]`: write the files generated from the models, or show their drift."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "charts/finetune-operator/files/crd.yaml": crd.render,
     "docs/reference.md": docs.render,
 }
-"""File, relative to the repository's root, and what it must hold."""
+"""File, relative to the repository's root, and its content."""
 
 
 def drift(root: Path) -> dict[str, str]:
-    """Unified diffs of the files under `root` that are not what the models say, by name."""
+    """Unified diffs, by name, of the files under `root` that do not match the models."""
     diffs = {}
     for name, render in GENERATED.items():
         path = root / name
@@ -32,7 +32,7 @@ def drift(root: Path) -> dict[str, str]:
 
 
 def write(root: Path) -> list[str]:
-    """Bring the files under `root` up to date; returns the names of those that changed."""
+    """Update the files under `root`; returns the names of those that changed."""
     changed = list(drift(root))
     for name in changed:
         path = root / name
@@ -42,7 +42,7 @@ def write(root: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write, or with `--check` only look; returns 1 if a check found drift."""
+    """Write the files; with `--check`, only compare and return 1 if a file differs."""
     parser = argparse.ArgumentParser(prog="python -m finetune_api.generate", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail with a diff if a file is stale")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[2], help="root of the repository")
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     diffs = drift(options.root)
     for name, diff in diffs.items():
-        sys.stderr.write(f"{diff}\n{name} is not what the models say: run `make generate` and commit it\n")
+        sys.stderr.write(f"{diff}\n{name} does not match the models: run make generate and commit it\n")
     return 1 if diffs else 0
 
 

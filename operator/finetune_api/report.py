@@ -1,4 +1,4 @@
-"""What the trainer tells the operator: one report an attempt, rewritten whole as the attempt goes on.
+"""What the trainer tells the operator: one report per attempt, rewritten as a whole while the attempt runs.
 
 On a cluster it is the data of the ConfigMap `<job>-report`, locally a file `reports/<stage>-<n>.json` in the
 run directory. A failing rank also writes its `Failure` to its termination message and to the volume.
@@ -15,16 +15,16 @@ from finetune_api.base import ApiModel, Stage, Time
 
 
 class FailureClass(StrEnum):
-    """Why an attempt failed. What follows from each is the failure policy's business (decision/failure_policy.py)."""
+    """Why an attempt failed. The failure policy (decision/failure_policy.py) decides what follows from each."""
 
     BAD_SPEC = "bad-spec"
-    """The spec cannot be carried out; `field` names the field."""
+    """The spec cannot be run; `field` names the field."""
     BAD_DATA = "bad-data"
     """Rows, columns or labels are unusable; `field` names dataset, file and row."""
     NO_ACCESS = "no-access"
-    """Token missing or wrong, consent not given, no write access, no such repository."""
+    """Missing or invalid token, terms not accepted, no write access, or no such repository."""
     DOES_NOT_FIT = "does-not-fit"
-    """Out of memory with the smallest micro-batch and activation checkpointing."""
+    """Out of memory even with the smallest micro-batch and activation checkpointing."""
     CUDA_OOM = "cuda-oom"
     """GPU memory ran out."""
     HOST_OOM = "host-oom"
@@ -32,7 +32,7 @@ class FailureClass(StrEnum):
     PREEMPTED = "preempted"
     """Stopped from outside (SIGTERM) after a collective checkpoint."""
     HANG = "hang"
-    """No step within the limit."""
+    """No step within `timeouts.hang`."""
     PEER = "peer"
     """Another rank failed first; never the root cause."""
     STORAGE_FULL = "storage-full"
@@ -40,11 +40,11 @@ class FailureClass(StrEnum):
     DIVERGED = "diverged"
     """The loss spiked again after two roll-backs."""
     HUB_UNAVAILABLE = "hub-unavailable"
-    """The Hub did not answer or answered 429/5xx beyond the client's own retries."""
+    """The Hub did not answer, or answered 429 or 5xx after the client's own retries."""
     GATE_REFUSED = "gate-refused"
-    """Evaluated, and not better: nothing was published."""
+    """The gate refused the model: nothing was published."""
     CONFIG_CHANGED = "config-changed"
-    """A checkpoint was made with another training config."""
+    """A checkpoint was written with a different training config."""
     FENCED = "fenced"
     """A newer attempt holds the volume."""
     CRASH = "crash"
@@ -69,61 +69,61 @@ EXIT_CODES: dict[FailureClass, int] = {
     FailureClass.CONFIG_CHANGED: 77,
     FailureClass.FENCED: 78,
 }
-"""Exit code of the image's entrypoint for each class (torchrun turns every code of its children into 1)."""
+"""Exit code of the image's entrypoint per class (torchrun turns every code of its children into 1)."""
 
 
 class Failure(ApiModel):
-    """Why one rank failed: a sentence a user can act on. Fits a termination message (4096 bytes)."""
+    """Why one rank failed: a sentence that a user can act on. Fits into a termination message (4,096 bytes)."""
 
     failure_class: Annotated[FailureClass, Field(alias="class")]
-    """Class that the failure policy decides by."""
+    """Failure class; determines what happens next."""
     sentence: Annotated[str, Field(max_length=2000)]
-    """What is wrong and what to do, without secrets."""
+    """What is wrong and what to do. Never contains secrets."""
     field: str = ""
-    """Field path, or dataset, file and row, that it is about."""
+    """Field path, or dataset, file and row, that the failure refers to."""
     rank: int | None = None
     """Global rank that failed."""
     time: Time
-    """When, so that the earliest root cause is found among the ranks."""
+    """Time of the failure, used to find the first one among the ranks."""
 
 
 class Choice(ApiModel):
-    """What an `auto` became on this device and data, and why."""
+    """What was chosen for an `auto` or unset field, and why."""
 
     value: str
     """What was chosen."""
     why: str
-    """The reason, in a few words."""
+    """Reason, in a few words."""
 
 
 class MetricValue(ApiModel):
-    """One measured value."""
+    """A measured value."""
 
     metric: str
     """`<dataset>/<metric>`, such as `banking77/accuracy`, or `loss`."""
     value: float
     """The value."""
     step: int | None = None
-    """Optimiser step it was measured at."""
+    """Optimizer step at which it was measured."""
 
 
 class Progress(ApiModel):
-    """How far the stage is."""
+    """Progress of the stage."""
 
     step: int = 0
-    """Optimiser steps done (rows, files or bytes in the other stages, see `unit`)."""
+    """Completed optimizer steps. Other stages count rows, files or bytes, see `unit`."""
     total: int = 0
-    """Steps in all; 0 while unknown."""
+    """Total number of steps; 0 while unknown."""
     unit: str = "steps"
-    """What `step` counts."""
+    """Unit of `step` and `total`."""
     epoch: float | None = None
-    """Passes over the mixture so far."""
+    """Passes over the data so far."""
     tokens_per_second: float | None = None
-    """Non-padding tokens a second over all ranks, as if every example was computed whole."""
+    """Non-padding tokens per second over all ranks, counting shared prefixes once for each example."""
     computed_tokens_per_second: float | None = None
-    """Tokens a second that were computed, where examples share prefixes that are computed once."""
+    """Tokens per second that were actually computed, if shared prefixes are computed once."""
     eta_seconds: int | None = None
-    """Seconds to the end of the stage, estimated."""
+    """Estimated seconds until the end of the stage."""
     loss: float | None = None
     """Training loss of the last step."""
     learning_rate: float | None = None
@@ -131,78 +131,78 @@ class Progress(ApiModel):
     grad_norm: float | None = None
     """Gradient norm before clipping."""
     validation: MetricValue | None = None
-    """Newest validation."""
+    """Latest validation."""
 
 
 class CheckpointRef(ApiModel):
     """A published checkpoint."""
 
     step: int
-    """Optimiser step."""
+    """Optimizer step."""
     path: str
-    """Relative to the run directory."""
+    """Path relative to the run directory."""
     time: Time
-    """When it was published."""
+    """Time at which it was published."""
 
 
 class MemoryComponent(ApiModel):
-    """One line of the memory plan."""
+    """A component of the memory plan."""
 
     name: str
-    """weights, gradients, optimizer, activations, …"""
+    """Name, such as weights, gradients, optimizer or activations."""
     bytes: int
-    """Bytes a rank at the peak."""
+    """Bytes per rank at the peak."""
 
 
 class Plan(ApiModel):
-    """What the run needs, before a GPU is taken."""
+    """Estimate of what the job needs, made before a GPU is requested."""
 
     world_size: int
-    """Ranks in all."""
+    """Number of ranks."""
     steps: int
-    """Optimiser steps in all."""
+    """Total number of optimizer steps."""
     examples: int
-    """Training examples an epoch."""
+    """Training examples per epoch."""
     tokens: int
-    """Training tokens in all."""
+    """Total number of training tokens."""
     tokens_per_rank_step: int
-    """Mean tokens a rank computes each step."""
+    """Mean number of tokens per rank and step."""
     trainable_parameters: int
-    """Parameters that are trained."""
+    """Number of trained parameters."""
     parameters: int
-    """Parameters in all."""
+    """Number of parameters."""
     micro_batch_tokens: int
-    """Tokens in one packed row at most."""
+    """Maximum number of tokens per packed sequence."""
     micro_batches: int = 1
-    """Rows that a rank computes one after the other in each step."""
+    """Number of packed sequences that a rank computes, one after another, per step."""
     activation_checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass: as the spec says, or because memory needs it."""
+    """Whether activations are recomputed in the backward pass, because the spec says so or to save memory."""
     memory: list[MemoryComponent] = []
-    """Peak memory a rank, by component."""
+    """Peak memory per rank, by component."""
     memory_bytes: int = 0
-    """Peak memory a rank in all."""
+    """Peak memory per rank in total."""
     host_bytes: int = 0
-    """Main memory of one pod at the peak: loading, and copies for checkpoints."""
+    """Peak host memory per pod, from loading and from copies for checkpoints."""
     device_bytes: int | None = None
-    """Memory of the device, if known."""
+    """Memory of the GPU, if known."""
     fits: bool | None = None
-    """Whether it fits, if the device is known."""
+    """Whether the job fits, if the GPU is known."""
     flops: float = 0.0
-    """Floating-point operations of the training."""
+    """Floating-point operations of the training in total."""
     device: str = ""
-    """GPU that time and price are about; empty where it is not known."""
+    """GPU type that time and price refer to; empty if unknown."""
     utilisation: float | None = None
-    """Share of that GPU's peak speed that the hours assume."""
+    """Fraction of that GPU's peak speed that `hours` assumes."""
     hours: float | None = None
-    """Hours of training on the named GPU."""
+    """Hours of training on that GPU."""
     price: float | None = None
-    """Price of those GPU-hours, if a price is known."""
+    """Price of the GPU-hours, if a price is configured."""
     warnings: list[str] = []
-    """Sentences, such as `12 steps in all`."""
+    """Warnings, as sentences."""
 
 
 class ModelFacts(ApiModel):
-    """Shape of the base model: what the memory plan is computed from (names as in `config.json`)."""
+    """Shape of the base model, from which the memory plan is computed (names as in `config.json`)."""
 
     architecture: str
     """Class name, such as `LlamaForCausalLM`."""
@@ -217,59 +217,59 @@ class ModelFacts(ApiModel):
     num_key_value_heads: int
     """Key and value heads."""
     head_dim: int
-    """Width of a head."""
+    """Dimension of each head."""
     vocab_size: int
-    """Rows of the embedding."""
+    """Size of the vocabulary."""
     tie_word_embeddings: bool
-    """Whether the head shares the embedding."""
+    """Whether head and embedding share their weights."""
     attention_bias: bool = False
-    """Biases on q, k, v (and o for Llama)."""
+    """Whether q, k and v (and o for Llama) have biases."""
     max_position_embeddings: int = 0
-    """Longest context; 0 unknown."""
+    """Maximum context length; 0 if unknown."""
     parameters: int
-    """Parameters in all, tied ones once."""
+    """Number of parameters; tied ones count once."""
     num_experts: int = 0
-    """Experts a layer; 0 for dense models."""
+    """Experts per layer; 0 for dense models."""
     experts_per_token: int = 0
-    """Experts that one token goes through; 0 for dense models or where unknown."""
+    """Experts per token; 0 for dense models or if unknown."""
 
 
 class LengthFacts(ApiModel):
-    """How long the rendered training documents are, in tokens."""
+    """Lengths of the rendered training documents, in tokens."""
 
     documents: int
-    """Training documents an epoch of the mixture."""
+    """Training documents per epoch."""
     tokens: int
-    """Their tokens."""
+    """Tokens in total."""
     longest: int
-    """Tokens of the longest."""
+    """Tokens of the longest document."""
     labelled: int
-    """Tokens that carry a label."""
+    """Tokens in the loss."""
     estimated: bool = False
     """Estimated from characters, not counted."""
 
 
 class DatasetFacts(ApiModel):
-    """What Prepare found in one dataset."""
+    """What Prepare found in a dataset."""
 
     name: str
-    """The dataset's name in the spec."""
+    """Name of the dataset in the spec."""
     source: str
-    """Repository and commit, or path and sha256."""
+    """Repository and commit, or path and SHA-256."""
     rows: int
-    """Usable rows."""
+    """Number of usable rows."""
     bad_rows: int = 0
-    """Rows left out as unusable."""
+    """Number of unusable rows, which are skipped."""
     train: int = 0
-    """Rows to train on."""
+    """Training rows."""
     validation: int = 0
-    """Rows for validation."""
+    """Validation rows."""
     test: int = 0
-    """Rows held out to the end."""
+    """Rows held out for the final evaluation."""
     labels: int | None = None
-    """Distinct labels of a classification."""
+    """Number of distinct labels, for classification."""
     notes: list[str] = []
-    """Sentences about splits, duplicates, contamination, truncation."""
+    """Notes about splits, duplicates, contamination and truncation."""
 
 
 class Interval(ApiModel):
@@ -278,75 +278,75 @@ class Interval(ApiModel):
     value: float
     """The estimate."""
     low: float
-    """Lower end, 95%."""
+    """Lower end of the 95% interval."""
     high: float
-    """Upper end, 95%."""
+    """Upper end of the 95% interval."""
 
 
 class MetricResult(ApiModel):
-    """One metric on one dataset: before, after, and whether the difference is real."""
+    """A metric on a dataset: base model, tuned model, and the paired difference."""
 
     dataset: str
-    """The dataset's name; `macro` for the mean over datasets."""
+    """Name of the dataset; `macro` for the mean over datasets."""
     metric: str
-    """accuracy, f1, rouge-l, neg-loss, …"""
+    """Name of the metric, such as accuracy, f1, rouge-l or neg-loss."""
     rows: int
-    """Rows scored."""
+    """Number of scored rows."""
     primary: bool = False
-    """The metric that the gate reads."""
+    """Whether the gate uses this metric."""
     base: float | None = None
-    """Untuned model."""
+    """Value of the untuned model."""
     tuned: float
-    """Tuned model."""
+    """Value of the tuned model."""
     difference: Interval | None = None
-    """Tuned minus base on the same rows."""
+    """Tuned minus base model, on the same rows."""
     baselines: dict[str, float] = {}
-    """majority, tfidf-logreg, few-shot, …"""
+    """Values of the baselines, such as majority, tfidf-logreg or few-shot."""
 
 
 class GateOutcome(ApiModel):
-    """What the gate said."""
+    """Verdict of the gate."""
 
     passed: bool
     """Whether the model may be published."""
     reason: str
-    """improved, not-significant, worse, below-minimum, undecided or not-asked."""
+    """One of improved, not-significant, worse, below-minimum, undecided and not-asked."""
     sentence: str
-    """The same for a reader."""
+    """The verdict as a sentence."""
 
 
 class Results(ApiModel):
-    """The evaluation."""
+    """Results of the evaluation."""
 
     split: str
-    """Which rows: test, or the unseen half of validation."""
+    """Rows that were evaluated: test, or the half of validation that nothing was selected on."""
     metrics: list[MetricResult]
-    """One line a dataset and metric, the macro-mean last."""
+    """One entry per dataset and metric; the macro-mean is last."""
     gate: GateOutcome
-    """What the gate said."""
+    """Verdict of the gate."""
     export_digest: str
-    """Digest of the export that was evaluated."""
+    """Digest of the evaluated export."""
     report: str = "evaluation/report.html"
-    """Relative to the run directory."""
+    """Path relative to the run directory."""
 
 
 class ExportRef(ApiModel):
-    """The model that Train wrote, verified after writing."""
+    """The model written by Train, verified after writing."""
 
     path: str = "export"
-    """Relative to the run directory."""
+    """Path relative to the run directory."""
     digest: str
-    """sha256 over the files' names and digests."""
+    """SHA-256 over the names and digests of the files."""
     format: str
-    """adapter, merged or model."""
+    """One of adapter, merged and model."""
     size_bytes: int
-    """Bytes of all files."""
+    """Size of all files in bytes."""
     step: int
-    """Step whose weights it holds."""
+    """Step of the exported weights."""
 
 
 class Published(ApiModel):
-    """Where the model went."""
+    """Where the model was published."""
 
     repo: str | None = None
     """Hub repository."""
@@ -355,42 +355,42 @@ class Published(ApiModel):
     commit: str = ""
     """Commit id on the Hub."""
     url: str = ""
-    """Page of the model."""
+    """URL of the model's page."""
     digest: str
-    """Digest of the export that was uploaded."""
+    """Digest of the published export."""
 
 
 class Report(ApiModel):
-    """Everything one attempt has to say, newest state."""
+    """The latest state of one attempt."""
 
     attempt: str
     """`<job uid>/<stage>/<n>`; reports of another attempt are ignored."""
     stage: Stage
     """The stage."""
     time: Time
-    """When it was written."""
+    """Time at which it was written."""
     activity: str = ""
-    """What is being done now, in a few words: `downloading model`, `compiling`."""
+    """Current activity in a few words, such as `downloading model` or `compiling`."""
     done: bool = False
-    """The attempt succeeded and everything it promises is durable."""
+    """Whether the attempt succeeded and all its results are durable."""
     progress: Progress = Progress()
-    """How far it is."""
+    """Progress of the stage."""
     resumed_from_step: int | None = None
-    """Step of the checkpoint that this attempt went on from."""
+    """Step of the checkpoint that this attempt resumed from."""
     last_checkpoint: CheckpointRef | None = None
-    """Newest published checkpoint."""
+    """Latest published checkpoint."""
     plan: Plan | None = None
     """From Prepare."""
     datasets: list[DatasetFacts] = []
     """From Prepare."""
     model: ModelFacts | None = None
-    """From Prepare: what the operator makes the plan from."""
+    """From Prepare: input of the plan."""
     lengths: LengthFacts | None = None
-    """From Prepare: what the operator makes the plan from."""
+    """From Prepare: input of the plan."""
     choices: dict[str, Choice] = {}
-    """What each `auto` became."""
+    """What was chosen for `auto` and unset fields."""
     warnings: list[str] = []
-    """Sentences for the user."""
+    """Warnings for the user, as sentences."""
     export: ExportRef | None = None
     """From Train."""
     results: Results | None = None
@@ -398,7 +398,7 @@ class Report(ApiModel):
     published: Published | None = None
     """From Publish."""
     wandb_url: str = ""
-    """Page of the W&B run."""
+    """URL of the W&B run."""
     origin: dict[str, Any] = {}
     """Model and dataset revisions, digests, versions, seed."""
     failure: Failure | None = None
@@ -406,5 +406,5 @@ class Report(ApiModel):
 
 
 def attempt_id(uid: str, stage: Stage, number: int) -> str:
-    """The fence's and the report's name of an attempt: `<job uid>/<stage>/<n>`."""
+    """The id of an attempt in the fence and in reports: `<job uid>/<stage>/<n>`."""
     return f"{uid}/{stage}/{number}"

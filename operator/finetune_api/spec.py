@@ -1,7 +1,7 @@
 """The `spec` of a FineTuneJob: what a user asks for. Only model, datasets and tuning.method are required.
 
-The CRD, the reference page and the run config are made from these models. A field that may be left out
-to let the trainer choose says so in its description; what was chosen, and why, is in the report.
+The CRD, the reference page and the run config are generated from these models. If leaving out a field lets the
+trainer choose, the description says so; the report has what was chosen, and why.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Resource = Annotated[dict[str, ResourceAmount], Field(max_length=32)]
 
 ONE_SOURCE = Rule(
     "has(self.repo) != has(self.path)",
-    "give exactly one of repo (a Hub repository) and path (a file or directory)",
+    "set exactly one of repo (a Hub repository) and path (a file or directory)",
 )
 REVISION_NEEDS_REPO = Rule(
     "has(self.repo) || self.revision == 'main'",
-    "revision is a branch, tag or commit on the Hub and has no effect beside path: take it out",
+    "revision is a branch, tag or commit on the Hub and has no effect with path: remove it",
     ".revision",
 )
 
@@ -60,7 +60,7 @@ def _literal(value: object) -> str:
 
 
 def _as_by_default(prefix: str, model: type[ApiModel], *, but: str = "") -> str:
-    """CEL that holds while every field of the object at `prefix`, except `but`, has its default: nothing was asked."""
+    """CEL that holds while every field of the object at `prefix`, except `but`, has its default value."""
     terms = []
     for name, field in model.model_fields.items():
         if name == but:
@@ -82,7 +82,7 @@ def _reads_only(task: Task) -> Rule:
     given = " || ".join(f"has(self.columns.{name})" for name in foreign)
     return Rule(
         f"!has(self.task) || self.task != '{task}' || !({given})",
-        f"task {task} reads no other columns than {', '.join(task.traits.columns)}: take the others out, "
+        f"task {task} reads only the columns {', '.join(task.traits.columns)}: remove the others, "
         "or choose the task that they belong to",
         ".columns",
     )
@@ -91,26 +91,26 @@ def _reads_only(task: Task) -> Rule:
 def _no_effect(name: str, task: Task) -> Rule:
     return Rule(
         f"!has(self.{name}) || !has(self.task) || self.task != '{task}'",
-        f"{name} has no effect on task {task}: take it out",
+        f"{name} has no effect on task {task}: remove it",
         f".{name}",
     )
 
 
 class Source(ApiModel):
-    """Where a model, adapter or dataset comes from."""
+    """Source of a model, adapter or dataset."""
 
     repo: RepoId | None = None
-    """Repository on the Hub, as `owner/name`."""
+    """Hub repository, as `owner/name`."""
     revision: Annotated[str, StringConstraints(min_length=1, max_length=200)] = "main"
-    """Branch, tag or commit of `repo`. Prepare resolves it to a commit once; every attempt uses that commit."""
+    """Branch, tag or commit of `repo`. Prepare resolves it to a commit once, and all attempts use that commit."""
     path: Path | None = None
-    """File or directory instead of `repo`; on a cluster relative to the cache volume, locally to the job's file."""
+    """File or directory, instead of `repo`. Relative to the cache volume on a cluster, to the job file locally."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (ONE_SOURCE, REVISION_NEEDS_REPO)
 
 
 class Adapter(Source):
-    """A LoRA adapter to go on training from."""
+    """A LoRA adapter to continue training from."""
 
 
 class Model(Source):
@@ -119,28 +119,29 @@ class Model(Source):
     adapter: Adapter | None = None
     """Continue training this LoRA adapter instead of starting a new one."""
     attention: Literal["auto", "sdpa", "flex", "flash", "varlen", "eager"] = "auto"
-    """Attention kernel. `auto` takes the fastest that keeps packed documents apart on this device."""
+    """Attention kernel. `auto` selects the fastest one on the device that keeps packed documents apart."""
     chat_template: Text | None = None
-    """Jinja chat template used instead of the tokenizer's own, in training, evaluation and the export."""
+    """Jinja chat template that replaces the tokenizer's own in training, evaluation and the export."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model's repository. Off unless you have read that code."""
+    """Run Python code from the model repository. Enable it only after reading that code."""
 
 
 class Columns(ApiModel):
-    """Which column of the data holds what. A column left out is looked for under its usual names."""
+    """Column names of the data. If a column is not set, its usual names are tried."""
 
     text: ColumnName | None = None
     """Text to classify, or the document for task `text`."""
     label: ColumnName | None = None
-    """Label of a classification: a name, or an integer with names in the dataset's features."""
+    """Label for classification: a name, or an integer with names in the dataset's features."""
     question: ColumnName | None = None
-    """Question of multiple choice or question answering."""
+    """Question, for multiple choice and question answering."""
     choices: ColumnName | None = None
     """List of choices, or CommonsenseQA's `{label: [...], text: [...]}`."""
     answer: ColumnName | None = None
-    """Answer: letter, index or text for multiple choice; text, list of texts or SQuAD's `{text: [...]}` for QA."""
+    """Answer. Multiple choice: letter, index or text. Question answering: text, list of texts or SQuAD's
+    `{text: [...]}`."""
     context: ColumnName | None = None
-    """Passage that the question is about."""
+    """Passage that the question refers to."""
     messages: ColumnName | None = None
     """List of `{role, content}` turns."""
     document: ColumnName | None = None
@@ -150,12 +151,12 @@ class Columns(ApiModel):
 
 
 class Splits(ApiModel):
-    """Names of the dataset's own splits to use. A split that is not named is cut from `train`."""
+    """The dataset's own splits to use. Splits that are not set are cut from `train`."""
 
     train: SplitName = "train"
     """Split to train on."""
     validation: SplitName | None = None
-    """Split for validation, instead of a share cut from train."""
+    """Split for validation, instead of a fraction of `train`."""
     test: SplitName | None = None
     """Held-out split for the final evaluation."""
 
@@ -164,31 +165,31 @@ class Dataset(Source):
     """One dataset of the mixture."""
 
     name: Name
-    """Short unique name; metrics are called `<name>/<metric>`."""
+    """Short, unique name. Metrics are named `<name>/<metric>`."""
     config: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
-    """Configuration (subset) of a dataset that has several: one of its README, or a folder."""
+    """Configuration (subset) of a dataset with several: one from its README, or a folder."""
     task: Task | None = None
-    """Task of the rows. May be left out for the reference datasets, which are known by name."""
+    """Task of the dataset. Can be left out for the datasets that are known by name."""
     columns: Columns = Columns()
-    """Which column holds what."""
+    """Column names of the data."""
     splits: Splits = Splits()
-    """Which of the dataset's own splits to use."""
+    """The dataset's own splits to use."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Examples an epoch as a multiple of the rows: 0.5 draws a fresh half each epoch, 2 shows each twice."""
+    """Examples per epoch as a multiple of the rows: 0.5 draws a new half in each epoch, 2 uses each row twice."""
     loss_weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Factor on this dataset's share of the loss."""
+    """Factor on this dataset's loss."""
     loss_on: Literal["all", "last"] = "all"
-    """Chat: learn every assistant turn, or only the last."""
+    """Chat: compute the loss on all assistant turns, or only on the last one."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Use at most this many rows, drawn with the split's seed."""
+    """Maximum number of rows to use, drawn with the split's seed."""
     filter: Text | None = None
-    """Jinja expression over the row's columns; rows where it is false are left out: `text | length > 20`."""
+    """Jinja expression over the row's columns, such as `text | length > 20`. Rows for which it is false are skipped."""
     group_by: ColumnName | None = None
-    """Rows with the same value in this column stay on one side of the split."""
+    """Rows with the same value in this column stay in the same split."""
     system_prompt: Text | None = None
-    """System message put before every prompt."""
+    """System message added before every prompt."""
     template: Text | None = None
-    """Jinja template of the prompt over the row's columns, instead of the task's own."""
+    """Jinja template of the prompt over the row's columns. Replaces the task's own template."""
     answer_template: Text | None = None
     """Jinja template of the answer over the row's columns."""
 
@@ -197,8 +198,7 @@ class Dataset(Source):
         REVISION_NEEDS_REPO,
         Rule(
             f"has(self.task) || (has(self.repo) && self.repo in {sorted(KNOWN_DATASETS)})",
-            f"say with task what the rows teach ({', '.join(Task)}); it may be left out only for "
-            f"{', '.join(sorted(KNOWN_DATASETS))}",
+            f"set task to one of {', '.join(Task)}; it can be left out only for {', '.join(sorted(KNOWN_DATASETS))}",
             ".task",
             "FieldValueRequired",
         ),
@@ -211,26 +211,26 @@ class Dataset(Source):
         ),
         Rule(
             "self.lossOn == 'all' || (has(self.task) && self.task == 'chat')",
-            "lossOn: last chooses among the turns of a chat and has no effect on other tasks: take it out",
+            "lossOn: last selects turns of a chat and has no effect on other tasks: remove it",
             ".lossOn",
         ),
     )
 
 
 class Split(ApiModel):
-    """How rows are divided where the dataset has no split of its own."""
+    """How rows are split if the dataset has no splits of its own."""
 
     validation: Fraction = 0.2
-    """Share of the rows held out for validation."""
+    """Fraction of the rows held out for validation."""
     test: Fraction = 0.0
-    """Share of the rows held out for the final evaluation."""
+    """Fraction of the rows held out for the final evaluation."""
     seed: int = 42
-    """Seed of the split; the same seed gives the same split."""
+    """Random seed. The same seed gives the same split."""
     stratify: bool = True
-    """Keep each label's share equal on all sides."""
+    """Keep the proportion of each label equal in all splits."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
-        Rule("self.validation + self.test < 1.0", "validation and test together must leave rows to train on"),
+        Rule("self.validation + self.test < 1.0", "validation and test must add up to less than 1"),
     )
 
 
@@ -240,41 +240,41 @@ class Lora(ApiModel):
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with rslora)."""
+    """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
     dropout: Fraction = 0.0
-    """Dropout on the adapters' input."""
+    """Dropout probability on the adapters' input."""
     target_modules: Annotated[str, StringConstraints(min_length=1, max_length=2000)] = "all-linear"
-    """`all-linear`, names separated by commas (`q_proj,v_proj`), or a regular expression of whole module names."""
+    """`all-linear`, names separated by commas (`q_proj,v_proj`), or a regular expression for full module names."""
     layers: (
         Annotated[str, StringConstraints(pattern=r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$", max_length=1000)] | None
     ) = None
-    """Layers that get adapters, such as `12-29` or `0,4,8`. No backward pass runs below the lowest one."""
+    """Layers with adapters, such as `12-29` or `0,4,8`. No backward pass is needed below the lowest one."""
     modules_to_save: Annotated[list[ModuleName], Field(max_length=64)] = []
-    """Modules trained whole and saved with the adapter, such as `lm_head`."""
+    """Modules that are fully trained and saved with the adapter, such as `lm_head`."""
     dora: bool = False
     """Weight-decomposed adapters (https://arxiv.org/abs/2402.09353)."""
     rslora: bool = False
     """Rank-stabilised scale (https://arxiv.org/abs/2312.03732)."""
     init: Literal["default", "gaussian", "pissa"] = "default"
-    """How A and B start: Kaiming and zero, Gaussian and zero, or the principal singular vectors (PiSSA)."""
+    """Initialisation of A and B: Kaiming and zero, Gaussian and zero, or the principal singular vectors (PiSSA)."""
     b_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
-    """LoRA+: learning rate of B as a multiple of A's (https://arxiv.org/abs/2402.12354)."""
+    """LoRA+: learning rate of B as a multiple of that of A (https://arxiv.org/abs/2402.12354)."""
 
 
 class PromptTuning(ApiModel):
     """Soft prompt (https://arxiv.org/abs/2104.08691)."""
 
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
-    """Trained embeddings put before the input."""
+    """Number of trained embeddings before the input."""
     init_text: Text | None = None
-    """Text whose token embeddings the prompt starts from; random when left out."""
+    """Text whose token embeddings initialise the prompt. If not set, the initialisation is random."""
 
 
 class PrefixTuning(ApiModel):
     """Trained keys and values before every layer (https://arxiv.org/abs/2101.00190)."""
 
     virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = 20
-    """Trained positions a layer."""
+    """Number of trained positions per layer."""
 
 
 class Quantization(ApiModel):
@@ -283,13 +283,13 @@ class Quantization(ApiModel):
     type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
     double_quant: bool = True
-    """Quantise the quantisation constants too."""
+    """Also quantise the quantisation constants."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Data type of the products. `auto` takes bfloat16 where the device computes it fast."""
+    """Data type of matrix products. `auto` selects bfloat16 if the device computes it fast."""
 
 
 _LAYERS_IN_4_BITS = r"(^|[.])(q|k|v|o|gate|up|down)_proj$"
-"""Linear layers whatever the architecture that calls a module so; which other names are one, the model decides."""
+"""Names of linear layers in every architecture; the model knows its others."""
 
 
 def _used_only_by_its_methods(block: str, model: type[ApiModel]) -> Rule:
@@ -298,25 +298,25 @@ def _used_only_by_its_methods(block: str, model: type[ApiModel]) -> Rule:
     one = len(methods) == 1
     return Rule(
         f"self.method {f'== {methods[0]!r}' if one else f'in {methods}'} || ({_as_by_default(f'self.{block}', model)})",
-        f"{block} is used by the method{'' if one else 's'} {' and '.join(methods)} only: "
-        f"choose {'it' if one else 'one of them'}, or take {block} out",
+        f"{block} is used only by the method{'' if one else 's'} {' and '.join(methods)}: "
+        f"choose {'it' if one else 'one of them'}, or remove {block}",
         f".{block}",
     )
 
 
 class Tuning(ApiModel):
-    """What is trained."""
+    """Tuning method and its settings."""
 
     method: Method
     """`full`, `lora`, `qlora` (LoRA on a 4-bit base), `prompt` or `prefix`."""
     lora: Lora = Lora()
-    """Used by `lora` and `qlora`."""
+    """Settings for `lora` and `qlora`."""
     prompt: PromptTuning = PromptTuning()
-    """Used by `prompt`."""
+    """Settings for `prompt`."""
     prefix: PrefixTuning = PrefixTuning()
-    """Used by `prefix`."""
+    """Settings for `prefix`."""
     quantization: Quantization = Quantization()
-    """Used by `qlora`."""
+    """Settings for `qlora`."""
 
     @property
     def virtual_tokens(self) -> int:
@@ -332,116 +332,118 @@ class Tuning(ApiModel):
         _used_only_by_its_methods("quantization", Quantization),
         Rule(
             "self.method != 'qlora' || self.lora.init != 'pissa'",
-            "pissa starts from the singular vectors of the weights, which qlora holds in 4 bits only: "
+            "pissa needs the singular vectors of the weights, which qlora stores only in 4 bits: "
             "choose the method lora, or another init",
             ".lora.init",
         ),
         Rule(
             f"self.method != 'qlora' || !self.lora.modulesToSave.exists(m, m.matches('{_LAYERS_IN_4_BITS}'))",
-            "attention and feed-forward layers are stored in 4 bits by qlora and cannot be trained whole: "
-            "take them out of modulesToSave, or choose the method lora",
+            "qlora stores attention and feed-forward layers in 4 bits, so they cannot be fully trained: "
+            "remove them from modulesToSave, or choose the method lora",
             ".lora.modulesToSave",
         ),
     )
 
 
 class Scheduler(ApiModel):
-    """Learning rate over the steps."""
+    """Learning-rate schedule."""
 
     type: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up; `wsd` holds, then decays over the last fifth."""
+    """Shape after the warm-up. `wsd` is constant, then decays over the last fifth of the steps."""
     warmup_ratio: Fraction = 0.03
-    """Share of the steps in which the rate rises linearly from 0."""
+    """Fraction of the steps in which the learning rate rises linearly from 0."""
 
 
 class EarlyStopping(ApiModel):
-    """Stop when validation no longer improves."""
+    """Stop training when the validation metric no longer improves."""
 
     metric: Literal["loss", "accuracy"] = "loss"
-    """Validation metric that is watched."""
+    """Validation metric to watch."""
     patience: Annotated[int, Field(ge=1)] = 3
-    """Validations in a row without improvement after which training stops."""
+    """Number of consecutive validations without improvement after which training stops."""
 
 
 class ResumeFrom(ApiModel):
     """Checkpoint of another job to start from."""
 
     claim: Name | None = None
-    """PersistentVolumeClaim that holds it; the job's own run volume when left out."""
+    """PersistentVolumeClaim that has the checkpoint. If not set, the job's own run volume."""
     path: Path
-    """Directory of the checkpoint (`.../checkpoints/step-00000100`) on that volume; locally a path."""
+    """Directory of the checkpoint on that volume (`.../checkpoints/step-00000100`). Locally, a path."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "!has(self.claim) || !self.path.startsWith('/')",
-            "path is looked for on the claim, and one that begins with / leads beside it: "
-            "write <namespace>/<job>/<uid>/checkpoints/step-… as it lies on the volume",
+            "path must be relative to the claim and must not begin with /: "
+            "write <namespace>/<job>/<uid>/checkpoints/step-…",
             ".path",
         ),
     )
 
 
 class Training(ApiModel):
-    """How it is trained."""
+    """Training settings."""
 
     epochs: Annotated[float, Field(gt=0, le=1000)] = 2
-    """Passes over the mixture."""
+    """Number of passes over the data."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many optimiser steps; the schedule is stretched over them."""
+    """Stop after this number of optimizer steps. The learning-rate schedule spans these steps."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    """Peak learning rate. Left out: by the method (2e-4 LoRA, 1e-5 full, 1e-2 prompt, 5e-3 prefix)."""
+    """Peak learning rate. Default by method: 2e-4 (lora, qlora), 1e-5 (full), 1e-2 (prompt), 5e-3 (prefix)."""
     scheduler: Scheduler = Scheduler()
-    """Learning rate over the steps."""
+    """Learning-rate schedule."""
     global_batch_size: Annotated[int, Field(ge=1)] = 32
-    """Examples (documents) an optimiser step, over all ranks and micro-batches."""
+    """Examples per optimizer step, over all ranks and micro-batches."""
     max_sequence_length: Annotated[int, Field(ge=8)] = 2048
-    """Tokens in one document at most."""
+    """Maximum number of tokens per example."""
     seed: int = 42
-    """Seed of order, initialisation and dropout."""
+    """Random seed for the order of examples, initialisation and dropout."""
     optimizer: Literal["adamw"] = "adamw"
-    """Optimiser; fused on GPUs."""
+    """Optimizer. Fused on GPUs."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay; never on norms, biases and embeddings."""
+    """Decoupled weight decay. Not applied to norms, biases and embeddings."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """AdamW's decay rates of the two moments."""
+    """AdamW's decay rates for the two moments."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    """Maximum global gradient norm. Larger gradients are scaled down."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Learning rate at the end as a share of the peak."""
+    """Final learning rate as a fraction of the peak."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
-    """Noise on the input embeddings (https://arxiv.org/abs/2310.05914); 0 is off."""
+    """NEFTune: noise on the input embeddings (https://arxiv.org/abs/2310.05914). 0 disables it."""
     label_smoothing: Fraction = 0.0
-    """Share of the probability spread over the whole vocabulary."""
+    """Fraction of the probability that is spread over the whole vocabulary."""
     loss_reduction: Literal["auto", "token", "example"] = "auto"
-    """Mean over tokens, or over each example's tokens and then examples. `auto`: `example` for several tasks."""
+    """`token`: mean over all tokens. `example`: mean over each example's tokens, then over examples. `auto`: `example`
+    for datasets with several tasks, otherwise `token`."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Data type of the products. `auto`: bf16 where the device has instructions for it."""
+    """Data type of matrix products. `auto` selects bf16 if the device has instructions for it."""
     packing: bool | None = None
-    """Several documents in one row without attention between them. Left out: on, but for prompt and prefix."""
+    """Pack several examples into one sequence, without attention between them. Default: on, except for `prompt` and
+    `prefix`."""
     shared_prefixes: bool | None = None
-    """Compute once what several examples of a step begin with, such as an instruction with all labels: the losses and
-    gradients are the same. Left out: on where that is exact, so not with dropout, noise or padded rows."""
+    """Compute a prefix that several examples of a step share, such as an instruction with all labels, only once. Losses
+    and gradients are the same. Default: on if it is exact, that is, without dropout, noise and padding."""
     compile: bool | None = None
-    """torch.compile, layer by layer. Left out: on for CUDA, off for CPU, where it does not pay."""
+    """Use torch.compile, layer by layer. Default: on for CUDA, off for CPUs, where it is not worthwhile."""
     activation_checkpointing: bool | None = None
-    """Recompute activations in the backward pass. Left out: on only where the memory plan needs it."""
+    """Recompute activations in the backward pass. Default: on only if the memory plan needs it."""
     deterministic: bool = False
-    """Deterministic kernels: bit-for-bit the same on GPUs too, somewhat slower."""
+    """Use deterministic kernels: results on GPUs are bit-for-bit reproducible, but training is slower."""
     validate_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between validations. Left out: four times an epoch."""
+    """Steps between validations. Default: four validations per epoch."""
     validation_rows: Annotated[int, Field(ge=1)] = 512
-    """Validation examples used during training at most."""
+    """Maximum number of validation examples used during training."""
     early_stopping: EarlyStopping | None = None
-    """Stop when validation no longer improves."""
+    """Stop training when the validation metric no longer improves."""
     keep_best: bool = True
-    """Export the checkpoint with the best validation loss instead of the last one."""
+    """Export the checkpoint with the best validation loss, instead of the last one."""
     resume_from: ResumeFrom | None = None
-    """Start from the weights and optimiser state of another job's checkpoint."""
+    """Start from the weights and optimizer state of another job's checkpoint."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "self.scheduler.type != 'constant' || self.minLearningRateRatio == 0.0",
-            "the constant schedule never falls, so minLearningRateRatio has no effect: take it out, "
+            "the constant schedule does not decay, so minLearningRateRatio has no effect: remove it, "
             "or choose cosine, linear or wsd",
             ".minLearningRateRatio",
         ),
@@ -449,142 +451,144 @@ class Training(ApiModel):
 
 
 class Topology(ApiModel):
-    """Where it is trained."""
+    """Nodes and GPUs to train on."""
 
     nodes: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Pods that train together."""
+    """Number of pods that train together."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
-    """GPUs (and processes) a pod; 0 trains on the CPU, one process a pod. Left out: 1, locally what is there."""
+    """GPUs (and processes) per pod. 0 trains on CPUs with one process per pod. Default: 1; locally, all GPUs."""
     gpu_type: Annotated[str, StringConstraints(max_length=63)] | None = None
-    """GPU such as `A100-80GB`, for the memory plan, time and price; nodes are chosen by `podTemplate`."""
+    """GPU type, such as `A100-80GB`, for the memory plan, time and price. It does not select nodes: use
+    `podTemplate.nodeSelector`."""
     sharding: Literal["full", "hybrid"] = "full"
-    """`full` shards over all ranks, `hybrid` within a node and replicates over nodes."""
+    """`full` shards over all ranks. `hybrid` shards within a node and replicates across nodes."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "!has(self.gpuType) || !has(self.gpusPerNode) || self.gpusPerNode > 0",
-            "gpusPerNode: 0 trains on the CPU, so gpuType has no effect: take one of them out",
+            "gpusPerNode: 0 trains on CPUs, so gpuType has no effect: remove one of them",
             ".gpuType",
         ),
     )
 
 
 class Checkpoint(ApiModel):
-    """When state is saved."""
+    """When checkpoints are saved."""
 
     every_minutes: Annotated[float, Field(ge=0)] = 10
-    """Minutes between checkpoints; 0 saves after every step."""
+    """Minutes between checkpoints. 0 saves after every step."""
     keep: Annotated[int, Field(ge=1)] = 3
-    """Newest checkpoints kept, beside the best one."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
 
 
 class CacheVolume(ApiModel):
-    """The claim that holds downloads, shared between jobs."""
+    """The claim for downloads, shared by all jobs."""
 
     claim_name: Name = "finetune-cache"
-    """PersistentVolumeClaim in the job's namespace, made by you; mounted read-only outside Prepare."""
+    """PersistentVolumeClaim in the job's namespace, created by you. All stages except Prepare mount it read-only."""
 
 
 class RunVolume(ApiModel):
-    """The volume of the job: prepared data, checkpoints, export."""
+    """The job's own volume: prepared data, checkpoints, export."""
 
     claim_name: Name | None = None
-    """An existing claim. Left out: one is made with the fields below."""
+    """Existing claim to use. If not set, a claim is created with the fields below."""
     size: Quantity = "100Gi"
-    """Size of the claim that is made, such as `200Gi`."""
+    """Size of the claim that is created, such as `200Gi`."""
     storage_class_name: KubernetesName | None = None
-    """Storage class of the claim that is made; the cluster's default when left out."""
+    """Storage class of the claim that is created. If not set, the cluster's default."""
     access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] | None = None
-    """Left out: ReadWriteMany for several nodes, ReadWriteOnce for one."""
+    """Access mode. Default: ReadWriteMany for several nodes, ReadWriteOnce for one."""
     keep: bool = True
     """Keep the claim when the job is deleted."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "!has(self.claimName) || (self.size == '100Gi' && !has(self.storageClassName) && !has(self.accessMode))",
-            "size, storageClassName and accessMode are for a claim that is made and have no effect on the existing "
-            "one: take them out, or take claimName out",
+            "size, storageClassName and accessMode apply to a claim that is created and have no effect on an existing "
+            "one: remove them, or remove claimName",
             ".claimName",
         ),
         Rule(
             "!has(self.claimName) || self.keep",
-            "an existing claim is never deleted: take keep: false out, or take claimName out",
+            "an existing claim is never deleted: remove keep: false, or remove claimName",
             ".keep",
         ),
     )
 
 
 class Storage(ApiModel):
-    """Persistent volumes; not used by `finetune run`."""
+    """Persistent volumes. Not used by `finetune run`."""
 
     cache: CacheVolume = CacheVolume()
-    """Downloads, shared between jobs."""
+    """Volume for downloads, shared by all jobs."""
     run: RunVolume = RunVolume()
-    """The job's own data."""
+    """Volume for the job's own data."""
 
 
 class Gate(ApiModel):
-    """What must hold before anything is published."""
+    """Requirements for publishing."""
 
     must_improve: bool = True
-    """Better than the untuned model: the difference's 95% interval is above 0 in the mean, below 0 for no dataset."""
+    """The model must be better than the untuned one: the 95% interval of the difference is above 0 for the macro-mean,
+    and not below 0 for any dataset."""
     minimum: Annotated[dict[str, float], Field(max_length=64)] = {}
-    """Least value of a metric of the tuned model: `{banking77/accuracy: 0.9}`."""
+    """Minimum values for metrics of the tuned model, such as `{banking77/accuracy: 0.9}`."""
 
 
 class Evaluation(ApiModel):
-    """How the exported model is measured."""
+    """How the exported model is evaluated."""
 
     baseline: bool = True
-    """Measure the untuned model too, on the same rows and prompts."""
+    """Also evaluate the untuned model, on the same rows and prompts."""
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0
-    """Examples from train shown in a further baseline's prompt."""
+    """Number of training examples in the prompt of an additional few-shot baseline. 0 disables it."""
     gate: Gate = Gate()
-    """What must hold before anything is published."""
+    """Requirements for publishing."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Evaluate at most so many held-out rows of each dataset, drawn with the split's seed. Left out: all."""
+    """Maximum number of held-out rows to evaluate per dataset, drawn with the split's seed. Default: all."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    """Tokens of a generated answer at most (question answering, summaries, `prompts`)."""
+    """Maximum number of tokens of a generated answer (question answering, summaries, `prompts`)."""
     prompts: Annotated[list[Text], Field(max_length=64)] = []
-    """Prompts answered by base and tuned model side by side in the report."""
+    """Prompts that the base and the tuned model answer side by side in the report."""
     metrics: Annotated[
         list[Literal["accuracy", "macro-f1", "exact-match", "f1", "rouge", "bleu", "perplexity"]], Field(max_length=16)
     ] = []
-    """Further metrics beside each task's own (accuracy; F1; ROUGE-L; loss), where they can be computed for the task."""
+    """Metrics in addition to each task's own (accuracy, F1, ROUGE-L or loss), for the tasks that support them."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "self.baseline || !self.gate.mustImprove",
-            "mustImprove compares with the untuned model, which baseline: false does not measure: "
-            "take baseline out, or set mustImprove: false",
+            "mustImprove compares with the untuned model, which is not evaluated with baseline: false: "
+            "remove baseline, or set mustImprove: false",
             ".gate.mustImprove",
         ),
         Rule(
             "self.baseline || self.fewShot == 0",
-            "fewShot shows examples to the untuned model, which baseline: false does not measure: "
-            "take baseline out, or fewShot",
+            "fewShot prompts the untuned model, which is not evaluated with baseline: false: "
+            "remove baseline or fewShot",
             ".fewShot",
         ),
     )
 
 
 class Publish(ApiModel):
-    """Where the result goes."""
+    """Where to publish the result."""
 
     repo: RepoId | None = None
-    """Hub repository to upload to; made if it does not exist."""
+    """Hub repository to upload to. Created if it does not exist."""
     path: Path | None = None
-    """Directory instead of `repo`; on a cluster relative to the run volume, locally to the job's file."""
+    """Directory, instead of `repo`. Relative to the run volume on a cluster, to the job file locally."""
     private: bool = True
-    """The repository must be private; an existing public one is refused."""
+    """The repository must be private. An existing public repository is refused."""
     format: Literal["adapter", "merged"] = "adapter"
-    """Upload the adapter, or the base model with the adapter merged in. Full tuning always uploads the model."""
+    """Publish the adapter, or the base model with the adapter merged in. Full tuning always publishes the model."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         ONE_SOURCE,
         Rule(
             "has(self.repo) || self.private",
-            "private is about a Hub repository and has no effect beside path: take it out",
+            "private applies to a Hub repository and has no effect with path: remove it",
             ".private",
         ),
     )
@@ -594,22 +598,22 @@ class Wandb(ApiModel):
     """Weights & Biases."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128)]
-    """Project that the run is logged to."""
+    """Project to log the run to."""
     entity: Annotated[str, StringConstraints(max_length=128)] | None = None
-    """Team or user; the key's default when left out."""
+    """Team or user. If not set, the default of the API key."""
     mode: Literal["online", "offline", "disabled"] = "online"
-    """`offline` writes the run beside the logs, to be synced later."""
+    """`offline` writes the run next to the logs, to be synced later."""
 
 
 class Tracking(ApiModel):
-    """Experiment trackers; a broken tracker never stops a training."""
+    """Experiment trackers. A broken tracker never stops a training."""
 
     wandb: Wandb | None = None
     """Weights & Biases."""
 
 
 class SecretKey(ApiModel):
-    """One key of a Secret in the job's namespace."""
+    """A key of a Secret in the job's namespace."""
 
     name: SecretName
     """Name of the Secret."""
@@ -618,52 +622,52 @@ class SecretKey(ApiModel):
 
 
 class Credentials(ApiModel):
-    """Tokens, each mounted as a file in one stage alone. Locally HF_TOKEN, HF_PUBLISH_TOKEN and WANDB_API_KEY."""
+    """Tokens, each mounted as a file in a single stage. Locally, set HF_TOKEN, HF_PUBLISH_TOKEN and WANDB_API_KEY."""
 
     hub: SecretKey | None = None
-    """Hub read token; only Prepare sees it."""
+    """Hub read token. Only Prepare sees it."""
     publish: SecretKey | None = None
-    """Hub write token; seen only by Publish and by the check of write access before Prepare. Falls back to `hub`."""
+    """Hub write token. Only Publish and the check of write access before Prepare see it. Default: `hub`."""
     wandb: SecretKey | None = None
-    """W&B key; only Train sees it."""
+    """W&B key. Only Train sees it."""
 
 
 class Retry(ApiModel):
-    """How often failures are tried again."""
+    """Retries after failures."""
 
     limit: Annotated[int, Field(ge=0, le=100)] = 3
-    """Counted failures (crash, hang, out of memory) a stage may have; preemption and node loss are not counted."""
+    """Number of failures (crash, hang, out of memory) retried per stage. Preemption and node loss do not count."""
 
 
 class Timeouts(ApiModel):
-    """When waiting ends."""
+    """Time limits."""
 
     active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
-    """Seconds of running time over all attempts; waiting in a queue is not counted. Left out: no limit."""
+    """Maximum running time over all attempts, in seconds. Time in a queue does not count. Default: no limit."""
     startup: Duration = "15m"
-    """Time for all pods to run and meet, counted from the first that runs."""
+    """Time for all pods to start and connect, counted from the first running pod."""
     hang: Duration = "20m"
     """Time without a step after which the ranks write their stacks and the attempt is retried."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "duration(self.startup) >= duration('1m')",
-            "pods need a minute at least to start and meet: write 1m or more",
+            "pods need at least one minute to start and connect: set 1m or more",
             ".startup",
         ),
         Rule(
             "duration(self.hang) >= duration('1m')",
-            "below a minute a slow step would pass for a hang: write 1m or more",
+            "with less than one minute, a slow step would be taken for a hang: set 1m or more",
             ".hang",
         ),
     )
 
 
 class Cleanup(ApiModel):
-    """What is removed afterwards. The FineTuneJob itself never is."""
+    """What is deleted after the job has ended. The FineTuneJob itself is always kept."""
 
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
-    """Seconds after the end at which the job's pods and other children are deleted. Left out: they stay."""
+    """Seconds after the end of the job until its pods and other children are deleted. Default: they are kept."""
 
 
 class Toleration(ApiModel):
@@ -676,9 +680,9 @@ class Toleration(ApiModel):
     value: LabelValue | None = None
     """Taint value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Taint effect; all when left out."""
+    """Taint effect. If not set, all effects."""
     toleration_seconds: int | None = None
-    """Seconds that a NoExecute taint is tolerated."""
+    """Seconds for which a NoExecute taint is tolerated."""
 
 
 class EnvVar(ApiModel):
@@ -687,11 +691,11 @@ class EnvVar(ApiModel):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
     """Name of the variable."""
     value: Annotated[str, StringConstraints(max_length=4096)]
-    """Value; never a secret, which belongs in `credentials`."""
+    """Value. Do not put secrets here; use `credentials`."""
 
 
 class Resources(ApiModel):
-    """CPU, memory and other resources of each pod of Train and Evaluate; GPUs come from `topology`."""
+    """CPU, memory and other resources of each pod of Train and Evaluate. GPUs are set in `topology`."""
 
     requests: Resource = {}
     """Requests, such as `{cpu: 8, memory: 64Gi}`."""
@@ -702,7 +706,7 @@ class Resources(ApiModel):
         *(
             Rule(
                 f"!('nvidia.com/gpu' in self.{kind})",
-                "GPUs come from topology.gpusPerNode: take nvidia.com/gpu out",
+                "GPUs are set in topology.gpusPerNode: remove nvidia.com/gpu",
                 f".{kind}",
             )
             for kind in ("requests", "limits")
@@ -718,29 +722,30 @@ def _no_reserved(kind: str) -> Rule:
     own = " || ".join(f"k.startsWith('{prefix}')" for prefix in RESERVED_PREFIXES)
     return Rule(
         f"!self.{kind}.exists(k, {own})",
-        f"{', '.join(RESERVED_PREFIXES)} belong to the operator and to the controllers it works with: "
-        "use a prefix of your own (a Kueue queue is set with queueName)",
+        f"{', '.join(RESERVED_PREFIXES)} are reserved for the operator and the controllers it works with: "
+        "use your own prefix (set a Kueue queue with queueName)",
         f".{kind}",
     )
 
 
 class PodTemplate(ApiModel):
-    """What may be said about the pods of all stages, unless a field names some: an allow-list."""
+    """Settings for the pods of all stages, unless a field names certain stages."""
 
     node_selector: Labels = {}
-    """Labels a node must have for Train and Evaluate, and for Prepare where it binds a new claim."""
+    """Node labels required by Train and Evaluate, and by Prepare if it binds a new claim."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
-    """Taints that are tolerated where `nodeSelector` holds; also the GPU nodes' own, unless the cluster adds it."""
+    """Taints tolerated by the pods that `nodeSelector` applies to. Include that of GPU nodes, unless the cluster adds
+    it."""
     priority_class_name: KubernetesName = ""
     """PriorityClass of the pods."""
     queue_name: LabelValue = ""
-    """Kueue LocalQueue, in the job's namespace, of Train and Evaluate where they ask for GPUs."""
+    """Kueue LocalQueue in the job's namespace, used by Train and Evaluate if they request GPUs."""
     labels: Labels = {}
-    """Further labels on the pods."""
+    """Additional labels of the pods."""
     annotations: Annotated[dict[str, Annotated[str, StringConstraints(max_length=4096)]], Field(max_length=64)] = {}
-    """Further annotations on the pods."""
+    """Additional annotations of the pods."""
     env: Annotated[list[EnvVar], Field(max_length=128)] = []
-    """Further environment variables of the trainer, in all stages."""
+    """Additional environment variables of the trainer in all stages."""
     resources: Resources = Resources()
     """CPU, memory and other resources of each pod of Train and Evaluate."""
 
@@ -750,14 +755,14 @@ class PodTemplate(ApiModel):
         Rule(
             "!self.env.exists(e, e.name.matches("
             "'^(FINETUNE_.*|PET_.*|TORCHELASTIC_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT))$'))",
-            "FINETUNE_*, PET_*, TORCHELASTIC_*, RANK, WORLD_SIZE, LOCAL_* and MASTER_* tell the ranks who they are "
-            "and are set by the operator: take them out",
+            "FINETUNE_*, PET_*, TORCHELASTIC_*, RANK, WORLD_SIZE, LOCAL_* and MASTER_* identify the ranks "
+            "and are set by the operator: remove them",
             ".env",
         ),
         Rule(
             "!self.env.exists(e, e.name in "
             "['HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_PUBLISH_TOKEN', 'WANDB_API_KEY'])",
-            "a token in env is readable by everyone who may read the job: put it into a Secret and name that "
+            "a token in env can be read by everyone who can read the job: store it in a Secret and name the Secret "
             "in spec.credentials",
             ".env",
         ),
@@ -800,7 +805,7 @@ MUTABILITY: dict[str, Mutability] = {
     "image": Mutability.NEVER,
     "imagePullSecrets": Mutability.NEVER,
 }
-"""When each field of the spec may change: what a finished or running job is made of stays as it was applied."""
+"""When each field of the spec may change. What a job computes is fixed when it is created."""
 
 OPTIONAL_FIELDS = ("publish", "image")
 """Fields of the spec without a default: they may be absent before and after a change."""
@@ -822,44 +827,44 @@ def _mutability_rules() -> tuple[Rule, ...]:
 
 
 class FineTuneJobSpec(ApiModel):
-    """What a user asks for."""
+    """What to train, where, and what to do with the result."""
 
     model: Model
     """The base model."""
     datasets: Annotated[list[Dataset], Field(min_length=1, max_length=64)]
-    """Datasets trained together."""
+    """Datasets to train on together."""
     split: Split = Split()
-    """How rows are divided where a dataset has no split of its own."""
+    """How rows are split if a dataset has no splits of its own."""
     tuning: Tuning
-    """What is trained."""
+    """Tuning method and its settings."""
     training: Training = Training()
-    """How it is trained."""
+    """Training settings."""
     topology: Topology = Topology()
-    """Where it is trained."""
+    """Nodes and GPUs to train on."""
     checkpoint: Checkpoint = Checkpoint()
-    """When state is saved."""
+    """When checkpoints are saved."""
     storage: Storage = Storage()
     """Persistent volumes."""
     evaluation: Evaluation = Evaluation()
-    """How the exported model is measured."""
+    """How the exported model is evaluated."""
     publish: Publish | None = None
-    """Where the result goes; left out, it stays on the run volume."""
+    """Where to publish the result. If not set, it stays on the run volume."""
     tracking: Tracking = Tracking()
     """Experiment trackers."""
     credentials: Credentials = Credentials()
     """Tokens."""
     retry: Retry = Retry()
-    """How often failures are tried again."""
+    """Retries after failures."""
     timeouts: Timeouts = Timeouts()
-    """When waiting ends."""
+    """Time limits."""
     cleanup: Cleanup = Cleanup()
-    """What is removed afterwards."""
+    """What is deleted after the job has ended."""
     suspend: bool = False
-    """Stop after a checkpoint and give the GPUs back; set to false to go on."""
+    """Save a checkpoint, stop, and release the GPUs. Set to false to resume."""
     pod_template: PodTemplate = PodTemplate()
-    """What may be said about the pods."""
+    """Settings for the pods."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=500)] | None = None
-    """Trainer image, best with a digest; the operator's own default when left out."""
+    """Trainer image, preferably with a digest. If not set, the operator's default."""
     image_pull_secrets: Annotated[list[ImagePullSecret], Field(max_length=16)] = []
     """Secrets for pulling the image."""
 
@@ -867,29 +872,28 @@ class FineTuneJobSpec(ApiModel):
         *_mutability_rules(),
         Rule(
             "self.datasets.all(d, self.datasets.exists_one(other, other.name == d.name))",
-            "two datasets have the same name, and metrics are called by it: give each a name of its own",
+            "two datasets have the same name, and metrics are named after it: give each a unique name",
             ".datasets",
         ),
         Rule(
             "!has(self.model.adapter) || self.tuning.method in ['lora', 'qlora']",
-            "adapter is a LoRA to go on training: choose the method lora or qlora, or take adapter out",
+            "adapter is a LoRA adapter to continue training: choose the method lora or qlora, or remove adapter",
             ".model.adapter",
         ),
         Rule(
             f"!has(self.model.adapter) || ({_as_by_default('self.tuning.lora', Lora, but='b_plus_ratio')})",
-            "an adapter that is trained on keeps its own shape, so of tuning.lora only bPlusRatio has an effect: "
-            "take the others out",
+            "an existing adapter keeps its shape, so only bPlusRatio of tuning.lora has an effect: "
+            "remove the other fields",
             ".tuning.lora",
         ),
         Rule(
             "!has(self.model.adapter) || !has(self.training.resumeFrom)",
-            "adapter and training.resumeFrom are two starting points: give one of them",
+            "adapter and training.resumeFrom are both starting points: set only one of them",
             ".training.resumeFrom",
         ),
         Rule(
             "!(self.tuning.method in ['prompt', 'prefix']) || !has(self.training.packing) || !self.training.packing",
-            "prompt and prefix put their tokens once before a row, so packed documents would see each other's: "
-            "take packing out",
+            "prompt and prefix add their tokens once per sequence, so packed examples would share them: remove packing",
             ".training.packing",
         ),
         Rule(
@@ -897,15 +901,15 @@ class FineTuneJobSpec(ApiModel):
             "|| self.tuning.lora.dropout == 0.0 && self.training.neftuneAlpha == 0.0 "
             "&& !(self.tuning.method in ['prompt', 'prefix']) "
             "&& (!has(self.training.packing) || self.training.packing)",
-            "a prefix can be computed once only if nothing is drawn for its tokens and documents share rows: "
-            "take sharedPrefixes out, or lora.dropout, neftuneAlpha and packing: false",
+            "sharedPrefixes needs packing and excludes dropout, noise and the methods prompt and prefix: "
+            "remove sharedPrefixes, or lora.dropout, neftuneAlpha and packing: false",
             ".training.sharedPrefixes",
         ),
         Rule(
             "self.tuning.method != 'prefix' || !has(self.training.activationCheckpointing) "
             "|| !self.training.activationCheckpointing",
-            "prefix hands its keys and values over in a cache, which activation checkpointing cannot recompute: "
-            "take activationCheckpointing out",
+            "prefix passes its keys and values in a cache, which activation checkpointing cannot recompute: "
+            "remove activationCheckpointing",
             ".training.activationCheckpointing",
         ),
         Rule(
@@ -916,19 +920,19 @@ class FineTuneJobSpec(ApiModel):
         Rule(
             "!(self.model.attention in ['flash', 'flex', 'varlen']) || !has(self.topology.gpusPerNode) "
             "|| self.topology.gpusPerNode > 0",
-            "flash, flex and varlen attention train on GPUs only and gpusPerNode is 0: choose auto, sdpa or eager",
+            "flash, flex and varlen attention need GPUs, and gpusPerNode is 0: choose auto, sdpa or eager",
             ".model.attention",
         ),
         Rule(
             "!(self.model.attention in ['flash', 'varlen']) || self.training.precision != 'fp32'",
-            "flash and varlen attention compute in 16 bits only: choose another attention, or another precision",
+            "flash and varlen attention support only 16-bit precision: choose another attention, or another precision",
             ".model.attention",
         ),
         Rule(
             "self.model.attention != 'varlen' || !(self.tuning.method in ['prompt', 'prefix']) "
             "&& (!has(self.training.packing) || self.training.packing)",
-            "varlen attention is for packed rows, which prompt, prefix and packing: false do without: "
-            "choose auto, or take packing out",
+            "varlen attention needs packed sequences, which prompt, prefix and packing: false do not use: "
+            "choose auto, or remove packing",
             ".model.attention",
         ),
         Rule(
@@ -941,21 +945,21 @@ class FineTuneJobSpec(ApiModel):
             "!self.evaluation.gate.mustImprove && size(self.evaluation.gate.minimum) == 0 "
             "|| self.split.validation + self.split.test > 0.0 "
             "|| self.datasets.all(d, has(d.splits.validation) || has(d.splits.test))",
-            "nothing is held out that the gate could measure on: set split.validation or split.test above 0, "
+            "no rows are held out for the gate: set split.validation or split.test above 0, "
             "or name a validation or test split of each dataset",
             ".split",
         ),
         Rule(
             "!has(self.training.earlyStopping) || self.split.validation > 0.0 "
             "|| self.datasets.exists(d, has(d.splits.validation))",
-            "early stopping watches validation and there is none: set split.validation above 0, "
+            "early stopping needs validation rows, and there are none: set split.validation above 0, "
             "or name a dataset's validation split",
             ".training.earlyStopping",
         ),
         Rule(
             "self.evaluation.gate.minimum.all(key, key.startsWith('macro/') "
             "|| self.datasets.exists(d, key.startsWith(d.name + '/')))",
-            "a minimum is called <dataset>/<metric>, such as banking77/accuracy, with a dataset of this job, "
+            "keys of minimum must be <dataset>/<metric> with a dataset of this job, such as banking77/accuracy, "
             "or macro/<metric>",
             ".evaluation.gate.minimum",
         ),
@@ -963,7 +967,7 @@ class FineTuneJobSpec(ApiModel):
 
 
 class ObjectMeta(ApiModel):
-    """The parts of Kubernetes metadata that are read here; others are kept as they are."""
+    """The fields of Kubernetes metadata that are read here. Others are kept unchanged."""
 
     model_config = ApiModel.model_config | {"extra": "allow"}
 
@@ -987,7 +991,7 @@ class FineTuneJob(ApiModel):
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$') && size(self.metadata.name) <= 63",
-            "a job's name is part of host names: at most 63 lower-case letters, digits and '-', "
+            "a job's name becomes part of host names: use at most 63 lower-case letters, digits and '-', "
             "beginning and ending with a letter or digit",
             ".metadata.name",
         ),

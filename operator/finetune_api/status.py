@@ -1,6 +1,6 @@
-"""The `status` of a FineTuneJob: what the operator (or `finetune run`) says happened.
+"""The `status` of a FineTuneJob: what happened so far, as written by the operator or `finetune run`.
 
-Only the decision writes it. Bounded in size: attempt history keeps the newest entries.
+Only the decision writes it. Its size is bounded: the history keeps only the newest attempts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finetune_api.report import (
 
 
 class ConditionType(StrEnum):
-    """The six conditions of every job and one a stage."""
+    """Six conditions of every job and one per stage."""
 
     READY = "Ready"
     RECONCILING = "Reconciling"
@@ -48,7 +48,7 @@ STAGE_CONDITION: dict[Stage, ConditionType] = {
 
 
 class Phase(StrEnum):
-    """One word for people; nothing may be decided by it."""
+    """Summary for people. Programs must use conditions instead."""
 
     PENDING = "Pending"
     PREPARING = "Preparing"
@@ -68,140 +68,140 @@ class Condition(ApiModel):
     """A Kubernetes condition."""
 
     type: ConditionType
-    """Which condition."""
+    """Type of the condition."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """Whether the condition holds."""
     reason: Annotated[str, Field(pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", max_length=1024)]
-    """One word in CamelCase for programs."""
+    """Reason in CamelCase, for programs."""
     message: Annotated[str, Field(max_length=4096)] = ""
-    """A sentence for people."""
+    """Message for people."""
     last_transition_time: Time
-    """When `status` last changed."""
+    """Time at which `status` last changed."""
     observed_generation: int = 0
-    """Generation of the resource that this was decided for."""
+    """Generation of the resource that the condition refers to."""
 
 
 class AttemptRecord(ApiModel):
-    """One attempt in the history."""
+    """An attempt in the history."""
 
     stage: Stage
     """The stage."""
     number: int
-    """Number of the attempt within the stage."""
+    """Number of the attempt within its stage."""
     started: Time
-    """When its child was made."""
+    """Time at which its child object was created."""
     running_since: Time | None = None
-    """When all its pods ran."""
+    """Time at which all its pods were running."""
     exited: Time | None = None
-    """When its pods were first seen to end: what they left is read within a bounded time of it."""
+    """Time at which its pods were first seen to terminate. Their results are collected within a limited time."""
     ended: Time | None = None
-    """When its end was recorded."""
+    """Time at which its end was recorded."""
     outcome: Literal["running", "succeeded", "failed", "suspended"] = "running"
-    """How it ended."""
+    """Outcome of the attempt."""
     reason: FailureClass | str | None = None
-    """Class of the failure, or what else ended it (evicted, node-lost, partial-gang, suspended)."""
+    """Failure class, or another reason for its end (evicted, node-lost, partial-gang, suspended)."""
     message: str = ""
-    """The root cause in a sentence."""
+    """Root cause, as a sentence."""
     rank: int | None = None
-    """Rank of the root cause."""
+    """Rank that caused the failure."""
     counted: bool = False
-    """Whether it uses up one of `retry.limit`."""
+    """Whether it counts towards `retry.limit`."""
     forgiven: bool = False
-    """Whether `finetune.dev/retry` was given after it failed: neither budget nor backoff counts it any more."""
+    """Whether `finetune.dev/retry` was set after it failed, so that retry limit and backoff no longer count it."""
     resumed_from_step: int | None = None
-    """Step of the checkpoint it went on from."""
+    """Step of the checkpoint that it resumed from."""
     micro_batch_tokens: int | None = None
-    """Tokens a packed row at most, if an out-of-memory lowered it."""
+    """Maximum tokens per packed sequence, if an out-of-memory error lowered it."""
     activation_checkpointing: bool | None = None
-    """Whether an out-of-memory switched it on."""
+    """Whether an out-of-memory error enabled activation checkpointing."""
 
 
 class Origin(ApiModel):
-    """Where every number comes from."""
+    """Origin of the results: versions, digests and seed."""
 
     model: str = ""
-    """Repository and commit, or path and digest."""
+    """Repository and commit of the model, or path and digest."""
     datasets: dict[str, str] = {}
-    """The same for each dataset."""
+    """Repository and commit of each dataset, or path and digest."""
     image: str = ""
-    """Trainer image with digest."""
+    """Trainer image, with digest."""
     config_digest: str = ""
-    """sha256 of the run config."""
+    """SHA-256 of the run config."""
     versions: dict[str, str] = {}
-    """Versions of the packages that computed the result."""
+    """Versions of the packages that computed the results."""
     seed: int | None = None
     """Training seed."""
 
 
 class JobStatus(ApiModel):
-    """What happened so far."""
+    """Observed state of the job."""
 
     model_config = ApiModel.model_config | {"extra": "ignore"}
 
     observed_generation: int = 0
-    """Generation of the spec that this status is about."""
+    """Generation of the spec that this status refers to."""
     phase: Phase = Phase.PENDING
-    """One word for people."""
+    """Summary of the state in one word."""
     stage: Stage | None = None
-    """Stage that runs or comes next."""
+    """Stage that is running or comes next."""
     conditions: list[Condition] = []
-    """Ready, Reconciling, Stalled, Complete, Failed, Suspended, and one a stage."""
+    """Conditions: Ready, Reconciling, Stalled, Complete, Failed, Suspended, and one per stage."""
     start_time: Time | None = None
-    """When the job was first touched."""
+    """Time at which the job was first reconciled."""
     completion_time: Time | None = None
-    """When it ended."""
+    """Time at which the job ended."""
     progress: Progress | None = None
-    """How far the running stage is."""
+    """Progress of the running stage."""
     progress_text: str = ""
-    """The same for a column: `120/450 (27%)`."""
+    """Progress as text, such as `120/450 (27%)`."""
     eta_text: str = ""
-    """Time to the end of the stage, for a column: `1h20m`."""
+    """Estimated time until the end of the stage, such as `1h20m`."""
     activity: str = ""
-    """What is being done, in a few words."""
+    """Current activity in a few words."""
     attempts: Annotated[list[AttemptRecord], Field(max_length=50)] = []
-    """Newest attempts, oldest first."""
+    """Latest attempts, oldest first."""
     attempts_started: dict[str, int] = {}
-    """Attempts started a stage, over the job's life."""
+    """Number of attempts started per stage, over the lifetime of the job."""
     failures_counted: dict[str, int] = {}
-    """Counted failures a stage since its budget was last renewed."""
+    """Number of counted failures per stage since the last reset by `finetune.dev/retry`."""
     retry_at: Time | None = None
-    """When the next attempt may start, while backing off."""
+    """Time at which the next attempt may start, while backing off."""
     waiting_since: Time | None = None
-    """Since when the job waits for something that only its user can give: a Secret, a claim, a better token."""
+    """Time since which the job has been waiting for its user, for example for a Secret, a claim or a valid token."""
     credentials_seen: str = ""
-    """State of the Secrets when a token was refused; the job goes on once it differs."""
+    """State of the Secrets when a token was rejected. The job continues when it changes."""
     last_checkpoint: CheckpointRef | None = None
-    """Newest published checkpoint."""
+    """Latest published checkpoint."""
     plan: Plan | None = None
-    """What the run needs."""
+    """Estimate of what the job needs."""
     datasets: list[DatasetFacts] = []
-    """What Prepare found."""
+    """What Prepare found in each dataset."""
     choices: dict[str, Choice] = {}
-    """What each `auto` became, and why."""
+    """What was chosen for `auto` and unset fields, and why."""
     warnings: list[str] = []
-    """Sentences for the user."""
+    """Warnings for the user, as sentences."""
     export: ExportRef | None = None
-    """The trained model on the volume."""
+    """The exported model on the run volume."""
     results: Results | None = None
-    """The evaluation."""
+    """Results of the evaluation."""
     metric_text: str = ""
-    """The headline for a column: `0.415 → 0.623`."""
+    """Main metric of base and tuned model, such as `0.415 → 0.623`."""
     published: Published | None = None
-    """Where the model went."""
+    """Where the model was published."""
     wandb_url: str = ""
-    """Page of the W&B run."""
+    """URL of the W&B run."""
     active_seconds: int = 0
-    """Running time over all attempts of all stages."""
+    """Running time in seconds over all attempts of all stages."""
     active_until: Time | None = None
-    """Until when activeSeconds is counted, while all pods run."""
+    """Time up to which `activeSeconds` has been counted, while all pods run."""
     gpu_hours: float = 0.0
-    """GPU-hours used."""
+    """GPU-hours used so far."""
     price: float | None = None
-    """Their price, if one is configured."""
+    """Price of the GPU-hours, if a price is configured."""
     observed_retry: str = ""
-    """Value of the annotation finetune.dev/retry that was last acted on."""
+    """Last handled value of the annotation `finetune.dev/retry`."""
     origin: Origin = Origin()
-    """Where every number comes from."""
+    """Origin of the results: versions, digests and seed."""
 
     def condition(self, kind: ConditionType) -> Condition | None:
         """The condition of that type, if it was written yet."""

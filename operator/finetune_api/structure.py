@@ -1,6 +1,6 @@
-"""What pydantic says is wrong with a document, in words a user can act on: what, and what to write instead.
+"""pydantic's errors as sentences that a user can act on: what is wrong, and what to write instead.
 
-Strict as the API server is strict: `"3"` is no number, `learning_rate` is no field.
+As strict as the API server: `"3"` is not a number, `learning_rate` is not a field.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune_api.fields import all_paths, field_at, field_names, is_optional, m
 AnyModel = TypeVar("AnyModel", bound=ApiModel)
 
 NEAR = 70
-"""Similarity (0 to 100) from which a misspelt name is taken for a known one."""
+"""Similarity (0 to 100) above which a misspelt name is matched to a known one."""
 
 HABITS = {
     "lr": "learningRate",
@@ -49,25 +49,25 @@ HABITS = {
     "fsdp": "sharding",
     "earlyStoppingPatience": "earlyStopping.patience",
 }
-"""What users of other tools are used to writing, and what it is called here."""
+"""Field names of other tools, and their names here."""
 
 PATTERNS = {
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": "lower-case letters, digits and '-', with a letter or digit at both ends",
     r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$": "lower-case letters, digits, '-' and '.', with a letter or digit at both ends",
     r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$": "owner/name, as the Hub shows it (no https://, no spaces)",
-    r"^([0-9]+(h|m|s))+$": "a length of time such as 90s, 15m or 1h30m",
-    r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$": "an amount of bytes such as 200Gi",
+    r"^([0-9]+(h|m|s))+$": "a duration such as 90s, 15m or 1h30m",
+    r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$": "a number of bytes such as 200Gi",
     r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$": "an amount such as 8, 500m or 64Gi",
     r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$": "layer numbers such as 12-29 or 0,4,8",
     r"^[-._a-zA-Z0-9]+$": "letters, digits, '-', '_' and '.'",
     r"^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and '_', not beginning with a digit",
 }
-"""Each pattern of the spec in words."""
+"""Description of each pattern of the spec."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with one field."""
+    """A problem of a field."""
 
     path: PathParts
     sentence: str
@@ -75,7 +75,7 @@ class Fault:
 
 
 def read_model(model: type[AnyModel], data: Any) -> tuple[AnyModel | None, list[Fault]]:
-    """The data as that model, or what is wrong with it. Nulls count as left out, as on the API server."""
+    """The data as that model, or its faults. Nulls count as absent, as on the API server."""
     try:
         text = json.dumps(without_nulls(data))
         return model.model_validate_json(text, strict=True, by_alias=True, by_name=False), []
@@ -120,7 +120,7 @@ def _fault(root: type[ApiModel], detail: ErrorDetails) -> Fault:
         description = _describe(root, path)
         return Fault(path, "is required", description)
     if kind == "extra_forbidden":
-        return _unknownfield_at(root, path)
+        return _unknown_field(root, path)
     if kind in ("literal_error", "enum"):
         return _not_a_choice(root, path, value, str(limits["expected"]))
     if kind.endswith("_type") or kind in ("int_from_float", "int_parsing"):
@@ -136,7 +136,7 @@ def _limit(kind: str, value: Any, limits: dict[str, Any], otherwise: str) -> str
         case "string_pattern_mismatch":
             return f"{shown} is not {PATTERNS.get(limits['pattern'], 'of the form ' + limits['pattern'])}"
         case "string_too_long":
-            return f"has {len(value)} characters, and {limits['max_length']} are allowed"
+            return f"has {len(value):,} characters; at most {limits['max_length']:,} are allowed"
         case "string_too_short":
             return "is empty"
         case "greater_than":
@@ -148,15 +148,15 @@ def _limit(kind: str, value: Any, limits: dict[str, Any], otherwise: str) -> str
         case "less_than_equal":
             return f"{shown} must be {limits['le']:g} or less"
         case "too_short":
-            return f"needs {limits['min_length']} {entries} and has {limits['actual_length']}"
+            return f"needs at least {limits['min_length']} {entries}, has {limits['actual_length']}"
         case "too_long":
-            return f"has too many {entries}: {limits['max_length']} are allowed"
+            return f"has too many {entries}; at most {limits['max_length']} are allowed"
     return otherwise[:1].lower() + otherwise[1:]
 
 
-def _unknownfield_at(root: type[ApiModel], path: PathParts) -> Fault:
+def _unknown_field(root: type[ApiModel], path: PathParts) -> Fault:
     name, siblings = str(path[-1]), field_names(model_at(root, path[:-1]))
-    sentence = f"there is no field {name}"
+    sentence = f"unknown field {name}"
     camel = re.sub(r"[_-]+([a-zA-Z0-9])", lambda found: found[1].upper(), name)
     if camel in siblings:
         return Fault(path, sentence, f"did you mean {camel}?")
@@ -170,7 +170,7 @@ def _unknownfield_at(root: type[ApiModel], path: PathParts) -> Fault:
     near = nearest(camel, sorted({found.rpartition(".")[2] for found in all_paths(root)}))
     if near and len(name) > 3:
         return Fault(path, sentence, f"did you mean {' or '.join(paths_of(root, near)[:2])}?")
-    return Fault(path, sentence, f"known here: {', '.join(siblings)}" if siblings else "")
+    return Fault(path, sentence, f"known fields: {', '.join(siblings)}" if siblings else "")
 
 
 def _not_a_choice(root: type[ApiModel], path: PathParts, value: Any, expected: str) -> Fault:
@@ -178,9 +178,9 @@ def _not_a_choice(root: type[ApiModel], path: PathParts, value: Any, expected: s
     shown = ", ".join(choices)
     if isinstance(value, bool) or value is None:
         hint = "put it in quotes" if "on" in choices or "off" in choices else f"write one of {shown}"
-        return Fault(path, f"{_show(value)} is none of {shown}", hint)
+        return Fault(path, f"{_show(value)} must be one of {shown}", hint)
     near = nearest(str(value), choices)
-    sentence = f"{_show(value)} is none of {shown}" if len(choices) > 1 else f"{_show(value)} must be {shown}"
+    sentence = f"{_show(value)} must be {'one of ' if len(choices) > 1 else ''}{shown}"
     return Fault(path, sentence, f"did you mean {near}?" if near else "")
 
 
@@ -203,15 +203,15 @@ def _wrong_type(root: type[ApiModel], path: PathParts, kind: str, value: Any) ->
     hint = ""
     may_be_absent = is_optional(root, path)
     if kind in ("bool_type", "int_type", "float_type") and value in ("auto", "default", "none", "null", ""):
-        hint = "leave the field out to let it be chosen" if may_be_absent else "leave the field out for its default"
+        hint = "leave the field out to have it chosen" if may_be_absent else "leave the field out for its default"
     elif kind == "bool_type" and isinstance(value, str):
-        hint = "without quotes" if value.lower() in ("true", "false") else "write true or false"
+        hint = "remove the quotes" if value.lower() in ("true", "false") else "write true or false"
     elif kind in ("int_type", "float_type", "int_parsing") and isinstance(value, str):
-        hint = "without quotes" if re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value) else ""
+        hint = "remove the quotes" if re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value) else ""
     elif kind == "string_type" and isinstance(value, bool | int | float):
         hint = f'put it in quotes: "{_show(value)}"'
     elif kind == "string_type" and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-        hint = f"separate names by commas: {','.join(value)}" if path[-1] == "targetModules" else "give one text"
+        hint = f"separate names with commas: {','.join(value)}" if path[-1] == "targetModules" else "write one text"
     elif kind == "list_type":
         hint = "begin each entry with '- '"
     elif kind.startswith("model") and isinstance(value, str):
@@ -237,7 +237,7 @@ def _show(value: Any) -> str:
 
 
 def _describe(root: type[ApiModel], path: PathParts) -> str:
-    """What a required field is for, and what may stand there."""
+    """Description of a required field, or its choices."""
     field = field_at(root, path)
     if field is None:
         return ""

@@ -1,4 +1,4 @@
-"""What the API server would refuse, and a little more, said with file, line, field and what to write instead."""
+"""Validation of job files: what the API server would refuse and more, with line, field and what to write instead."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from finetune_api.structure import Fault, nearest, read_model, show_path, withou
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """A problem in a document."""
 
     document: int
-    """Which document of the text, from 1."""
+    """Number of the document in the text, from 1."""
     path: str
     """Field path such as `spec.datasets[1].task`; empty for the document itself."""
     line: int | None
@@ -38,18 +38,18 @@ class Problem:
 
 @dataclass
 class Checked:
-    """What a text holds."""
+    """Content of a text."""
 
     jobs: list[FineTuneJob] = field(default_factory=list)
-    """The jobs that are right, in order."""
+    """The valid jobs, in order."""
     problems: list[Problem] = field(default_factory=list)
-    """What is wrong with the others."""
+    """Problems of the other documents."""
     notes: list[str] = field(default_factory=list)
-    """Documents of other kinds, which were passed over."""
+    """Documents of other kinds, which were skipped."""
 
 
 def validate_documents(text: str) -> list[Problem]:
-    """What is wrong with the FineTuneJobs in a text of one or more YAML documents."""
+    """Problems of the FineTuneJobs in a text of one or more YAML documents."""
     return check(text).problems
 
 
@@ -64,7 +64,7 @@ def check(text: str) -> Checked:
     except DocumentError as error:
         checked.problems.append(Problem(seen + 1, "", error.line, error.sentence))
     if not seen and not checked.problems:
-        checked.problems.append(Problem(1, "", None, "there is no document in it", f"begin with kind: {KIND}"))
+        checked.problems.append(Problem(1, "", None, "contains no document", f"begin with kind: {KIND}"))
     return checked
 
 
@@ -72,7 +72,7 @@ def _check_document(document: Document, checked: Checked) -> None:
     data = document.data
     if isinstance(data, dict) and _is_another_kind(data):
         name = f"{data.get('kind')} {_name(data)}".rstrip()
-        checked.notes.append(f"document {document.number}: {name} is not a {KIND} and was passed over")
+        checked.notes.append(f"document {document.number}: {name} is not a {KIND} and was skipped")
         return
     if isinstance(data, dict) and data.get("status") is not None:
         data = {key: value for key, value in data.items() if key != "status"}
@@ -90,7 +90,7 @@ def _in_order(faults: list[Fault], document: Document) -> list[Fault]:
 
 
 def _is_another_kind(data: dict[str, Any]) -> bool:
-    """Whether the document is plainly meant to be something else."""
+    """Whether the document is clearly not meant to be a FineTuneJob."""
     version, kind = data.get("apiVersion"), data.get("kind")
     if not isinstance(version, str) or not isinstance(kind, str) or kind == KIND:
         return False
@@ -127,7 +127,7 @@ def _faults(data: Any) -> Iterator[Fault]:
 
 
 def _rules_of_whole_parts(model: type[ApiModel], data: Any, path: PathParts) -> Iterator[Fault]:
-    """The rules of those objects in a faulty document that can be read by themselves."""
+    """Violated rules of the objects in a faulty document that are valid on their own."""
     if not isinstance(data, dict):
         return
     whole, _ = read_model(model, data)

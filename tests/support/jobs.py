@@ -77,7 +77,7 @@ def _columns(task: str, foreign: str, own: str) -> Broken:
     base = {"spec.datasets.0.task": task}
     return Broken(
         "spec.datasets[0].columns",
-        f"task {task} reads no other columns than",
+        f"task {task} reads only the columns",
         base | {f"spec.datasets.0.columns.{foreign}": "x"},
         valid=base | {f"spec.datasets.0.columns.{own}": "x"},
     )
@@ -91,20 +91,20 @@ PREFIX = {"spec.tuning.method": "prefix"}
 PROMPT = {"spec.tuning.method": "prompt"}
 
 BROKEN: tuple[Broken, ...] = (
-    Broken("metadata.name", "a job's name is part of host names", {"metadata.name": "a.b"}),
-    Broken("metadata.name", "a job's name is part of host names", {"metadata.name": "a" * 64}),
-    Broken("spec.model", "give exactly one of repo", {"spec.model": {"repo": "a/b", "path": "c"}}),
-    Broken("spec.model", "give exactly one of repo", {"spec.model": {}}),
+    Broken("metadata.name", "a job's name becomes part of host names", {"metadata.name": "a.b"}),
+    Broken("metadata.name", "a job's name becomes part of host names", {"metadata.name": "a" * 64}),
+    Broken("spec.model", "set exactly one of repo", {"spec.model": {"repo": "a/b", "path": "c"}}),
+    Broken("spec.model", "set exactly one of repo", {"spec.model": {}}),
     Broken("spec.model.revision", "revision is a branch", {"spec.model.revision": "v2"}),
-    Broken("spec.model.adapter", "give exactly one of repo", {"spec.model.adapter": {}}),
+    Broken("spec.model.adapter", "set exactly one of repo", {"spec.model.adapter": {}}),
     Broken(
         "spec.model.adapter.revision", "revision is a branch", {"spec.model.adapter": {"path": "a", "revision": "v2"}}
     ),
-    Broken("spec.datasets[0]", "give exactly one of repo", {"spec.datasets.0.repo": "a/b"}),
+    Broken("spec.datasets[0]", "set exactly one of repo", {"spec.datasets.0.repo": "a/b"}),
     Broken("spec.datasets[0].revision", "revision is a branch", {"spec.datasets.0.revision": "v2"}),
     Broken(
         "spec.datasets[0].task",
-        "say with task what the rows teach",
+        "set task to one of",
         {"spec.datasets.0": {"name": "a", "repo": "some/data"}},
         valid={"spec.datasets.0": {"name": "a", "repo": "PolyAI/banking77"}},
     ),
@@ -130,7 +130,7 @@ BROKEN: tuple[Broken, ...] = (
     ),
     Broken(
         "spec.datasets[0].lossOn",
-        "lossOn: last chooses among the turns",
+        "lossOn: last selects turns",
         {"spec.datasets.0.lossOn": "last"},
         valid=CHAT | {"spec.datasets.0.lossOn": "last"},
     ),
@@ -142,55 +142,55 @@ BROKEN: tuple[Broken, ...] = (
     ),
     Broken(
         "spec.split",
-        "validation and test together must leave rows",
+        "validation and test must add up",
         {"spec.split": {"validation": 0.5, "test": 0.5}},
         valid={"spec.split": {"validation": 0.5, "test": 0.4}},
     ),
     Broken(
         "spec.split",
-        "nothing is held out that the gate could measure on",
+        "no rows are held out for the gate",
         ALL_TRAIN,
         valid=ALL_TRAIN | {"spec.datasets.0.splits.test": "test"},
     ),
     Broken(
         "spec.split",
-        "nothing is held out that the gate could measure on",
+        "no rows are held out for the gate",
         ALL_TRAIN | GATE_OFF | {"spec.evaluation.gate.minimum": {"tweets/accuracy": 0.5}},
         valid=ALL_TRAIN | GATE_OFF,
     ),
     Broken(
         "spec.training.earlyStopping",
-        "early stopping watches validation",
+        "early stopping needs validation rows",
         {"spec.split": {"validation": 0, "test": 0.2}, "spec.training.earlyStopping": {}},
         valid={"spec.training.earlyStopping": {}},
     ),
     Broken(
         "spec.evaluation.gate.minimum",
-        "a minimum is called <dataset>/<metric>",
+        "keys of minimum must be <dataset>/<metric>",
         {"spec.evaluation.gate.minimum": {"banking/accuracy": 0.5}},
         valid={"spec.evaluation.gate.minimum": {"tweets/accuracy": 0.5, "macro/accuracy": 0.5}},
     ),
     Broken("spec.evaluation.gate.mustImprove", "mustImprove compares", {"spec.evaluation.baseline": False}),
     Broken(
         "spec.evaluation.fewShot",
-        "fewShot shows examples to the untuned model",
+        "fewShot prompts the untuned model",
         GATE_OFF | {"spec.evaluation.baseline": False, "spec.evaluation.fewShot": 2},
         valid=GATE_OFF | {"spec.evaluation.baseline": False},
     ),
-    Broken("spec.tuning.lora", "lora is used by", PROMPT | {"spec.tuning.lora.rank": 8}, valid=PROMPT),
-    Broken("spec.tuning.prompt", "prompt is used by", {"spec.tuning.prompt.virtualTokens": 8}),
-    Broken("spec.tuning.prefix", "prefix is used by", {"spec.tuning.prefix.virtualTokens": 8}),
-    Broken("spec.tuning.quantization", "quantization is used by", {"spec.tuning.quantization.type": "fp4"}),
+    Broken("spec.tuning.lora", "lora is used only by", PROMPT | {"spec.tuning.lora.rank": 8}, valid=PROMPT),
+    Broken("spec.tuning.prompt", "prompt is used only by", {"spec.tuning.prompt.virtualTokens": 8}),
+    Broken("spec.tuning.prefix", "prefix is used only by", {"spec.tuning.prefix.virtualTokens": 8}),
+    Broken("spec.tuning.quantization", "quantization is used only by", {"spec.tuning.quantization.type": "fp4"}),
     Broken(
         "spec.tuning.lora.init",
-        "pissa starts from the singular vectors",
+        "pissa needs the singular vectors",
         {"spec.tuning": {"method": "qlora", "lora": {"init": "pissa"}}},
         valid={"spec.tuning": {"method": "lora", "lora": {"init": "pissa"}}},
     ),
     *(
         Broken(
             "spec.tuning.lora.modulesToSave",
-            "attention and feed-forward layers are stored in 4 bits",
+            "qlora stores attention and feed-forward layers in 4 bits",
             {"spec.tuning": {"method": "qlora", "lora": {"modulesToSave": ["lm_head", name]}}},
             valid={"spec.tuning": {"method": method, "lora": {"modulesToSave": saved}}},
         )
@@ -201,14 +201,14 @@ BROKEN: tuple[Broken, ...] = (
     ),
     Broken(
         "spec.training.resumeFrom.path",
-        "path is looked for on the claim",
+        "path must be relative to the claim",
         {"spec.training.resumeFrom": {"claim": "older-run", "path": "/data/ml/older/checkpoints/step-00000100"}},
         valid={"spec.training.resumeFrom": {"claim": "older-run", "path": "ml/older/checkpoints/step-00000100"}},
     ),
     *(
         Broken(
             "spec.model.attention",
-            "flash, flex and varlen attention train on GPUs only",
+            "flash, flex and varlen attention need GPUs",
             {"spec.model.attention": kernel, "spec.topology.gpusPerNode": 0},
             valid={"spec.model.attention": other, "spec.topology.gpusPerNode": count},
         )
@@ -217,7 +217,7 @@ BROKEN: tuple[Broken, ...] = (
     *(
         Broken(
             "spec.model.attention",
-            "flash and varlen attention compute in 16 bits only",
+            "flash and varlen attention support only 16-bit precision",
             {"spec.model.attention": kernel, "spec.training.precision": "fp32"},
             valid={"spec.model.attention": other, "spec.training.precision": precision},
         )
@@ -226,7 +226,7 @@ BROKEN: tuple[Broken, ...] = (
     *(
         Broken(
             "spec.model.attention",
-            "varlen attention is for packed rows",
+            "varlen attention needs packed sequences",
             {"spec.model.attention": "varlen", **unpacked},
             valid={"spec.model.attention": "varlen", "spec.training.packing": True},
         )
@@ -234,55 +234,55 @@ BROKEN: tuple[Broken, ...] = (
     ),
     Broken(
         "spec.model.adapter",
-        "adapter is a LoRA to go on training",
+        "adapter is a LoRA adapter to continue training",
         {"spec.model.adapter.path": "a", "spec.tuning.method": "full"},
         valid={"spec.model.adapter.path": "a", "spec.tuning.method": "qlora"},
     ),
     Broken(
         "spec.tuning.lora",
-        "an adapter that is trained on keeps its own shape",
+        "an existing adapter keeps its shape",
         {"spec.model.adapter.path": "a", "spec.tuning.lora.rank": 8},
         valid={"spec.model.adapter.path": "a", "spec.tuning.lora.bPlusRatio": 4},
     ),
     Broken(
         "spec.training.resumeFrom",
-        "adapter and training.resumeFrom are two starting points",
+        "adapter and training.resumeFrom are both starting points",
         {"spec.model.adapter.path": "a", "spec.training.resumeFrom.path": "b"},
         valid={"spec.training.resumeFrom.path": "b"},
     ),
     Broken(
         "spec.training.packing",
-        "prompt and prefix put their tokens once before a row",
+        "prompt and prefix add their tokens once per sequence",
         PROMPT | {"spec.training.packing": True},
         valid=PROMPT | {"spec.training.packing": False},
     ),
     Broken(
         "spec.training.sharedPrefixes",
-        "a prefix can be computed once only if nothing is drawn",
+        "sharedPrefixes needs packing",
         {"spec.training.sharedPrefixes": True, "spec.tuning.lora": {"dropout": 0.1}},
         valid={"spec.training.sharedPrefixes": True, "spec.tuning.lora": {"dropout": 0.0}},
     ),
     Broken(
         "spec.training.sharedPrefixes",
-        "a prefix can be computed once only if nothing is drawn",
+        "sharedPrefixes needs packing",
         {"spec.training.sharedPrefixes": True, "spec.training.neftuneAlpha": 5},
         valid={"spec.training.sharedPrefixes": False, "spec.training.neftuneAlpha": 5},
     ),
     Broken(
         "spec.training.sharedPrefixes",
-        "a prefix can be computed once only if nothing is drawn",
+        "sharedPrefixes needs packing",
         PROMPT | {"spec.training.sharedPrefixes": True},
         valid=PROMPT | {"spec.training.sharedPrefixes": False},
     ),
     Broken(
         "spec.training.activationCheckpointing",
-        "prefix hands its keys and values over",
+        "prefix passes its keys and values",
         PREFIX | {"spec.training.activationCheckpointing": True},
         valid=PROMPT | {"spec.training.activationCheckpointing": True},
     ),
     Broken(
         "spec.training.minLearningRateRatio",
-        "the constant schedule never falls",
+        "the constant schedule does not decay",
         {"spec.training.scheduler.type": "constant", "spec.training.minLearningRateRatio": 0.1},
         valid={"spec.training.minLearningRateRatio": 0.1},
     ),
@@ -292,13 +292,13 @@ BROKEN: tuple[Broken, ...] = (
         PREFIX | {"spec.publish": {"repo": "a/b", "format": "merged"}},
         valid={"spec.publish": {"repo": "a/b", "format": "merged"}},
     ),
-    Broken("spec.publish", "give exactly one of repo", {"spec.publish": {"format": "adapter"}}),
+    Broken("spec.publish", "set exactly one of repo", {"spec.publish": {"format": "adapter"}}),
     Broken(
-        "spec.publish.private", "private is about a Hub repository", {"spec.publish": {"path": "a", "private": False}}
+        "spec.publish.private", "private applies to a Hub repository", {"spec.publish": {"path": "a", "private": False}}
     ),
     Broken(
         "spec.topology.gpuType",
-        "gpusPerNode: 0 trains on the CPU",
+        "gpusPerNode: 0 trains on CPUs",
         {"spec.topology": {"gpusPerNode": 0, "gpuType": "H100"}},
         valid={"spec.topology": {"gpuType": "H100"}},
     ),
@@ -310,13 +310,13 @@ BROKEN: tuple[Broken, ...] = (
     ),
     Broken(
         "spec.storage.run.claimName",
-        "size, storageClassName and accessMode are for a claim that is made",
+        "size, storageClassName and accessMode apply to a claim that is created",
         {"spec.storage.run": {"claimName": "mine", "size": "1Gi"}},
         valid={"spec.storage.run": {"claimName": "mine"}},
     ),
     Broken(
         "spec.storage.run.claimName",
-        "size, storageClassName and accessMode are for a claim that is made",
+        "size, storageClassName and accessMode apply to a claim that is created",
         {"spec.storage.run": {"claimName": "mine", "accessMode": "ReadWriteMany"}},
     ),
     Broken(
@@ -325,8 +325,10 @@ BROKEN: tuple[Broken, ...] = (
         {"spec.storage.run": {"claimName": "mine", "keep": False}},
         valid={"spec.storage.run": {"keep": False}},
     ),
-    Broken("spec.timeouts.startup", "pods need a minute", {"spec.timeouts.startup": "30s"}),
-    Broken("spec.timeouts.hang", "below a minute", {"spec.timeouts.hang": "59s"}, valid={"spec.timeouts.hang": "1h1m"}),
+    Broken("spec.timeouts.startup", "pods need at least one minute", {"spec.timeouts.startup": "30s"}),
+    Broken(
+        "spec.timeouts.hang", "with less than one", {"spec.timeouts.hang": "59s"}, valid={"spec.timeouts.hang": "1h1m"}
+    ),
     Broken(
         "spec.podTemplate.labels",
         "app.kubernetes.io/, finetune.dev/",
@@ -349,13 +351,13 @@ BROKEN: tuple[Broken, ...] = (
     ),
     Broken(
         "spec.podTemplate.resources.limits",
-        "GPUs come from topology",
+        "GPUs are set in topology",
         {"spec.podTemplate.resources.limits": {"nvidia.com/gpu": 4}},
         valid={"spec.podTemplate.resources.limits": {"cpu": 8, "memory": "64Gi", "rdma/ib": "1"}},
     ),
     Broken(
         "spec.podTemplate.resources.requests",
-        "GPUs come from topology",
+        "GPUs are set in topology",
         {"spec.podTemplate.resources.requests": {"nvidia.com/gpu": "4"}},
     ),
     _fixed("model", {"spec.model.path": "models/other"}),

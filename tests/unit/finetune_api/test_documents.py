@@ -59,16 +59,16 @@ def test_deep_nesting_is_refused_in_a_sentence(text: str) -> None:
     ("text", "line", "says"),
     [
         ("a: 1\nb: [1, 2\nc: 3\n", 3, "not YAML"),
-        ("a:\n\tb: 1\n", 2, "a tab where spaces are needed"),
+        ("a:\n\tb: 1\n", 2, "found a tab"),
         ("a: b: c\n", 1, "a second ': ' in one line"),
-        ("a: 1\nb: 2\na: 3\n", 3, "a is given twice, first in line 1"),
-        ("a: .nan\n", 1, "no number that JSON can hold"),
+        ("a: 1\nb: 2\na: 3\n", 3, "a is set twice, first in line 1"),
+        ("a: .nan\n", 1, "not a number that JSON can represent"),
         ("".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'])}]\n" for n in range(20)), 6, "100,000"),
         ("".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, *a{n - 1}' if n else ''}]}}\n" for n in range(40)), 16, "100,000"),
         ("".join(f"a{n}: &a{n} [{f'*a{n - 1}' if n else 'x'}]\n" for n in range(200)), 100, "more than 100 levels"),
         ("a: !!python/object:os.system x\n", 1, "not YAML"),
         ("? [a]\n: b\n", 1, "a field's name must be text"),
-        ("a: &x [*x]\n", 1, "refers to what it stands in"),
+        ("a: &x [*x]\n", 1, "refers to an enclosing value"),
     ],
 )
 def test_text_that_is_no_document_is_refused_with_its_line(text: str, line: int, says: str) -> None:

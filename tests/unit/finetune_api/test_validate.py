@@ -26,33 +26,43 @@ def _problems(changes: dict[str, object]) -> list[Problem]:
 @pytest.mark.parametrize(
     ("changes", "path", "sentence", "hint"),
     [
-        ({"spec.training.packng": True}, "spec.training.packng", "there is no field packng", "did you mean packing?"),
-        ({"spec.training.learning_rate": 1}, "spec.training.learning_rate", "there is no field", "mean learningRate?"),
-        ({"spec.training.lr": 0.1}, "spec.training.lr", "there is no field lr", "did you mean learningRate?"),
+        ({"spec.training.packng": True}, "spec.training.packng", "unknown field packng", "did you mean packing?"),
+        ({"spec.training.learning_rate": 1}, "spec.training.learning_rate", "unknown field", "mean learningRate?"),
+        ({"spec.training.lr": 0.1}, "spec.training.lr", "unknown field lr", "did you mean learningRate?"),
         (
             {"spec.learningRate": 1},
             "spec.learningRate",
-            "there is no field",
+            "unknown field",
             "did you mean spec.training.learningRate?",
         ),
-        ({"spec.gpus": 1}, "spec.gpus", "there is no field gpus", "did you mean spec.topology.gpusPerNode?"),
-        ({"spec.tuning.r": 1}, "spec.tuning.r", "there is no field r", "did you mean spec.tuning.lora.rank?"),
-        ({"spec.quantum": 1}, "spec.quantum", "there is no field quantum", "known here: model, datasets"),
+        ({"spec.gpus": 1}, "spec.gpus", "unknown field gpus", "did you mean spec.topology.gpusPerNode?"),
+        ({"spec.tuning.r": 1}, "spec.tuning.r", "unknown field r", "did you mean spec.tuning.lora.rank?"),
+        ({"spec.quantum": 1}, "spec.quantum", "unknown field quantum", "known fields: model, datasets"),
         ({"spec.model": ABSENT}, "spec.model", "is required", "The base model."),
-        ({"spec.datasets": []}, "spec.datasets", "needs 1 entries and has 0", ""),
+        ({"spec.datasets": []}, "spec.datasets", "needs at least 1 entries, has 0", ""),
         ({"spec.tuning.method": ABSENT}, "spec.tuning.method", "is required", "one of full, lora, qlora"),
-        ({"spec.tuning.method": "lorra"}, "spec.tuning.method", '"lorra" is none of full, lora', "did you mean lora?"),
-        ({"spec.datasets.0.task": "Chat"}, "spec.datasets[0].task", '"Chat" is none of', "did you mean chat?"),
-        ({"spec.training.epochs": "2"}, "spec.training.epochs", '"2" is not a number', "without quotes"),
+        (
+            {"spec.tuning.method": "lorra"},
+            "spec.tuning.method",
+            '"lorra" must be one of full',
+            "did you mean lora?",
+        ),
+        ({"spec.datasets.0.task": "Chat"}, "spec.datasets[0].task", '"Chat" must be one of', "did you mean chat?"),
+        ({"spec.training.epochs": "2"}, "spec.training.epochs", '"2" is not a number', "remove the quotes"),
         ({"spec.training.seed": 1.5}, "spec.training.seed", "1.5 is not a whole number", ""),
         ({"spec.training.seed": True}, "spec.training.seed", "true is not a whole number", ""),
         (
             {"spec.training.packing": "auto"},
             "spec.training.packing",
             "is not true or false",
-            "leave the field out to let",
+            "leave the field out to have it",
         ),
-        ({"spec.training.keepBest": "true"}, "spec.training.keepBest", '"true" is not true or false', "without quotes"),
+        (
+            {"spec.training.keepBest": "true"},
+            "spec.training.keepBest",
+            '"true" is not true or false',
+            "remove the quotes",
+        ),
         ({"spec.training.maxSteps": "auto"}, "spec.training.maxSteps", "is not a whole number", "leave the field out"),
         ({"spec.model": "a/b"}, "spec.model", '"a/b" is not a map of fields', "write {repo: a/b}"),
         ({"spec.model": "./a"}, "spec.model", '"./a" is not a map of fields', "write {path: ./a}"),
@@ -65,22 +75,22 @@ def _problems(changes: dict[str, object]) -> list[Problem]:
             "is not text",
             "commas: a,b",
         ),
-        ({"spec.timeouts.hang": "20"}, "spec.timeouts.hang", '"20" is not a length of time such as 90s', ""),
-        ({"spec.storage.run.size": "200GB"}, "spec.storage.run.size", "is not an amount of bytes such as 200Gi", ""),
+        ({"spec.timeouts.hang": "20"}, "spec.timeouts.hang", '"20" is not a duration such as 90s', ""),
+        ({"spec.storage.run.size": "200GB"}, "spec.storage.run.size", "is not a number of bytes such as 200Gi", ""),
         ({"spec.publish.repo": "https://x/a b"}, "spec.publish.repo", "is not owner/name", ""),
         ({"spec.split.validation": 1}, "spec.split.validation", "1 must be less than 1", ""),
         ({"spec.topology.nodes": 0}, "spec.topology.nodes", "0 must be 1 or more", ""),
         ({"spec.training.maxGradNorm": 0}, "spec.training.maxGradNorm", "0 must be greater than 0", ""),
         ({"spec.tuning.lora.rank": 5000}, "spec.tuning.lora.rank", "5000 must be 4096 or less", ""),
         ({"spec.model.path": ""}, "spec.model.path", "is empty", ""),
-        ({"spec.model.path": "x" * 1025}, "spec.model.path", "has 1025 characters, and 1024 are allowed", ""),
+        ({"spec.model.path": "x" * 1025}, "spec.model.path", "has 1,025 characters; at most 1,024 are allowed", ""),
         (
             {"spec.podTemplate.nodeSelector": {"a.b/gpu": True}},
             'spec.podTemplate.nodeSelector["a.b/gpu"]',
             "true is not text",
             'put it in quotes: "true"',
         ),
-        ({"spec.podTemplate.serviceAccountName": "x"}, "spec.podTemplate.serviceAccountName", "there is no field", ""),
+        ({"spec.podTemplate.serviceAccountName": "x"}, "spec.podTemplate.serviceAccountName", "unknown field", ""),
         ({"apiVersion": "finetune.dev/v1"}, "apiVersion", "must be finetune.dev/v1alpha1", "did you mean"),
         ({"kind": "FinetuneJob"}, "kind", '"FinetuneJob" must be FineTuneJob', "did you mean FineTuneJob?"),
         ({"apiVersion": ABSENT}, "apiVersion", "is required", "write apiVersion: finetune.dev/v1alpha1"),
@@ -125,7 +135,7 @@ def test_documents_of_other_kinds_are_passed_over_with_a_note() -> None:
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "token"}}
     checked = check(yaml.safe_dump_all([secret, manifest(), manifest(name="second")]))
     assert checked.problems == []
-    assert checked.notes == ["document 1: Secret token is not a FineTuneJob and was passed over"]
+    assert checked.notes == ["document 1: Secret token is not a FineTuneJob and was skipped"]
     assert [job.metadata.name for job in checked.jobs] == ["tiny", "second"]
 
 
@@ -137,7 +147,7 @@ def test_problems_say_which_document() -> None:
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n---\n"])
 def test_a_text_without_documents_is_said(text: str) -> None:
     [problem] = validate_documents(text)
-    assert problem.sentence == "there is no document in it"
+    assert problem.sentence == "contains no document"
 
 
 @pytest.mark.parametrize("text", ["just text", "- a\n- b\n", "42"])

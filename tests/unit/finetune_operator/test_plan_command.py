@@ -336,7 +336,7 @@ def test_validate_says_everything_and_exits_with_2(
     assert run_command_line(["validate", str(home / "job.yaml"), str(bad)]) == 2
     shown = capsys.readouterr()
     assert f"{home / 'job.yaml'}: tiny is valid" in shown.out
-    assert "spec.training.packng: there is no field packng (did you mean packing?)" in shown.err
+    assert "spec.training.packng: unknown field packng (did you mean packing?)" in shown.err
     assert "(did you mean lora?)" in shown.err
 
 
@@ -379,7 +379,7 @@ def test_render_says_all_that_is_wrong_with_lines(tmp_path: Path, capsys: pytest
     file.write_text(yaml.safe_dump(manifest({"spec.nope": 1, "spec.training": {"epochs": "two"}})))
     assert run_command_line(["render", str(file)]) == 2
     said = capsys.readouterr().err
-    assert "spec.nope: there is no field nope" in said
+    assert "spec.nope: unknown field nope" in said
     assert 'spec.training.epochs: "two" is not a number' in said
     assert said.count(f"{file}:") == 2
 
