@@ -1,6 +1,6 @@
-"""`python charts/generate.py [--check]`: values.yaml and the README's table, made from values.schema.json.
+"""`python charts/generate.py [--check]`: generate values.yaml and the README's table from values.schema.json.
 
-The schema is where a value is described, once; what people read and what Helm checks can then not differ.
+The schema describes each value once, so the documentation and Helm's validation cannot differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Schema = dict[str, Any]
 
 def values_yaml(schema: Schema) -> str:
     """The defaults as YAML, each under its description."""
-    head = "# Made from values.schema.json by `python charts/generate.py`; edits are lost.\n"
+    head = "# Generated from values.schema.json by `make generate`; edits are lost.\n"
     return head + "".join(f"\n{block}" for block in _blocks(schema, ""))
 
 
@@ -44,7 +44,7 @@ def _dump(value: object) -> str:
 
 
 def values_table(schema: Schema) -> str:
-    """A Markdown table with one row a value."""
+    """A Markdown table with one row per value."""
     rows = [f"| `{path}` | `{json.dumps(default)}` | {text} |" for path, default, text in _leaves(schema, "")]
     return "\n".join(["| value | default | meaning |", "|---|---|---|", *rows]) + "\n"
 
@@ -74,11 +74,11 @@ def generated() -> dict[Path, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the files, or with `--check` only name those that are stale."""
+    """Write the files, or with `--check` only list the stale ones."""
     stale = [path for path, text in generated().items() if not path.exists() or path.read_text("utf-8") != text]
     if "--check" in arguments:
         for path in stale:
-            print(f"{path.name} is not what values.schema.json says: run python charts/generate.py", file=sys.stderr)
+            print(f"{path.name} does not match values.schema.json: run make generate and commit it", file=sys.stderr)
         return 1 if stale else 0
     for path, text in generated().items():
         path.write_text(text, encoding="utf-8")

@@ -34,7 +34,7 @@ def test_a_stale_values_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert generate.main(["--check"]) == 0
     (tmp_path / "values.yaml").write_text("replicas: 7\n")
     assert generate.main(["--check"]) == 1
-    assert "values.yaml is not what values.schema.json says" in capsys.readouterr().err
+    assert "values.yaml does not match values.schema.json" in capsys.readouterr().err
     assert generate.main([]) == 0
     assert (tmp_path / "values.yaml").read_text() == (CHART / "values.yaml").read_text()
 
