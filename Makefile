@@ -40,7 +40,7 @@ run: $(READY) ## fine-tune a small model end to end on this machine, and show th
 	@$(BIN)/python examples/fetch_assets.py smollm2 tweets > /dev/null
 	$(BIN)/finetune run examples/quickstart.yaml
 
-test: $(READY) ## all tests; ends with the list of what this machine could not run
+test: verify ## everything that verify checks, then all tests; ends with the list of what this machine could not run
 	$(BIN)/python -m pytest tests/unit tests/trainer tests/local $(WORKERS) $(RETRY_ABORTS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(WORKERS) $(RETRY_WAITS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/e2e $(RETRY_WAITS) --maxfail 3 $(PYTEST_ARGS)
@@ -51,11 +51,13 @@ e2e: $(READY) ## real pods on this machine: the chart, the images, and what happ
 images: ## both container images, with podman, buildah or docker; IMAGE_ARGS="--base REF --prefix registry.example.com/ml/"
 	$(PYTHON) images/build.py $(IMAGE_ARGS)
 
-lint: $(READY) ## ruff, mypy, import-linter
+lint: $(READY) ## ruff, mypy, import-linter, dead code, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/vulture
+	$(BIN)/deptry operator trainer
 
 generate: $(READY) ## write the CRD, the reference page and what else is made from the models
 	$(BIN)/python -m finetune_api.generate

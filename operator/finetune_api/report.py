@@ -245,8 +245,6 @@ class LengthFacts(ApiModel):
     """Tokens of the longest document."""
     labelled: int
     """Tokens in the loss."""
-    estimated: bool = False
-    """Estimated from characters, not counted."""
 
 
 class DatasetFacts(ApiModel):

@@ -48,11 +48,6 @@ class Checked:
     """Documents of other kinds, which were skipped."""
 
 
-def validate_documents(text: str) -> list[Problem]:
-    """Problems of the FineTuneJobs in a text of one or more YAML documents."""
-    return check(text).problems
-
-
 def check(text: str) -> Checked:
     """Read and check every document of a text."""
     checked = Checked()

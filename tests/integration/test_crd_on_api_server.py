@@ -13,7 +13,7 @@ from tests.support.jobs import BROKEN, CHANGES_ALLOWED, Broken, job, manifest
 from finetune_api.cel import violations
 from finetune_api.crd import definition
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.validate import validate_documents
+from finetune_api.validate import check
 
 from .harness.api import Api, ApiError, Resource
 from .harness.control_plane import ControlPlane
@@ -89,7 +89,7 @@ def test_what_may_change_can_be_changed(
 )
 def test_what_validate_refuses_the_api_server_refuses(api: Api, namespace: str, changes: dict[str, Any]) -> None:
     document = manifest(changes)
-    assert validate_documents(yaml.safe_dump(document))
+    assert check(yaml.safe_dump(document)).problems
     with pytest.raises(ApiError):
         api.apply(document, namespace)
 
@@ -107,7 +107,7 @@ def test_the_api_server_fills_in_what_the_models_fill_in(api: Api, namespace: st
 
 def test_nulls_count_as_left_out_here_too(api: Api, namespace: str) -> None:
     document = manifest({"spec.training.packing": None, "spec.training.seed": None})
-    assert validate_documents(yaml.safe_dump(document)) == []
+    assert check(yaml.safe_dump(document)).problems == []
     stored = api.create(document, namespace)["spec"]["training"]
     assert "packing" not in stored
     assert stored["seed"] == 42

@@ -85,7 +85,7 @@ def export_model(
         _write_weights(model, kind, aside, base, leader)
     exported: list[Exported | None] = [None]
     if leader:
-        _write_companions(aside, base, tokenizer, end_token_ids, pad_token_id, whole_model=kind != "adapter")
+        _write_companions(aside, base, tokenizer, end_token_ids, pad_token_id)
         digest = _seal(aside)
         check_fence()
         _publish(aside, directory)
@@ -259,9 +259,7 @@ def _write_model_config(directory: Path, out: Path, untie: bool) -> None:
         shutil.copyfile(code, out / code.name)
 
 
-def _write_companions(
-    out: Path, base: Base, tokenizer: Path, end_token_ids: list[int], pad_token_id: int, whole_model: bool
-) -> None:
+def _write_companions(out: Path, base: Base, tokenizer: Path, end_token_ids: list[int], pad_token_id: int) -> None:
     for path in sorted(tokenizer.iterdir()):
         if path.is_file() and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)

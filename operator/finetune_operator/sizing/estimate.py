@@ -275,7 +275,6 @@ def data_estimate(spec: FineTuneJobSpec, places: Sequence[Path]) -> DataEstimate
         tokens=round(mixture.tokens),
         longest=mixture.longest,
         labelled=round(mixture.labelled),
-        estimated=True,
     )
     return DataEstimate(lengths, tuple(mixture.notes))
 

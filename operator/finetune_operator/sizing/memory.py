@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 from typing import Literal
@@ -567,7 +567,3 @@ class Memory:
         saved = 12 * self._trained_local
         rank = HOST_PROCESS_BYTES if self.run.cuda else self.total(tokens)
         return ranks_per_node * (rank + max(largest, saved))
-
-    def with_checkpointing(self) -> Memory:
-        """The same with activations computed again."""
-        return Memory(self.shape, replace(self.run, checkpointing=True))

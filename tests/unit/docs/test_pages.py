@@ -21,7 +21,7 @@ from tests.support.jobs import manifest
 from finetune_api.crd import root_schema
 from finetune_api.report import FailureClass
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.validate import validate_documents
+from finetune_api.validate import check
 from finetune_operator.cli import COMMANDS, load
 from finetune_operator.decision.failure_policy import InfraFailure
 
@@ -86,10 +86,10 @@ def test_yaml_is_a_valid_job_a_part_of_one_chart_values_or_an_object_of_another_
     block: Block, document: dict[str, Any]
 ) -> None:
     if document.get("kind") == "FineTuneJob":
-        assert validate_documents(yaml.safe_dump(document)) == []
+        assert check(yaml.safe_dump(document)).problems == []
     elif set(document) <= SPEC_FIELDS:
         changed = manifest({f"spec.{field}": value for field, value in document.items()})
-        assert validate_documents(yaml.safe_dump(changed)) == []
+        assert check(yaml.safe_dump(changed)).problems == []
     elif set(document) <= set(VALUES["properties"]):
         jsonschema.validate(document, VALUES)
     else:

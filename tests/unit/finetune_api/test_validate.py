@@ -14,13 +14,13 @@ from finetune_api.base import ApiModel
 from finetune_api.crd import Schema, root_schema
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.structure import HABITS, PATTERNS, all_paths
-from finetune_api.validate import Problem, check, validate_documents
+from finetune_api.validate import Problem, check
 
 ROOT = Path(__file__).parents[3]
 
 
 def _problems(changes: dict[str, object]) -> list[Problem]:
-    return validate_documents(yaml.safe_dump(manifest(changes)))
+    return check(yaml.safe_dump(manifest(changes))).problems
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_line_is_that_of_the_field() -> None:
     text = (ROOT / "examples" / "quickstart.yaml").read_text()
     broken = text.replace("method: lora", "method: lorra")
     line = broken[: broken.index("lorra")].count("\n") + 1
-    [problem] = validate_documents(broken)
+    [problem] = check(broken).problems
     assert problem.line == line
     assert problem.text("job.yaml").startswith(f"job.yaml:{line}: spec.tuning.method: ")
 
@@ -140,25 +140,25 @@ def test_documents_of_other_kinds_are_passed_over_with_a_note() -> None:
 
 
 def test_problems_say_which_document() -> None:
-    problems = validate_documents(yaml.safe_dump_all([manifest(), manifest({"spec.nope": 1})]))
+    problems = check(yaml.safe_dump_all([manifest(), manifest({"spec.nope": 1})])).problems
     assert [problem.document for problem in problems] == [2]
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n---\n"])
 def test_a_text_without_documents_is_said(text: str) -> None:
-    [problem] = validate_documents(text)
+    [problem] = check(text).problems
     assert problem.sentence == "contains no document"
 
 
 @pytest.mark.parametrize("text", ["just text", "- a\n- b\n", "42"])
 def test_a_document_that_is_no_map_is_said(text: str) -> None:
-    [problem] = validate_documents(text)
+    [problem] = check(text).problems
     assert problem.sentence == "is not a map of fields"
     assert "kind: FineTuneJob" in problem.hint
 
 
 def test_broken_yaml_after_a_good_document_names_the_line() -> None:
-    [problem] = validate_documents(yaml.safe_dump(manifest()) + "---\na: [\n")
+    [problem] = check(yaml.safe_dump(manifest()) + "---\na: [\n").problems
     assert problem.sentence.startswith("not YAML")
     assert problem.document == 2
 
