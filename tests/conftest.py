@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tests.support.time_limits import scaled, slowness
 
 # A machine's load is no property of the code; in CI (.ci/run) the examples are the same each time.
 settings.register_profile("everywhere", deadline=None)
@@ -53,10 +55,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell starts what it puts into the background deaf to Ctrl-C, and so would be every program under test.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    slowness()  # before workers start, which take it over
     if config.option.kubeconfig:
         from tests.integration.harness.control_plane import KUBECONFIG_VARIABLE
 
         os.environ[KUBECONFIG_VARIABLE] = str(Path(config.option.kubeconfig).expanduser().absolute())
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """Give the test a time limit for this machine, before pytest-timeout looks for one."""
+    marker, option = item.get_closest_marker("timeout"), item.config.getoption("timeout")
+    limit = marker.args[0] if marker else option if option is not None else float(item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(scaled(limit)), append=False)
+    return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,7 @@ from tests.cluster.images import Images, names
 from tests.cluster.places import NODE_ADDRESS, NODE_NAME, Places
 from tests.integration.harness.api import Api, Resource
 from tests.integration.harness.processes import wait_until
+from tests.support.time_limits import scaled
 
 JOB = "days"
 RUN_CLAIM, CACHE_CLAIM = f"{JOB}-run", "finetune-cache"
@@ -56,7 +57,9 @@ class Cluster(ABC):
         """Run kubectl; raises AssertionError with what it said."""
         program = Path(sys.executable).parent / "kubectl"
         command = [str(program), "--kubeconfig", str(self.kubeconfig), "-n", namespace, *words]
-        done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, timeout=seconds)
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, check=False, timeout=scaled(seconds)
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

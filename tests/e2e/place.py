@@ -17,6 +17,7 @@ from typing import Any
 from tests.integration.harness.api import Api, ApiError, Resource
 from tests.integration.harness.processes import TimedOutError, wait_until
 from tests.support.hub_server import HubServer, hub_environment
+from tests.support.time_limits import scaled
 from tests.support.tiny import MOODS, days, greetings
 
 from finetune_api.base import Stage
@@ -163,7 +164,7 @@ class Place:
 
     def complete(self, seconds: float = 2 * TRAIN_SECONDS) -> Resource:
         """Wait as a user does until the job is complete, and return its status."""
-        wait = ["wait", "--for=condition=Complete", f"--timeout={int(seconds)}s", f"finetunejob/{JOB}"]
+        wait = ["wait", "--for=condition=Complete", f"--timeout={scaled(seconds):.0f}s", f"finetunejob/{JOB}"]
         try:
             self.kubectl(*wait, seconds=seconds + 30)
         except AssertionError as problem:

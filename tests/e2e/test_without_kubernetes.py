@@ -18,6 +18,7 @@ from tests.cluster.images import names
 from tests.cluster.node import ctr
 from tests.cluster.places import CGROUP, NODE_ADDRESS, NODE_NAME, Places
 from tests.integration.harness.processes import free_ports, wait_until
+from tests.support.time_limits import scaled
 
 from finetune_api.base import Stage
 from finetune_operator.manifests.pod import NODE_LOSS_SECONDS, USER
@@ -123,7 +124,7 @@ def test_three_rented_machines_run_the_same_command_and_publish_a_better_model(
     (port,) = free_ports(1)
     logs = [tmp_path / f"machine-{number}.log" for number in range(MACHINES)]
     running = [machine(places, workspace, number, port, log) for number, log in enumerate(logs)]
-    codes = [process.wait(timeout=900) for process in running]
+    codes = [process.wait(timeout=scaled(900)) for process in running]
     assert codes == [0] * MACHINES, "\n".join(log.read_text()[-3000:] for log in logs)
     (status_file,) = workspace.glob("runs/default/days/*/status.json")
     status = json.loads(status_file.read_text())

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.support.time_limits import scaled
 from tests.unit.finetune_operator.decision.world import World, job, steps
 
 from finetune_api.crd import definition
@@ -290,7 +291,7 @@ def test_wait_outlives_a_connection_that_breaks(submitted: Shell, monkeypatch: p
         monkeypatch.setattr(following, "_changes", spied)
 
         def trouble() -> None:
-            watching.wait(30)
+            watching.wait(scaled(30))
             wire.cut()
             submitted.says(job().complete())
             broken = wire.accepted
@@ -354,7 +355,7 @@ def read_screen(
     screen: FileIO, child: subprocess.Popen[bytes], enough: Callable[[bytes], bool], seconds: float = 60
 ) -> bytes:
     """What a program writes to its terminal until that is enough or it ends; one that hangs says where."""
-    text, deadline = b"", time.monotonic() + seconds
+    text, deadline = b"", time.monotonic() + scaled(seconds)
     while not enough(text):
         if not select.select([screen], [], [], max(deadline - time.monotonic(), 0))[0]:
             child.send_signal(signal.SIGABRT)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.time_limits import scaled
 
 from finetune_api.base import Stage
 
@@ -36,8 +37,8 @@ class Kubectl:
 
     def wait(self, condition: str) -> None:
         """Wait until the job has a condition; `Ready=false` asks for the opposite."""
-        arguments = ["wait", f"ftj/{NAME}", f"--for=condition={condition}", "--timeout=60s"]
-        subprocess.run([*self._command, *arguments], check=True, timeout=90, capture_output=True)
+        arguments = ["wait", f"ftj/{NAME}", f"--for=condition={condition}", f"--timeout={scaled(60):.0f}s"]
+        subprocess.run([*self._command, *arguments], check=True, timeout=scaled(90), capture_output=True)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Path]:
@@ -49,7 +50,7 @@ class Kubectl:
                 yield path
             finally:
                 process.terminate()
-                process.wait(timeout=10)
+                process.wait(timeout=scaled(10))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.support.time_limits import scaled
+
 from .harness.control_plane import ControlPlane
 from .harness.fake_kubelet import FakeKubelet
 from .harness.operator import OperatorProcess, Trainer, fine_tune_job, furnish, is_true, wait_for_job
@@ -76,7 +78,7 @@ def test_a_second_replica_waits_and_takes_over_when_the_first_dies(
         assert "finetune_leader 1.0" in metrics
         assert f'finetune_jobs{{namespace="{namespace}",phase="Complete"}} 1.0' in metrics
         program.terminate()
-        assert program.wait(timeout=30) == 0
+        assert program.wait(timeout=scaled(30)) == 0
     finally:
         program.kill()
-        program.wait(timeout=10)
+        program.wait(timeout=scaled(10))

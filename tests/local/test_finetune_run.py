@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.local_runs import Place, job, until
+from tests.support.time_limits import scaled
 
 from finetune_api.base import Stage
 from finetune_api.status import ConditionType
@@ -174,7 +175,7 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on(place: Place) -> None:
     process = place.start()
     place.wait_for_step(3)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(scaled(20)) == 130
     status = place.record.status
     assert status.is_true(ConditionType.SUSPENDED)
     assert status.last_checkpoint is not None
@@ -191,7 +192,7 @@ def test_a_second_ctrl_c_ends_what_does_not_listen(place: Place) -> None:
     process.send_signal(signal.SIGINT)
     until(lambda: place.record.status.phase == "Suspending")
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(scaled(20)) == 130
     assert not proc.marked(place.record.uid)
 
 
@@ -200,7 +201,7 @@ def test_what_does_not_listen_is_killed_after_the_grace_period(place: Place) -> 
     process = place.start(grace=1)
     place.wait_for_step(1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 130
+    assert process.wait(scaled(20)) == 130
     assert not proc.marked(place.record.uid)
 
 
@@ -237,7 +238,7 @@ def test_a_second_run_of_the_same_job_is_refused_while_the_first_one_runs(place:
     assert second.returncode == 1
     assert f"is being run already (process {process.pid})" in second.stderr
     process.terminate()
-    assert process.wait(20) == 130
+    assert process.wait(scaled(20)) == 130
 
 
 def test_suspend_in_the_file_starts_nothing_and_says_how_to_go_on(place: Place) -> None:

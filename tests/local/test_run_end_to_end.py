@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.support.local_runs import until
+from tests.support.time_limits import scaled
 from tests.support.tiny import tiny_llama
 
 JOB: dict[str, Any] = {
@@ -72,12 +73,12 @@ def test_a_job_is_trained_stopped_resumed_evaluated_and_published(place: Path) -
     first = start(place)
     until(lambda: trained_to(place, 10) or first.poll() is not None, seconds=400)
     first.send_signal(signal.SIGINT)
-    said, errors = first.communicate(timeout=200)
+    said, errors = first.communicate(timeout=scaled(200))
     assert first.returncode == 130, said + errors
     assert "the same command goes on from step" in errors
 
     second = start(place, "--output", "json")
-    said, errors = second.communicate(timeout=400)
+    said, errors = second.communicate(timeout=scaled(400))
     assert second.returncode == 0, said[-2000:] + errors
     resource = json.loads(said.splitlines()[-1])["resource"]
     status = resource["status"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.support.local_runs import Place, until
 from tests.support.rented import runpod_variables
+from tests.support.time_limits import scaled
 
 from finetune_api.base import Stage
 from finetune_api.rendezvous import Rendezvous
@@ -61,7 +62,7 @@ def all_machines(place: Place) -> list[subprocess.Popen[str]]:
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[int]:
     for process in processes:
-        process.communicate(timeout=60)
+        process.communicate(timeout=scaled(60))
     return [process.returncode for process in processes]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from tests.support import fake_trainer
+from tests.support.time_limits import scaled
 
 from finetune_api.spec import FineTuneJob
 from finetune_operator.decision.model import Environment, Event
@@ -135,7 +136,7 @@ class Place:
         environment = self.environ | environ
         out, err = subprocess.PIPE, subprocess.STDOUT if together else subprocess.PIPE
         return subprocess.run(
-            command, env=environment, cwd=self.root, stdout=out, stderr=err, text=True, timeout=60, check=False
+            command, env=environment, cwd=self.root, stdout=out, stderr=err, text=True, timeout=scaled(60), check=False
         )
 
     def wait_for_step(self, step: int) -> None:
@@ -151,7 +152,7 @@ class Place:
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     """Wait until `condition` holds."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + scaled(seconds)
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.support.time_limits import scaled
+
 PRELOADED = ["tests.support.preloaded"]
 
 _workers: list[tuple[Any, Connection]] = []
@@ -33,7 +35,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     results = []
     try:
         for rank in range(world_size):
-            if not _workers[rank][1].poll(timeout):
+            if not _workers[rank][1].poll(scaled(timeout)):
                 raise TimeoutError(f"rank {rank} of {world_size} did not finish {function.__name__} in {timeout} s")
             ok, value = _workers[rank][1].recv()
             if not ok:

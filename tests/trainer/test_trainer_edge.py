@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.prepare_runs import labelled, prepare_context, write_rows
+from tests.support.time_limits import scaled
 from tests.support.tiny import tiny_llama
 
 from finetune_api.base import Stage
@@ -39,7 +40,9 @@ def started(arguments: list[str], given: dict[str, str]) -> tuple[int, str, Fail
     """Exit code, what was said, and the termination message."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FINETUNE_")}
     command = [sys.executable, "-m", "finetune_trainer", *arguments]
-    done = subprocess.run(command, env=environ | given, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environ | given, capture_output=True, text=True, timeout=scaled(120), check=False
+    )
     message = Path(given["FINETUNE_TERMINATION_LOG"]).read_text()
     return done.returncode, done.stderr, Failure.model_validate_json(message)
 
@@ -93,7 +96,9 @@ def test_a_process_imports_no_library_that_its_job_has_no_use_for(tmp_path: Path
         "print(*found, versions()['bitsandbytes'])"
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FINETUNE_")} | given
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=scaled(120)
+    )
     installed = version("bitsandbytes")
     assert done.stdout.split() == ([installed] if method == "lora" else ["bitsandbytes", installed]), done.stderr
 
@@ -107,7 +112,9 @@ def test_prepare_gets_by_without_torch_and_prepares_the_same(tmp_path: Path) -> 
         "import sys; from finetune_trainer.__main__ import main; print(main(['prepare']), sys.modules.get('torch'))"
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FINETUNE_")} | given
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=scaled(120)
+    )
     assert done.stdout.split() == ["0", "None"], done.stderr
     without = PreparedManifest.read(tmp_path / "run" / "prepared")
     shutil.rmtree(tmp_path / "run" / "prepared")

@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 
 import kubernetes
 import urllib3
+from tests.support.time_limits import scaled
 
 Resource = dict[str, Any]
 
@@ -58,7 +59,7 @@ class Api:
         configuration = kubernetes.client.Configuration()
         kubernetes.config.load_kube_config(str(kubeconfig), client_configuration=configuration)
         self._configuration = configuration
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = scaled(timeout_seconds)
         self._endpoints: dict[str, Endpoint] = {}
         self._pool = urllib3.PoolManager(
             maxsize=16,

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import aiohttp
 import kubernetes
 from aiohttp import web
+from tests.support.time_limits import scaled
 from yarl import URL
 
 _Value = TypeVar("_Value")
@@ -132,7 +133,7 @@ class Loop:
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
         """Run a coroutine there and return what it returns."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout=60)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout=scaled(60))
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from tests.support.time_limits import scaled
 
 from . import binaries
 from .api import Resource
@@ -35,7 +36,9 @@ class Helm:
             "KUBECONFIG": str(self.kubeconfig or self.folder / "none"),
         }
         command = [binaries.ensure("helm"), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=scaled(120)
+        )
         if done.returncode != 0:
             raise HelmError(done.stdout + done.stderr)
         return done.stdout

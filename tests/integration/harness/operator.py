@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from tests.support.time_limits import scaled
 from tests.unit.finetune_operator.decision.world import job as world
 
 from finetune_api.report import Report
@@ -113,10 +114,10 @@ class OperatorProcess:
     def ends(self, seconds: float = 30) -> int:
         """Wait until it ends by itself; returns its exit code."""
         assert self._process is not None
-        self._process.join(seconds)
+        self._process.join(scaled(seconds))
         code = self._process.exitcode
         if code is None:
-            raise TimedOutError(f"After {seconds:g} s the operator still runs.")
+            raise TimedOutError(f"After {scaled(seconds):.3g} s the operator still runs.")
         return code
 
     def kill(self) -> None:

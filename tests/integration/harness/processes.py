@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from tests.support.time_limits import scaled
+
 _Seen = TypeVar("_Seen")
 
 _POLL_SECONDS = (0.03, 0.3)
@@ -42,6 +44,7 @@ def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds
     The integration tests need 12 of the 90 seconds where four programs share a core; real pods, which import
     torch there, a multiple.
     """
+    timeout_seconds = scaled(timeout_seconds)
     deadline = time.monotonic() + timeout_seconds
     pause, longest = _POLL_SECONDS
     while True:
@@ -49,7 +52,7 @@ def wait_until(condition: Callable[[], _Seen | None], what: str, timeout_seconds
         if value:
             return value
         if time.monotonic() > deadline:
-            raise TimedOutError(f"After {timeout_seconds:g} s still waiting for {what}. Last seen: {value!r}")
+            raise TimedOutError(f"After {timeout_seconds:.3g} s still waiting for {what}. Last seen: {value!r}")
         time.sleep(pause)
         pause = min(1.3 * pause, longest)
 

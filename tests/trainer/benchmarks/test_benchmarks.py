@@ -14,6 +14,7 @@ from benchmarks import checkpoint, convergence, evaluate, flops, gpu, jobs, limi
 from benchmarks.harness import QUICK, Result, Table, ratios
 from benchmarks.jobs import Model, Workload
 from tests.support.prepare_runs import labelled
+from tests.support.time_limits import scaled
 from tests.support.tiny import tiny_llama
 
 CLASSIFIED = {"task": "classification", "columns": {"text": "text", "label": "label"}}
@@ -136,7 +137,7 @@ def test_the_gpu_script_runs_tiny_from_what_it_carries_and_says_what_it_left_out
     out, carried = tmp_path / "gpu.json", tmp_path / "carried"
     gpu.copy_sources(carried)
     command = [sys.executable, str(carried / "benchmarks" / "gpu.py"), "--tiny", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(200), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     result: dict[str, Any] = json.loads(out.read_text())
     paths, *speeds = result["cases"]

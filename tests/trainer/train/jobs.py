@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import multiprocessing.process
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from tests.support.ranks import PRELOADED
+from tests.support.time_limits import scaled
 
 from finetune_api.base import Stage
 from finetune_api.report import Report
@@ -203,7 +205,7 @@ class Ranks:
 
     def wait(self, seconds: float = 120) -> list[int]:
         """Their exit codes; kills what is left after the time."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + scaled(seconds)
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         for process in self.processes:
@@ -230,7 +232,9 @@ def start(
 ) -> Ranks:
     """Start the next attempt on so many ranks; `hook` (importable) runs in each before training."""
     job.attempts += 1
-    fields = {"startupSeconds": 60, "hangSeconds": 60, "microBatchTokens": 96, **job.attempt_fields, **attempt}
+    patience = math.ceil(scaled(60))
+    limits = {"startupSeconds": patience, "hangSeconds": patience}
+    fields = {**limits, "microBatchTokens": 96, **job.attempt_fields, **attempt}
     wire = Attempt(uid="uid-1", stage=Stage.TRAIN, number=job.attempts, **_snake(fields)).model_dump_json(by_alias=True)
     port = free_port()
     # The server is one for the whole process: said here, and not at import, this is what its first user wants.

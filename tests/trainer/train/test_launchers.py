@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.rented import runpod_variables
+from tests.support.time_limits import scaled
 from tests.trainer.train.jobs import DatasetOf, Job, free_port, make_job, train
 
 from finetune_api.base import Stage
@@ -32,7 +33,7 @@ def launched(job: Job, command: list[str], attempt: int = 0, **environment: str)
         "OMP_NUM_THREADS": "1",
     }
     variables = {**os.environ, **own, **environment}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=scaled(240), check=False)
 
 
 def a_job(folder: Path, model: Path) -> Job:

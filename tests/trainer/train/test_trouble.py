@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.support.time_limits import scaled
 from tests.trainer.train.hooks import at_step, loss_jumps, out_of_memory, poisoned
 from tests.trainer.train.jobs import DatasetOf, Job, make_job, start, train
 
@@ -84,8 +85,9 @@ def test_gpu_memory_that_runs_out_shows_before_the_first_step(job: Job) -> None:
 
 def test_the_watchdog_names_the_rank_that_was_stopped(job: Job) -> None:
     job.configure(training={**TRAINING, "maxSteps": 100})
-    ranks = start(job, 2, partial(at_step, 60, "SIGSTOP", (1,)), hangSeconds=3, startupSeconds=30)
-    ranks.processes[0].join(60)
+    hang, startup = math.ceil(scaled(3)), math.ceil(scaled(30))
+    ranks = start(job, 2, partial(at_step, 60, "SIGSTOP", (1,)), hangSeconds=hang, startupSeconds=startup)
+    ranks.processes[0].join(scaled(60))
     try:
         assert ranks.processes[0].exitcode == EXIT_CODES[FailureClass.HANG]
     finally:
@@ -93,7 +95,7 @@ def test_the_watchdog_names_the_rank_that_was_stopped(job: Job) -> None:
         ranks.wait()
     logs = job.run / "logs" / "train-1"
     failure = Failure.model_validate_json((logs / "failure-rank0.json").read_text())
-    assert failure.sentence.startswith("No step for 3 s. Rank 1 does not answer: it was last seen ")
+    assert failure.sentence.startswith(f"No step for {hang} s. Rank 1 does not answer: it was last seen ")
     assert re.search(r"s ago in step \d+ \(", failure.sentence)
     stacks = (logs / "stacks-rank0.txt").read_text()
     assert "_accumulate" in stacks or "_optimise" in stacks

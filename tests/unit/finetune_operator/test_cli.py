@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.support.time_limits import scaled
 
 from finetune_operator import cli
 from finetune_operator.errors import UserError
@@ -51,7 +52,9 @@ def test_a_wrong_line_is_one_sentence_and_code_2(
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     program = f"{sys.executable} -c 'from finetune_operator.cli import main; main()' crd | head -c 1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {program}"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {program}"], capture_output=True, text=True, timeout=scaled(60)
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

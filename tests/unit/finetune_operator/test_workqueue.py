@@ -2,6 +2,7 @@ import asyncio
 from itertools import pairwise
 
 import pytest
+from tests.support.time_limits import scaled
 
 from finetune_operator.workqueue import FAIR, Urgency, WorkQueue
 
@@ -33,7 +34,7 @@ async def test_whoever_waits_is_woken() -> None:
     waiting = asyncio.create_task(queue.get())
     await asyncio.sleep(0)
     queue.add("a")
-    assert await asyncio.wait_for(waiting, 1) == "a"
+    assert await asyncio.wait_for(waiting, scaled(1)) == "a"
 
 
 async def test_the_earliest_of_several_delays_counts() -> None:
@@ -41,14 +42,14 @@ async def test_the_earliest_of_several_delays_counts() -> None:
     queue.add_after("a", 60)
     queue.add_after("a", 0.01)
     queue.add_after("a", 30)
-    assert await asyncio.wait_for(queue.get(), 1) == "a"
+    assert await asyncio.wait_for(queue.get(), scaled(1)) == "a"
 
 
 async def test_now_beats_any_delay() -> None:
     queue = WorkQueue[str]()
     queue.add_after("a", 60)
     queue.add("a")
-    assert await asyncio.wait_for(queue.get(), 1) == "a"
+    assert await asyncio.wait_for(queue.get(), scaled(1)) == "a"
     queue.done("a")
     assert queue.depth == 0
 

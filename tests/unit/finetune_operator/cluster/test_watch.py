@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from tests.support.time_limits import scaled
 
 from finetune_operator.cluster import watch
 from finetune_operator.cluster.api import ApiError
@@ -63,7 +64,7 @@ async def run(server: Server) -> tuple[Store, list[Key]]:
     store, told = Store(), list[Key]()
     made = Watch(server, store, "Pod", "", "", told.append)  # type: ignore[arg-type]
     task = asyncio.create_task(made.run())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(scaled(5)):
         await server.silent.wait()
     assert made.listed.is_set()
     task.cancel()
@@ -164,7 +165,7 @@ async def test_what_another_watches_is_listed_now_and_then_and_what_went_unsaid_
     store.put("Pod", pod("stays", 3))
     server = Server([ApiError(503, "ServiceUnavailable", ""), [pod("stays", 3)]], [])
     task = asyncio.create_task(Watch(server, store, "Pod", "", "", lambda key: gone.set()).resync())  # type: ignore[arg-type]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(scaled(5)):
         await gone.wait()
     task.cancel()
     assert names(store) == ["stays"]
