@@ -6,11 +6,11 @@ Nothing here may import a Kubernetes client, torch, or anything of the operator 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints
 from pydantic.alias_generators import to_camel
 
 
@@ -80,12 +80,25 @@ Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|G
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+"""A number of things; at most what every reader of JSON holds exactly."""
+
+
+def _as_utc(value: datetime) -> datetime:
+    """The time in UTC. Raises ValueError where it has no zone or is not of this age: arithmetic with it would fail."""
+    if value.tzinfo is None:
+        raise ValueError("the time has no zone: write it in UTC, with a Z at its end")
+    if not 2000 <= value.year < 2200:
+        raise ValueError("the year is not between 2000 and 2199")
+    return value.astimezone(UTC)
+
+
 def _rfc3339(value: datetime) -> str:
     # Called some twenty times per status; strftime takes ten times as long.
     return f"{value.isoformat()[:19]}Z"
 
 
-Time = Annotated[datetime, PlainSerializer(_rfc3339, when_used="json")]
+Time = Annotated[datetime, AfterValidator(_as_utc), PlainSerializer(_rfc3339, when_used="json")]
 """UTC, to the second, as Kubernetes writes it."""
 
 

@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from finetune_api.base import ApiModel, Stage, Time
+from finetune_api.base import ApiModel, Count, Stage, Time
+
+MAX_REPORT_BYTES = 131072
+"""A report is taken over into the status, which has to stay well below what the API server stores."""
+MAX_LAYERS = 2000
+MAX_SIZE = 1 << 24
+"""Width, heads, experts or vocabulary of a model: far beyond any that exists, and harmless to compute with."""
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 
 class FailureClass(StrEnum):
@@ -81,7 +88,7 @@ class Failure(ApiModel):
     """What is wrong and what to do. Never contains secrets."""
     field: str = ""
     """Field path, or dataset, file and row, that the failure refers to."""
-    rank: int | None = None
+    rank: Count | None = None
     """Global rank that failed."""
     time: Time
     """Time of the failure, used to find the first one among the ranks."""
@@ -103,16 +110,16 @@ class MetricValue(ApiModel):
     """`<dataset>/<metric>`, such as `banking77/accuracy`, or `loss`."""
     value: float
     """The value."""
-    step: int | None = None
+    step: Count | None = None
     """Optimizer step at which it was measured."""
 
 
 class Progress(ApiModel):
     """Progress of the stage."""
 
-    step: int = 0
+    step: Count = 0
     """Completed optimizer steps. Other stages count rows, files or bytes, see `unit`."""
-    total: int = 0
+    total: Count = 0
     """Total number of steps; 0 while unknown."""
     unit: str = "steps"
     """Unit of `step` and `total`."""
@@ -122,7 +129,7 @@ class Progress(ApiModel):
     """Non-padding tokens per second over all ranks, counting shared prefixes once for each example."""
     computed_tokens_per_second: float | None = None
     """Tokens per second that were actually computed, if shared prefixes are computed once."""
-    eta_seconds: int | None = None
+    eta_seconds: Count | None = None
     """Estimated seconds until the end of the stage."""
     loss: float | None = None
     """Training loss of the last step."""
@@ -137,7 +144,7 @@ class Progress(ApiModel):
 class CheckpointRef(ApiModel):
     """A published checkpoint."""
 
-    step: int
+    step: Count
     """Optimizer step."""
     path: str
     """Path relative to the run directory."""
@@ -150,40 +157,40 @@ class MemoryComponent(ApiModel):
 
     name: str
     """Name, such as weights, gradients, optimizer or activations."""
-    bytes: int
+    bytes: Count
     """Bytes per rank at the peak."""
 
 
 class Plan(ApiModel):
     """Estimate of what the job needs, made before a GPU is requested."""
 
-    world_size: int
+    world_size: Count
     """Number of ranks."""
-    steps: int
+    steps: Count
     """Total number of optimizer steps."""
-    examples: int
+    examples: Count
     """Training examples per epoch."""
-    tokens: int
+    tokens: Count
     """Total number of training tokens."""
-    tokens_per_rank_step: int
+    tokens_per_rank_step: Count
     """Mean number of tokens per rank and step."""
-    trainable_parameters: int
+    trainable_parameters: Count
     """Number of trained parameters."""
-    parameters: int
+    parameters: Count
     """Number of parameters."""
-    micro_batch_tokens: int
+    micro_batch_tokens: Count
     """Maximum number of tokens per packed sequence."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """Number of packed sequences that a rank computes, one after another, per step."""
     activation_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass, because the spec says so or to save memory."""
     memory: list[MemoryComponent] = []
     """Peak memory per rank, by component."""
-    memory_bytes: int = 0
+    memory_bytes: Count = 0
     """Peak memory per rank in total."""
-    host_bytes: int = 0
+    host_bytes: Count = 0
     """Peak host memory per pod, from loading and from copies for checkpoints."""
-    device_bytes: int | None = None
+    device_bytes: Count | None = None
     """Memory of the GPU, if known."""
     fits: bool | None = None
     """Whether the job fits, if the GPU is known."""
@@ -206,44 +213,44 @@ class ModelFacts(ApiModel):
 
     architecture: str
     """Class name, such as `LlamaForCausalLM`."""
-    hidden_size: int
+    hidden_size: Size
     """Width of the residual stream."""
-    intermediate_size: int
+    intermediate_size: Size
     """Width of the MLP."""
-    num_hidden_layers: int
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     """Layers."""
-    num_attention_heads: int
+    num_attention_heads: Size
     """Query heads."""
-    num_key_value_heads: int
+    num_key_value_heads: Size
     """Key and value heads."""
-    head_dim: int
+    head_dim: Size
     """Dimension of each head."""
-    vocab_size: int
+    vocab_size: Size
     """Size of the vocabulary."""
     tie_word_embeddings: bool
     """Whether head and embedding share their weights."""
     attention_bias: bool = False
     """Whether q, k and v (and o for Llama) have biases."""
-    max_position_embeddings: int = 0
+    max_position_embeddings: Count = 0
     """Maximum context length; 0 if unknown."""
-    parameters: int
+    parameters: Count
     """Number of parameters; tied ones count once."""
-    num_experts: int = 0
+    num_experts: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
     """Experts per layer; 0 for dense models."""
-    experts_per_token: int = 0
+    experts_per_token: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
     """Experts per token; 0 for dense models or if unknown."""
 
 
 class LengthFacts(ApiModel):
     """Lengths of the rendered training documents, in tokens."""
 
-    documents: int
+    documents: Count
     """Training documents per epoch."""
-    tokens: int
+    tokens: Count
     """Tokens in total."""
-    longest: int
+    longest: Count
     """Tokens of the longest document."""
-    labelled: int
+    labelled: Count
     """Tokens in the loss."""
 
 
@@ -254,17 +261,17 @@ class DatasetFacts(ApiModel):
     """Name of the dataset in the spec."""
     source: str
     """Repository and commit, or path and SHA-256."""
-    rows: int
+    rows: Count
     """Number of usable rows."""
-    bad_rows: int = 0
+    bad_rows: Count = 0
     """Number of unusable rows, which are skipped."""
-    train: int = 0
+    train: Count = 0
     """Training rows."""
-    validation: int = 0
+    validation: Count = 0
     """Validation rows."""
-    test: int = 0
+    test: Count = 0
     """Rows held out for the final evaluation."""
-    labels: int | None = None
+    labels: Count | None = None
     """Number of distinct labels, for classification."""
     notes: list[str] = []
     """Notes about splits, duplicates, contamination and truncation."""
@@ -288,7 +295,7 @@ class MetricResult(ApiModel):
     """Name of the dataset; `macro` for the mean over datasets."""
     metric: str
     """Name of the metric, such as accuracy, f1, rouge-l or neg-loss."""
-    rows: int
+    rows: Count
     """Number of scored rows."""
     primary: bool = False
     """Whether the gate uses this metric."""
@@ -337,9 +344,9 @@ class ExportRef(ApiModel):
     """SHA-256 over the names and digests of the files."""
     format: str
     """One of adapter, merged and model."""
-    size_bytes: int
+    size_bytes: Count
     """Size of all files in bytes."""
-    step: int
+    step: Count
     """Step of the exported weights."""
 
 
@@ -373,7 +380,7 @@ class Report(ApiModel):
     """Whether the attempt succeeded and all its results are durable."""
     progress: Progress = Progress()
     """Progress of the stage."""
-    resumed_from_step: int | None = None
+    resumed_from_step: Count | None = None
     """Step of the checkpoint that this attempt resumed from."""
     last_checkpoint: CheckpointRef | None = None
     """Latest published checkpoint."""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.base import Stage
-from finetune_api.report import Failure, Report
+from finetune_api.report import MAX_REPORT_BYTES, Failure, Report
 from finetune_api.spec import Dataset, FineTuneJobSpec, Model, Tuning
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_api.traits import Method
@@ -101,8 +101,9 @@ def reports(config_map: Object | None, uid: str) -> tuple[Report, ...]:
         return ()
     found = []
     for text in (config_map.get("data") or {}).values():
-        with contextlib.suppress(ValidationError):
-            found.append(Report.model_validate_json(text))
+        if len(text) <= MAX_REPORT_BYTES:
+            with contextlib.suppress(ValidationError):
+                found.append(Report.model_validate_json(text))
     return tuple(found)
 
 
