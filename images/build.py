@@ -1,7 +1,7 @@
-"""`python images/build.py [operator] [trainer]`: build the images with podman, buildah or docker, whichever is there.
+"""`python images/build.py [operator] [trainer]`: build the images with podman, buildah or docker.
 
-Layers carry no time, so that a tag builds the same again; the commit and the version are labels. Words after `--` go to
-the tool's `build` as they are: `-- --isolation chroot`.
+Layers have no timestamps, so builds are reproducible; commit and version are labels. Arguments after `--` are passed to
+the tool's `build` command: `-- --isolation chroot`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 IMAGES = ("operator", "trainer")
 EPOCH = "315532800"
-"""The time of all files, 1980-01-01: the first that every archive format can say."""
+"""Timestamp of all files, 1980-01-01: the earliest one that every archive format supports."""
 ASKED = {"podman": ("info",), "buildah": ("version",), "docker": ("info",)}
-"""Tools in the order of preference, and what each answers only where it can build."""
+"""Tools in order of preference, each with a subcommand that succeeds only if the tool can build."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A program that builds images, with what is said before its subcommand."""
+    """A program that builds images, with its global options."""
 
     name: str
     options: tuple[str, ...] = ()
@@ -49,17 +49,17 @@ def find_tool(names: Sequence[str] = tuple(ASKED)) -> Tool:
             and subprocess.run([name, *ASKED[name]], capture_output=True, check=False).returncode == 0
         ):
             return Tool(name)
-    raise SystemExit(f"No image can be built here: none of {', '.join(names)} is installed and running.")
+    raise SystemExit(f"Cannot build images: none of {', '.join(names)} is installed and running. Install one of them.")
 
 
 def project_version() -> str:
-    """The version that images are tagged with, which is the chart's appVersion."""
+    """The version for image tags, which is the chart's appVersion."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return str(project["version"])
 
 
 def revision() -> str:
-    """The commit that is built, with `-dirty` where files differ from it."""
+    """The commit, with `-dirty` if files differ from it."""
     if shutil.which("git") is None:
         return "unknown"
     done = subprocess.run(
@@ -81,17 +81,17 @@ def command(tool: Tool, image: str, tag: str, base: str | None, more: Sequence[s
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Build what was asked for, and say what was made."""
+    """Build the requested images and print their tags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", help="operator, trainer; default: both")
-    parser.add_argument("--tool", choices=tuple(ASKED), help="default: the first of these that is there")
+    parser.add_argument("--tool", choices=tuple(ASKED), help="default: the first one that is installed")
     parser.add_argument("--base", help="base image: a Debian or Ubuntu with Python 3.11 or newer")
-    parser.add_argument("--prefix", default="", help="put before the name, such as registry.example.com/ml/")
+    parser.add_argument("--prefix", default="", help="prefix of the image names, such as registry.example.com/ml/")
     words = list(sys.argv[1:] if words is None else words)
     end = words.index("--") if "--" in words else len(words)
     given, more = parser.parse_args(words[:end]), words[end + 1 :]
     if unknown := set(given.images) - set(IMAGES):
-        parser.error(f"there is no image {', '.join(sorted(unknown))}: {' and '.join(IMAGES)} are")
+        parser.error(f"unknown image {', '.join(sorted(unknown))}; the images are {' and '.join(IMAGES)}")
     tool = find_tool([given.tool] if given.tool else tuple(ASKED))
     for image in given.images or IMAGES:
         tag = f"{given.prefix}finetune-{image}:{project_version()}"

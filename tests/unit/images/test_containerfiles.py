@@ -75,7 +75,7 @@ def test_each_tool_builds_the_same_file_from_the_root_of_the_repository(build: M
 
 def test_without_a_tool_one_sentence_says_so(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(SystemExit, match=r"No image can be built here: none of podman, buildah, docker is installed"):
+    with pytest.raises(SystemExit, match=r"Cannot build images: none of podman, buildah, docker is installed"):
         build.main([])
 
 
