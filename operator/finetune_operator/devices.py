@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,64 +41,37 @@ def visible(gpus: tuple[Gpu, ...], allowed: str | None) -> tuple[Gpu, ...]:
         match = [gpu for i, gpu in enumerate(gpus) if name and (gpu.id.startswith(name) or str(i) == name)]
         if not match and not name.startswith("MIG-"):
             break
-        # Its own words are kept: CUDA may count in another order than the driver.
+        # The name is kept as it was given: CUDA may number the GPUs in another order than the driver.
         chosen.append(replace(match[0], id=name) if match else Gpu(name))
     return tuple(chosen)
 
 
 def detect_gpus() -> tuple[Gpu, ...]:
-    """All NVIDIA GPUs: by NVML, else by nvidia-smi, else by the driver's directory in /proc."""
-    for way in (_from_nvml, _from_smi, _from_proc):
-        try:
-            if gpus := way():
-                return gpus
-        except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
-            continue
-    return ()
+    """All NVIDIA GPUs that the driver (NVML) names; none where there is no driver."""
+    import pynvml
 
-
-class _NvmlMemory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
-def _from_nvml() -> tuple[Gpu, ...]:
-    nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    if nvml.nvmlInit_v2() != 0:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
         return ()
     try:
-        count = ctypes.c_uint()
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return ()
-        return tuple(_nvml_device(nvml, index) for index in range(count.value))
+        return tuple(_gpu(index) for index in range(pynvml.nvmlDeviceGetCount()))
     finally:
-        nvml.nvmlShutdown()
+        pynvml.nvmlShutdown()
 
 
-def _nvml_device(nvml: ctypes.CDLL, index: int) -> Gpu:
-    device, memory_info = ctypes.c_void_p(), _NvmlMemory()
-    name, uuid = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
-    if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
+def _gpu(index: int) -> Gpu:
+    import pynvml
+
+    try:
+        device = pynvml.nvmlDeviceGetHandleByIndex(index)
+        gpu = Gpu(pynvml.nvmlDeviceGetUUID(device), pynvml.nvmlDeviceGetName(device))
+    except pynvml.NVMLError:  # lost, or another container's
         return Gpu(str(index))
-    nvml.nvmlDeviceGetName(device, name, 96)
-    nvml.nvmlDeviceGetUUID(device, uuid, 96)
-    known = nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory_info)) == 0
-    return Gpu(uuid.value.decode() or str(index), name.value.decode(), memory_info.total if known else None)
-
-
-def _from_smi() -> tuple[Gpu, ...]:
-    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-    return tuple(parse_smi(line) for line in lines if line.strip())
-
-
-def parse_smi(line: str) -> Gpu:
-    """One line of nvidia-smi's CSV: `GPU-…, NVIDIA A100-SXM4-80GB, 81920` (MiB)."""
-    uuid, name, mebibytes = (part.strip() for part in line.split(","))
-    return Gpu(uuid, name, int(mebibytes) << 20 if mebibytes.isdigit() else None)
-
-
-def _from_proc(directory: Path = Path("/proc/driver/nvidia/gpus")) -> tuple[Gpu, ...]:
-    return tuple(Gpu(str(index)) for index, _ in enumerate(sorted(directory.iterdir())))
+    try:
+        return replace(gpu, memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(device).total)
+    except pynvml.NVMLError:  # it shares the memory of its CPU
+        return gpu
 
 
 def cores() -> int:

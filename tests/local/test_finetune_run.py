@@ -17,7 +17,7 @@ from finetune_api.status import ConditionType
 from finetune_operator.cli import run_command_line
 from finetune_operator.errors import UserError
 from finetune_operator.local.jobfile import record
-from finetune_operator.local.processes import proc
+from finetune_operator.local.processes import process_table
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_without_write_access_nothing_is_downloaded(place: Place) -> None:
 def test_no_space_left_is_said_in_a_sentence(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(path: Path, value: object) -> None:
+    def full(path: Path, value: object, indent: int | None = None) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(record, "write_json", full)
@@ -193,7 +193,7 @@ def test_a_second_ctrl_c_ends_what_does_not_listen(place: Place) -> None:
     until(lambda: place.record.status.phase == "Suspending")
     process.send_signal(signal.SIGINT)
     assert process.wait(scaled(20)) == 130
-    assert not proc.marked(place.record.uid)
+    assert not process_table.marked(place.record.uid)
 
 
 def test_what_does_not_listen_is_killed_after_the_grace_period(place: Place) -> None:
@@ -202,7 +202,7 @@ def test_what_does_not_listen_is_killed_after_the_grace_period(place: Place) -> 
     place.wait_for_step(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(scaled(20)) == 130
-    assert not proc.marked(place.record.uid)
+    assert not process_table.marked(place.record.uid)
 
 
 def test_a_killed_run_leaves_orphans_that_the_next_one_ends(place: Place) -> None:
@@ -212,9 +212,9 @@ def test_a_killed_run_leaves_orphans_that_the_next_one_ends(place: Place) -> Non
     process.kill()
     process.wait()
     uid = place.record.uid
-    assert proc.marked(uid)
+    assert process_table.marked(uid)
     assert place.run() == 0
-    assert not proc.marked(uid)
+    assert not process_table.marked(uid)
     assert any("left behind" in note for note in place.heard.notes)
     assert attempts(place) == [("failed", "preempted", False), ("succeeded", None, False)]
 
@@ -225,7 +225,7 @@ def test_a_killed_run_asks_its_ranks_to_checkpoint(place: Place) -> None:
     place.wait_for_step(3)
     process.kill()
     process.wait()
-    until(lambda: not proc.marked(place.record.uid))
+    until(lambda: not process_table.marked(place.record.uid))
     assert place.run() == 0
     assert (place.record.status.last_checkpoint or pytest.fail("no checkpoint")).step >= 3
 

@@ -14,12 +14,12 @@ from tests.support.rented import runpod_variables
 from tests.support.time_limits import scaled
 
 from finetune_api.base import Stage
+from finetune_api.files import write_json
 from finetune_api.rendezvous import Rendezvous
 from finetune_api.runconfig import Attempt
 from finetune_operator.decision.model import PodPhase
 from finetune_operator.devices import Gpu, Machine
 from finetune_operator.errors import UserError
-from finetune_operator.local.jobfile.record import write_json
 from finetune_operator.local.machines import coordinator as machines
 from finetune_operator.local.machines.coordinator import Answer, Board, Lead, Machines, Order, read
 from finetune_operator.local.machines.worker import Follower

@@ -14,6 +14,7 @@ from tests.support.jobs import job
 from tests.support.tiny import tiny_llama
 
 from finetune_api.base import Stage
+from finetune_api.files import write_json
 from finetune_api.report import Choice, DatasetFacts, ExportRef, MemoryComponent, Plan, Report
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.traits import Task
@@ -23,7 +24,6 @@ from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.evaluation_rows import BaselineRow, EvaluationRow, json_line
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, PreparedModel, Span
 from finetune_trainer.digest import export_digest
-from finetune_trainer.failures import write_json
 from finetune_trainer.reporter import Reporter
 
 LABELS = ["bad", "good", "so so"]

@@ -16,10 +16,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from finetune_api.files import write_json
 from finetune_api.report import EXIT_CODES, Failure
 from finetune_api.runconfig import TERMINATION_VARIABLE
 from finetune_trainer.context import RunContext, context_from_environment
-from finetune_trainer.failures import TrainerError, classify, failure_file, redact, write_json
+from finetune_trainer.failures import TrainerError, classify, failure_file, redact
 from finetune_trainer.imports import few_walks, forget_old_products, leave_out, unneeded
 
 STAGES = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from finetune_api.files import write_json
 from finetune_api.report import FailureClass
 from finetune_api.runconfig import (
     ATTEMPT_VARIABLE,
@@ -22,7 +23,7 @@ from finetune_api.runconfig import (
     RunConfig,
     TokenKind,
 )
-from finetune_trainer.failures import TrainerError, register_secret, write_json
+from finetune_trainer.failures import TrainerError, register_secret
 from finetune_trainer.reporter import Reporter
 
 

@@ -7,8 +7,6 @@ exception into the `Failure` that the operator decides by. No secret may enter a
 from __future__ import annotations
 
 import errno
-import json
-import os
 import re
 import sys
 from datetime import UTC, datetime
@@ -108,17 +106,6 @@ def _first_line(error: BaseException) -> str:
 def failure_file(logs: Path, rank: int) -> Path:
     """Where a failing rank leaves its failure on the volume."""
     return logs / f"failure-rank{rank}.json"
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that a reader sees the old or the new file, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def root_cause(failures: list[Failure]) -> Failure | None:

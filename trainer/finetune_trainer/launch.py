@@ -19,11 +19,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from finetune_api.cgroup import oom_kills
+from finetune_api.files import write_json
 from finetune_api.rendezvous import Rendezvous, rendezvous_of
 from finetune_api.report import EXIT_CODES, Failure, FailureClass
 from finetune_api.runconfig import Attempt
 from finetune_trainer.context import RunContext
-from finetune_trainer.failures import TrainerError, failure_file, root_cause, write_json
+from finetune_trainer.failures import TrainerError, failure_file, root_cause
 
 
 def launch(context: RunContext, stage: str) -> int:
@@ -40,7 +42,7 @@ def launch(context: RunContext, stage: str) -> int:
         for rank in ranks:
             failure_file(context.logs, rank).unlink(missing_ok=True)
     command, environ = command_of(stage, rendezvous, os.environ, context.attempt)
-    oom_kills = _oom_kills()
+    kills = oom_kills()
     child = subprocess.Popen(command, env=environ)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: child.send_signal(received))
@@ -51,7 +53,7 @@ def launch(context: RunContext, stage: str) -> int:
 
     # On a full volume the ranks leave no files, but each of them writes the termination message.
     failure = root_cause(_failures(context.logs, ranks)) or read_termination_message()
-    failure = failure or _without_words(code, _oom_kills() > oom_kills, ranks[0])
+    failure = failure or _without_words(code, oom_kills() > kills, ranks[0])
     with contextlib.suppress(OSError):
         write_json(failure_file(context.logs, ranks[0]), failure.to_wire())
     write_termination_message(failure)
@@ -114,14 +116,3 @@ def _without_words(code: int, out_of_memory: bool, rank: int) -> Failure:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         sentence = f"The trainer {how} and left no message; see the log of rank {rank}."
     return Failure(failure_class=failure_class, sentence=sentence, rank=rank, time=datetime.now(UTC))
-
-
-def _oom_kills() -> int:
-    """Kills by this container's memory limit so far (cgroup v2 `memory.events`, v1 `memory.oom_control`)."""
-    for name in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-        path = Path(name)
-        if path.exists():
-            words = path.read_text().split()
-            if "oom_kill" in words:
-                return int(words[words.index("oom_kill") + 1])
-    return 0

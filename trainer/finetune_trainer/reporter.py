@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from finetune_api.files import write_json
 from finetune_api.report import Choice, Failure, Progress, Report
 from finetune_api.runconfig import REPORT_VARIABLE, Attempt
-from finetune_trainer.failures import write_json
 
 log = logging.getLogger(__name__)
 

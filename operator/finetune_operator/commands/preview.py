@@ -47,6 +47,7 @@ def _preview(loaded: JobFile, run: Path) -> int:
     import shutil
 
     from finetune_api.base import Stage
+    from finetune_api.files import write_json
     from finetune_api.runconfig import (
         RUN_CONFIG_FILE,
         TERMINATION_VARIABLE,
@@ -59,7 +60,6 @@ def _preview(loaded: JobFile, run: Path) -> int:
     )
     from finetune_operator.commands.run import cache_directory
     from finetune_operator.devices import cores, loopback_interface
-    from finetune_operator.local.jobfile.record import write_json
     from finetune_operator.local.processes.environment import environment
     from finetune_operator.local.processes.placement import Node
     from finetune_operator.local.processes.tokens import tokens_of, without_secrets, write_tokens

@@ -19,6 +19,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from finetune_api.base import Stage
+from finetune_api.files import write_json
 from finetune_api.report import Report
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.status import ConditionType, JobStatus
@@ -43,8 +44,8 @@ from finetune_operator.errors import (
     EXIT_GATE_REFUSED,
     EXIT_INTERRUPTED,
 )
-from finetune_operator.local.jobfile.record import Record, write_json
-from finetune_operator.local.processes import proc
+from finetune_operator.local.jobfile.record import Record
+from finetune_operator.local.processes import process_table
 from finetune_operator.local.processes.children import Environ
 from finetune_operator.local.processes.environment import environment
 from finetune_operator.local.processes.placement import Node, Placement
@@ -192,7 +193,7 @@ class Runner:
             case EnsureShared():
                 self._write_config()
             case StartAttempt(attempt=attempt):
-                nodes = self._settings.placement.nodes_of(attempt.stage, self._spec, proc.free_port())
+                nodes = self._settings.placement.nodes_of(attempt.stage, self._spec, process_table.free_port())
                 self._children.start(attempt, nodes, self._environ(attempt, len(nodes)))
             case DeleteChild(stage=stage, number=number):
                 self._children.delete(stage, number)
@@ -231,7 +232,7 @@ class Runner:
             paths=Paths(run=str(self._record.run), cache=str(self._settings.cache), source=str(self._settings.source)),
             operator_version=self._settings.version,
         )
-        write_json(file, config.to_wire())
+        write_json(file, config.to_wire(), indent=1)
 
     # Stop ---------------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tests.support.evaluation_runs import EvaluationRun, evaluation_run
 
+from finetune_api.files import write_json
 from finetune_api.runconfig import Paths
 from finetune_api.traits import Task
 from finetune_trainer.evaluate import stage
-from finetune_trainer.failures import write_json
 
 MIXED = (Task.CLASSIFICATION, Task.MULTIPLE_CHOICE, Task.QUESTION_ANSWERING, Task.SUMMARIZATION, Task.CHAT)
 

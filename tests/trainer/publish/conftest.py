@@ -11,8 +11,8 @@ import pytest
 from tests.support.evaluation_runs import EvaluationRun, evaluated_run
 from tests.support.hub_server import HubServer, hub_in_this_process
 
+from finetune_api.files import write_json
 from finetune_api.runconfig import Paths
-from finetune_trainer.failures import write_json
 
 
 @pytest.fixture(scope="session")

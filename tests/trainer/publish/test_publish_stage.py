@@ -15,9 +15,10 @@ from tests.support.evaluation_runs import EvaluationRun
 from tests.support.hub_server import HubServer
 
 from finetune_api.base import Stage
+from finetune_api.files import write_json
 from finetune_api.report import FailureClass, Published, Results
 from finetune_trainer.context import RunContext
-from finetune_trainer.failures import TrainerError, write_json
+from finetune_trainer.failures import TrainerError
 from finetune_trainer.publish import hub as publish_hub
 from finetune_trainer.publish import stage
 

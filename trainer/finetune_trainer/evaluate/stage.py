@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune_api.files import write_json
 from finetune_api.report import FailureClass, Progress, Report, Results
 from finetune_api.traits import Task
 from finetune_trainer.context import RunContext
@@ -35,7 +36,7 @@ from finetune_trainer.evaluate.metrics import EXTRA, Answer
 from finetune_trainer.evaluate.models import Source, Variant, fits_on_one_device, manifest_source, opened_both
 from finetune_trainer.evaluate.page.build import Prompted, Story, write_page
 from finetune_trainer.evaluate.ranks import Ranks
-from finetune_trainer.failures import TrainerError, write_json
+from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.device import choose_device, choose_precision
 from finetune_trainer.publish.card import CardFacts, base_license, model_card
 from finetune_trainer.reports import read_metrics, read_reports

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetune_trainer.failures import write_json
+from finetune_api.files import write_json
 
 log = logging.getLogger(__name__)
 

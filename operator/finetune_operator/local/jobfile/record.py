@@ -18,13 +18,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_api.files import write_json
 from finetune_api.runconfig import RUN_CONFIG_FILE
 from finetune_api.spec import FineTuneJob, ObjectMeta
 from finetune_api.status import JobStatus
 from finetune_operator.errors import EXIT_FAILED, UserError
 
 STATUS_FILE = "status.json"
-RETRY_ANNOTATION = "finetune.dev/retry"
 
 
 @dataclass
@@ -52,22 +52,7 @@ class Record:
 
     def save(self) -> None:
         """Write `status.json`; a reader sees the old or the new state, never a part."""
-        write_json(self.run / STATUS_FILE, self.wire())
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON durably and in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+        write_json(self.run / STATUS_FILE, self.wire(), indent=1)
 
 
 def job_directory(workdir: Path, job: FineTuneJob) -> Path:

@@ -19,12 +19,12 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from finetune_api.base import ApiModel, Stage
+from finetune_api.files import write_json
 from finetune_api.rendezvous import Rendezvous
 from finetune_api.report import Failure
 from finetune_api.runconfig import Attempt
 from finetune_operator.decision.model import Child, Pod, PodPhase
 from finetune_operator.errors import EXIT_FAILED
-from finetune_operator.local.jobfile.record import write_json
 from finetune_operator.local.processes.children import Children, Environ
 from finetune_operator.local.processes.placement import Node
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from finetune_api.files import write_json
 from finetune_api.rendezvous import Rendezvous
 from finetune_api.runconfig import RUN_CONFIG_FILE, Attempt, RunConfig
 from finetune_operator.decision.model import Pod, PodPhase
 from finetune_operator.devices import Machine
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
-from finetune_operator.local.jobfile.record import write_json
 from finetune_operator.local.machines.coordinator import BEAT_SECONDS, Answer, Board, Order, Pulse, read
 from finetune_operator.local.processes.children import Children
 from finetune_operator.local.processes.environment import environment

@@ -22,11 +22,12 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from finetune_api.base import ApiModel, Stage
+from finetune_api.cgroup import oom_kills
+from finetune_api.files import write_json
 from finetune_api.report import Failure, FailureClass, Report, attempt_id
 from finetune_api.runconfig import TERMINATION_VARIABLE, TOKENS_VARIABLE, Attempt
 from finetune_operator.decision.model import Child, Pod, PodPhase
-from finetune_operator.local.jobfile.record import write_json
-from finetune_operator.local.processes import proc
+from finetune_operator.local.processes import process_table
 from finetune_operator.local.processes.environment import PROCESS_VARIABLE
 from finetune_operator.local.processes.placement import Node
 from finetune_operator.local.processes.tokens import Tokens, write_tokens
@@ -153,7 +154,7 @@ class Children:
         """End the processes that a killed run left, and note how their attempts ended."""
         unfinished = [(r, p) for r in self._records for p in r.processes if p.exit_code is None and not p.lost]
         grace = max((record.grace_seconds for record, _ in unfinished), default=0)
-        proc.end_orphans(self._mark, grace or 10, tell)
+        process_table.stop_orphans(self._mark, grace or 10, tell)
         for record, process in unfinished:
             _remove(process.tokens)
             process.finished = datetime.now(UTC)
@@ -215,10 +216,10 @@ class Children:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=proc.end_with_parent(),
+                preexec_fn=process_table.end_with_parent(),
             )
         process.pid = popen.pid
-        return _Live(node, process, environ, step, popen, proc.oom_kills())
+        return _Live(node, process, environ, step, popen, oom_kills())
 
     def _marker(self, stage: Stage, number: int, index: int) -> str:
         """What every process of a node inherits, so that none is lost."""
@@ -239,7 +240,7 @@ class Children:
             changed = True
             stage, number, index = key
             # What outlives its launcher may still write; a container would take it along.
-            proc.send(proc.marked(self._marker(stage, number, index)), signal.SIGKILL)
+            process_table.send(process_table.marked(self._marker(stage, number, index)), signal.SIGKILL)
             _remove(live.record.tokens)
             record = next(r for r in self._records if r.stage is stage and r.number == number)
             following = live.step + 1
@@ -249,7 +250,7 @@ class Children:
             del self._live[key]
             live.record.exit_code = code
             live.record.finished = datetime.now(UTC)
-            live.record.oom_killed = code == -signal.SIGKILL and proc.oom_kills() > live.oom_kills
+            live.record.oom_killed = code == -signal.SIGKILL and oom_kills() > live.oom_kills
         self._escalate()
         if changed or self._deleting:
             self._forget_deleted()
@@ -293,7 +294,7 @@ class Children:
             self._kill(stage, number)
 
     def _kill(self, stage: Stage, number: int) -> None:
-        proc.send(proc.marked(attempt_id(self._mark, stage, number)), signal.SIGKILL)
+        process_table.send(process_table.marked(attempt_id(self._mark, stage, number)), signal.SIGKILL)
         for key, live in self._live.items():
             if key[:2] == (stage, number):
                 live.process.kill()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pynvml
 import pytest
 
 from finetune_api.spec import Topology
-from finetune_operator.devices import Gpu, Machine, parse_smi, visible
+from finetune_operator.devices import Gpu, Machine, detect_gpus, visible
 from finetune_operator.errors import UserError
 from finetune_operator.local.processes.placement import place
 
@@ -77,5 +80,36 @@ def test_cuda_visible_devices_is_honoured_as_cuda_does(allowed: str | None, ids:
     assert [gpu.id for gpu in visible(machine(3).gpus, allowed)] == ids
 
 
-def test_a_line_of_nvidia_smi_is_a_gpu() -> None:
-    assert parse_smi("GPU-1f, NVIDIA A100-SXM4-80GB, 81920") == Gpu("GPU-1f", "NVIDIA A100-SXM4-80GB", 80 * GIB)
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that knows an A100, a GPU that shares the memory of its CPU, and a lost one."""
+
+    def handle(index: int) -> int:
+        return index if index < 2 else missing()
+
+    def missing(*_: object) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    def memory(device: int) -> SimpleNamespace:
+        return SimpleNamespace(total=80 * GIB if device == 0 else missing())
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", ["GPU-1f", "GPU-2f"].__getitem__)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", ["NVIDIA A100-SXM4-80GB", "NVIDIA GB10"].__getitem__)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
+
+
+@pytest.mark.usefixtures("driver")
+def test_gpus_are_those_that_the_driver_names() -> None:
+    assert detect_gpus() == (Gpu("GPU-1f", "NVIDIA A100-SXM4-80GB", 80 * GIB), Gpu("GPU-2f", "NVIDIA GB10"), Gpu("2"))
+
+
+def test_there_are_no_gpus_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
+    assert detect_gpus() == ()
