@@ -15,6 +15,8 @@ from finetune_api.spec import MUTABILITY, Mutability
 from finetune_api.structure import PATTERNS
 from finetune_api.traits import Task
 
+JSON_MAXIMUM = 2**53 - 1
+"""Largest integer that JSON keeps exactly: a bound of every count, not worth a word."""
 CHANGE = {
     Mutability.ALWAYS: "at any time",
     Mutability.SUSPENDED: "while `suspend: true`",
@@ -148,7 +150,7 @@ def _limits(field: Schema) -> str:
     words = []
     if "minimum" in field:
         words.append(f"{'>' if field.get('exclusiveMinimum') else '≥'} {field['minimum']:g}")
-    if "maximum" in field:
+    if field.get("maximum", JSON_MAXIMUM) < JSON_MAXIMUM:
         words.append(f"{'<' if field.get('exclusiveMaximum') else '≤'} {field['maximum']:g}")
     return " " + ", ".join(words) if words else ""
 
@@ -164,8 +166,13 @@ def _rules(root: Schema) -> str:
     ]
     for path, rule in _all_rules(root, ""):
         if "oldSelf" not in rule["rule"]:
-            lines.append(f"| `{path}{rule.get('fieldPath', '')}` | {rule['message'].replace('|', chr(92) + '|')} |")
+            lines.append(f"| `{path}{rule.get('fieldPath', '')}` | {_escaped(rule['message'])} |")
     return "\n".join([*lines, ""])
+
+
+def _escaped(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "\\<")
 
 
 def _all_rules(schema: Schema, path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -161,7 +161,7 @@ def test_the_reference_names_every_field_and_every_sentence() -> None:
             assert f"`{path.rpartition('.')[2].removesuffix('[]')}`" in page, path
     for _, node in _nodes(_spec(), "spec"):
         for rule in node.get("x-kubernetes-validations", []):
-            assert "oldSelf" in rule["rule"] or rule["message"].replace("|", "\\|") in page
+            assert "oldSelf" in rule["rule"] or rule["message"].replace("|", "\\|").replace("<", "\\<") in page
     assert "| while `suspend: true` |" in page
 
 
