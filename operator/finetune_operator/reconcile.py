@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from finetune_api.base import Stage
+from finetune_api.base import API_VERSION, Stage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.act import Actor
@@ -20,7 +20,7 @@ from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
 from finetune_operator.cluster.watch import Watch
 from finetune_operator.decision import attempts, progress
 from finetune_operator.decision.conditions import next_stage, terminal
-from finetune_operator.decision.decide import Planner, decide
+from finetune_operator.decision.decide import decide
 from finetune_operator.decision.model import (
     CleanUp,
     Decision,
@@ -28,6 +28,7 @@ from finetune_operator.decision.model import (
     EnsureShared,
     Missing,
     Observation,
+    Planner,
     StartAttempt,
 )
 from finetune_operator.manifests.backend import Backend
@@ -251,15 +252,9 @@ class Reconciler:
         if not progress.should_write_status(observation, decision, cache.last_write):
             return False
         meta = {name: job["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
-        body = {
-            "apiVersion": "finetune.dev/v1alpha1",
-            "kind": FINE_TUNE_JOB,
-            "metadata": meta,
-            "spec": job["spec"],
-            "status": decision.wire,
-        }
+        head = {"apiVersion": API_VERSION, "kind": FINE_TUNE_JOB, "metadata": meta}
         try:
-            answer = await self.api.replace_status(body)
+            answer = await self.api.replace_status({**head, "spec": job["spec"], "status": decision.wire})
         except ApiError as error:
             if error.code == 404:
                 # Deleted while the watch was broken.

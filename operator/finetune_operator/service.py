@@ -21,7 +21,7 @@ from finetune_operator.cluster.api import Api
 from finetune_operator.cluster.lease import Lease
 from finetune_operator.cluster.store import Key, Store
 from finetune_operator.cluster.watch import Watch
-from finetune_operator.decision.decide import Planner
+from finetune_operator.decision.model import Planner
 from finetune_operator.manifests.backends import BACKENDS
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import Reconciler

@@ -40,7 +40,7 @@ def test_a_quota_of_gpus_that_is_used_up_is_said_and_waited_for_although_only_po
     story.apply(topology={"nodes": 3, "gpusPerNode": 4})
     (pod,) = story.pods(1, Stage.PREPARE)
     story.end_well(story.kubelet.run(pod))
-    assert "2 of 3 pods are made. A quota" in story.message("WaitingForPods")
+    assert "2 of 3 pods have been created. A quota" in story.message("WaitingForPods")
     (used,) = story.api.objects("ResourceQuota", story.namespace)
     assert used["status"]["used"] == {"requests.nvidia.com/gpu": "8"}
     story.api.patch(made, {"spec": {"hard": {"requests.nvidia.com/gpu": "12"}}})
@@ -93,7 +93,7 @@ def test_a_lost_nodes_attempt_is_concluded_at_once_and_its_pod_is_waited_for(sto
         return len(story.api.objects("Pod", story.namespace, {"finetune.dev/stage": "train"})) == 1
 
     wait_until(others_gone, "the pods on nodes that live to be gone")
-    told = f"Waits until pod {lost} on node {node} of train attempt 1 is gone."
+    told = f"Waiting for pod {lost} on node {node} of train attempt 1 to terminate."
     status = story.wait(lambda status: any(c["message"] == told for c in status["conditions"]), "to wait for the pod")
     (record,) = [a for a in status["attempts"] if a["stage"] == "train"]
     # The lost pod never says how it ended: neither its grace period nor the time that ranks have to name a cause.

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from finetune_api.status import ConditionType, Phase
 from finetune_operator.commands._cluster import Context, Name, Namespace, jobs_in, status_of
-from finetune_operator.decision.decide import RETRY_ANNOTATION
+from finetune_operator.decision.model import RETRY_ANNOTATION
 from finetune_operator.errors import EXIT_FAILED, UserError
 
 

@@ -9,7 +9,7 @@ from finetune_api.runconfig import Attempt
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.decision.conditions import truncate
 from finetune_operator.decision.failure_policy import Footprint, InfraFailure
-from finetune_operator.decision.model import Child, Observation
+from finetune_operator.decision.model import Observation
 from finetune_operator.decision.root_cause import Cause
 
 HISTORY = 50
@@ -56,12 +56,9 @@ def close(record: AttemptRecord, cause: Cause | None, counted: bool, now: dateti
 
 def failures_in_a_row(status: JobStatus, record: AttemptRecord) -> int:
     """How many attempts of the record's stage, up to it, failed one after another with its reason since a retry."""
-    count = 0
-    for earlier in reversed([r for r in status.attempts if r.stage is record.stage and r.number <= record.number]):
-        if earlier.outcome != "failed" or earlier.reason != record.reason or earlier.forgiven:
-            break
-        count += 1
-    return count
+    newest_first = [r for r in reversed(status.attempts) if r.stage is record.stage and r.number <= record.number]
+    alike = [r.outcome == "failed" and r.reason == record.reason and not r.forgiven for r in newest_first]
+    return [*alike, False].index(False)
 
 
 def blocked_by_earlier_attempt(observation: Observation, status: JobStatus) -> str:
@@ -73,7 +70,8 @@ def blocked_by_earlier_attempt(observation: Observation, status: JobStatus) -> s
     if older:
         return older
     for child in observation.children:
-        if has_succeeded(status, child):
+        record = find(status, child.stage, child.number)
+        if record is not None and record.outcome == "succeeded":
             continue
         attempt = f"{child.stage} attempt {child.number}"
         pod = next((pod for pod in child.pods if not pod.out_of_service), None)
@@ -90,12 +88,6 @@ def blocked_by_earlier_job(observation: Observation) -> str:
     """What is left of an earlier job of this name, in a sentence: it is never adopted, and nothing starts beside it."""
     older = next((child for child in observation.children if not child.ours), None)
     return f"Waiting for {older.stage} of an earlier job with this name to be deleted." if older is not None else ""
-
-
-def has_succeeded(status: JobStatus, child: Child) -> bool:
-    """Whether a child ran the attempt that made its stage succeed."""
-    record = find(status, child.stage, child.number)
-    return record is not None and record.outcome == "succeeded"
 
 
 def to_start(observation: Observation, record: AttemptRecord) -> Attempt:

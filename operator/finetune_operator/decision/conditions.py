@@ -14,7 +14,6 @@ from finetune_api.base import STAGES, Stage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import STAGE_CONDITION, AttemptRecord, Condition, ConditionType, JobStatus, Phase
 
-NOT_REQUESTED = "NotRequested"
 PENDING = "Pending"
 MESSAGE_LIMIT = 1000
 RUNNING: dict[Stage, tuple[str, Phase]] = {
@@ -106,17 +105,16 @@ def set_conditions(status: JobStatus, job: JobCondition, spec: FineTuneJobSpec, 
 
 def _set_stage(status: JobStatus, stage: Stage, job: JobCondition, spec: FineTuneJobSpec, now: datetime) -> None:
     kind = STAGE_CONDITION[stage]
-    if has_succeeded(status, stage):
-        condition = status.condition(kind)
-        assert condition is not None
-        set_condition(status, kind, True, condition.reason, condition.message, now)
-    elif stage is Stage.PUBLISH and spec.publish is None:
-        message = "spec.publish is not set: the model stays on the run volume."
-        set_condition(status, kind, False, NOT_REQUESTED, message, now)
+    before = status.condition(kind)
+    if before is not None and before.status == "True":
+        set_condition(status, kind, True, before.reason, before.message, now)
+        return
+    reason, message = PENDING, f"Waiting for {status.stage}." if status.stage else ""
+    if stage is Stage.PUBLISH and spec.publish is None:
+        reason, message = "NotRequested", "spec.publish is not set: the model stays on the run volume."
     elif stage is status.stage:
-        set_condition(status, kind, False, job.reason, job.message, now)
-    else:
-        set_condition(status, kind, False, PENDING, f"Waiting for {status.stage}." if status.stage else "", now)
+        reason, message = job.reason, job.message
+    set_condition(status, kind, False, reason, message, now)
 
 
 def mark_succeeded(status: JobStatus, stage: Stage, message: str, now: datetime) -> None:
@@ -129,16 +127,11 @@ def mark_pending(status: JobStatus, stage: Stage, now: datetime) -> None:
     set_condition(status, STAGE_CONDITION[stage], False, PENDING, "Will run again.", now)
 
 
-def has_succeeded(status: JobStatus, stage: Stage) -> bool:
-    """Whether a stage has succeeded."""
-    return status.is_true(STAGE_CONDITION[stage])
-
-
 def next_stage(status: JobStatus, spec: FineTuneJobSpec) -> Stage | None:
     """The first stage that has not succeeded; Publish only if it was asked for."""
     for stage in STAGES:
         requested = stage is not Stage.PUBLISH or spec.publish is not None
-        if requested and not has_succeeded(status, stage):
+        if requested and not status.is_true(STAGE_CONDITION[stage]):
             return stage
     return None
 

@@ -39,20 +39,19 @@ def account_time(status: JobStatus, running: RunningAttempt, observation: Observ
     """
     record, child, now, environment = running.record, running.child, observation.now, observation.environment
     runs = child is not None and child.all_run and not child.succeeded
-    if status.active_until is not None:
-        end = now if runs else _end(child, status.active_until, now)
-        seconds = max(int((end - status.active_until).total_seconds()), 0)
-        status.active_seconds += seconds
-        gpus = gpus_held(observation.spec, record.stage, environment)
-        status.gpu_hours = round(status.gpu_hours + seconds * gpus / 3600, 9)
-        if environment.price_per_gpu_hour is not None:
-            status.price = round(status.gpu_hours * environment.price_per_gpu_hour, 2)
-        status.active_until = end if runs else None
-    elif runs and child is not None:
-        record.running_since = record.running_since or _since(child, now)
-        status.active_until = now
-    if runs and record.running_since is None:
-        record.running_since = now
+    if runs and child is not None and record.running_since is None:
+        record.running_since = now if status.active_until is not None else _since(child, now)
+    if status.active_until is None:
+        status.active_until = now if runs else None
+        return
+    end = now if runs else _end(child, status.active_until, now)
+    seconds = max(int((end - status.active_until).total_seconds()), 0)
+    gpus = gpus_held(observation.spec, record.stage, environment)
+    status.active_seconds += seconds
+    status.gpu_hours = round(status.gpu_hours + seconds * gpus / 3600, 9)
+    if environment.price_per_gpu_hour is not None:
+        status.price = round(status.gpu_hours * environment.price_per_gpu_hour, 2)
+    status.active_until = now if runs else None
 
 
 def _since(child: Child, now: datetime) -> datetime:

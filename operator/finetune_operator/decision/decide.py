@@ -22,22 +22,20 @@ from finetune_operator.decision import attempts, conditions, deadlines, events, 
 from finetune_operator.decision.conditions import JobCondition, State, waiting
 from finetune_operator.decision.failure_policy import condition_reason
 from finetune_operator.decision.model import (
+    RETRY_ANNOTATION,
     Action,
     CleanUp,
     Decision,
     DeleteChild,
     EnsureShared,
     Observation,
+    Planner,
     RunningAttempt,
     StartAttempt,
 )
 from finetune_operator.decision.next_attempt import blocked_by, start_next_attempt
 from finetune_operator.decision.running_attempt import handle_running_attempt, take_last_checkpoint
-from finetune_operator.decision.status_draft import Planner, StatusDraft
-
-__all__ = ["RETRY_ANNOTATION", "Planner", "decide"]
-
-RETRY_ANNOTATION = "finetune.dev/retry"
+from finetune_operator.decision.status_draft import StatusDraft
 
 
 def decide(observation: Observation, planner: Planner | None = None) -> Decision:
@@ -146,14 +144,11 @@ def _complete(draft: StatusDraft) -> JobCondition:
 def _ended(draft: StatusDraft) -> JobCondition:
     """What was concluded once stays, whatever is observed now."""
     draft.requeue_by(_cleanup_time(draft))
-    for kind, state, phase in (
-        (ConditionType.COMPLETE, State.COMPLETE, Phase.COMPLETE),
-        (ConditionType.FAILED, State.FAILED, Phase.FAILED),
-    ):
-        condition = draft.status.condition(kind)
-        if condition is not None and condition.status == "True":
-            return JobCondition(state, condition.reason, condition.message, phase)
-    raise AssertionError("only called for a job that has ended")
+    complete = draft.status.is_true(ConditionType.COMPLETE)
+    state, phase = (State.COMPLETE, Phase.COMPLETE) if complete else (State.FAILED, Phase.FAILED)
+    condition = draft.status.condition(ConditionType.COMPLETE if complete else ConditionType.FAILED)
+    assert condition is not None
+    return JobCondition(state, condition.reason, condition.message, phase)
 
 
 def _reject_spec(draft: StatusDraft) -> JobCondition:

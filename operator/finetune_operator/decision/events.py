@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from finetune_api.base import STAGES
 from finetune_api.status import STAGE_CONDITION, AttemptRecord, Condition, ConditionType, JobStatus
 from finetune_operator.decision.conditions import RUNNING, starting
 from finetune_operator.decision.failure_policy import InfraFailure, condition_reason
@@ -10,11 +9,14 @@ from finetune_operator.decision.model import Event
 
 QUIET_REASONS = frozenset({"Starting", "Ending", *(reason for reason, _ in RUNNING.values())})
 """Reasons of Reconciling that have another Event, or need none."""
+REACHED = (*STAGE_CONDITION.values(), ConditionType.COMPLETE, ConditionType.SUSPENDED)
+"""Conditions of which it is told that they have come true."""
 
 
 def between(old: JobStatus, new: JobStatus) -> tuple[Event, ...]:
     """The Events of writing `new` over `old`; none for progress."""
-    return (*_attempts(old, new), *_stages(old, new), *_waiting(old, new), *_ends(old, new))
+    reached = [Event("Normal", str(kind), _condition(new, kind).message) for kind in REACHED if _turned(old, new, kind)]
+    return (*_attempts(old, new), *reached, *_waiting(old, new), *_failed(old, new))
 
 
 def _attempts(old: JobStatus, new: JobStatus) -> list[Event]:
@@ -47,11 +49,6 @@ def _ended(record: AttemptRecord, failed: Condition | None) -> Event:
     return Event("Warning", reason, f"{record.stage} (attempt {record.number}) failed{rank}: {sentence}")
 
 
-def _stages(old: JobStatus, new: JobStatus) -> list[Event]:
-    turned = [STAGE_CONDITION[s] for s in STAGES if _turned_true(old, new, STAGE_CONDITION[s])]
-    return [Event("Normal", str(kind), _condition(new, kind).message) for kind in turned]
-
-
 def _waiting(old: JobStatus, new: JobStatus) -> list[Event]:
     now, before = new.condition(ConditionType.RECONCILING), old.condition(ConditionType.RECONCILING)
     if now is None or now.status != "True" or now.reason in QUIET_REASONS:
@@ -61,22 +58,21 @@ def _waiting(old: JobStatus, new: JobStatus) -> list[Event]:
     return [Event("Warning" if now.reason.startswith("WaitingFor") else "Normal", now.reason, now.message)]
 
 
-def _ends(old: JobStatus, new: JobStatus) -> list[Event]:
-    turned = [kind for kind in (ConditionType.COMPLETE, ConditionType.SUSPENDED) if _turned_true(old, new, kind)]
-    events = [Event("Normal", str(kind), _condition(new, kind).message) for kind in turned]
+def _failed(old: JobStatus, new: JobStatus) -> list[Event]:
+    """That the job has failed, unless the Event of its last attempt says so."""
     failed = _just_failed(old, new)
-    if failed is not None and not any(record.outcome == "failed" for record in _stopped(old, new)):
-        events.append(Event("Warning", failed.reason, failed.message))
-    return events
+    if failed is None or any(record.outcome == "failed" for record in _stopped(old, new)):
+        return []
+    return [Event("Warning", failed.reason, failed.message)]
 
 
 def _just_failed(old: JobStatus, new: JobStatus) -> Condition | None:
     """Why the job has failed, if it just has."""
     failed = ConditionType.FAILED
-    return _condition(new, failed) if _turned_true(old, new, failed) else None
+    return _condition(new, failed) if _turned(old, new, failed) else None
 
 
-def _turned_true(old: JobStatus, new: JobStatus, kind: ConditionType) -> bool:
+def _turned(old: JobStatus, new: JobStatus, kind: ConditionType) -> bool:
     return new.is_true(kind) and not old.is_true(kind)
 
 

@@ -1,4 +1,4 @@
-"""What follows from each way an attempt can fail: one table, shown to users in docs/failure-policy.md.
+"""What follows from each way an attempt can fail: one table, shown in docs/failure-policy.md (a test compares).
 
 Nothing here looks at pods (root_cause.py does) or at the clock.
 """
@@ -53,7 +53,7 @@ def _retry(explanation: str, counted: bool = True) -> Policy:
     return Policy(FailureAction.RETRY, counted, explanation)
 
 
-POLICIES: dict[FailureClass | InfraFailure, Policy] = {
+POLICIES: dict[str, Policy] = {
     FailureClass.BAD_SPEC: _fail("The message names the field to change.", waits=True),
     FailureClass.BAD_DATA: _fail("The message names the dataset, file and row.", waits=True),
     FailureClass.NO_ACCESS: _fail("The message names the page to visit or the token to provide.", waits=True),
@@ -85,15 +85,11 @@ POLICIES: dict[FailureClass | InfraFailure, Policy] = {
     InfraFailure.SUSPENDED: _retry("Resumes with the next attempt when spec.suspend is set to false.", counted=False),
     InfraFailure.DEADLINE: _fail("The job has run for timeouts.activeDeadlineSeconds."),
 }
-"""Every class has a row; a test compares this with the page in docs."""
 
 
 def policy_for(reason: str) -> Policy:
     """The row of a class; an unknown one (of a newer trainer) counts as a crash."""
-    for known, policy in POLICIES.items():
-        if known == reason:
-            return policy
-    return POLICIES[FailureClass.CRASH]
+    return POLICIES.get(reason, POLICIES[FailureClass.CRASH])
 
 
 def waits_for_user(reason: str, stage: Stage, local: bool) -> bool:
@@ -139,17 +135,3 @@ def shrink(footprint: Footprint, longest: int | None, can_checkpoint: bool) -> F
 def condition_reason(reason: str) -> str:
     """A class as a condition's reason: `cuda-oom` → `CudaOom`."""
     return "".join(word.capitalize() for word in reason.replace("_", "-").split("-")) or "Unknown"
-
-
-def markdown() -> str:
-    """The table as the page docs/failure-policy.md shows it."""
-    rows = [
-        f"| `{reason}` | {_action(policy)} | {'yes' if policy.counted else 'no'} | {policy.explanation} |"
-        for reason, policy in POLICIES.items()
-    ]
-    return "\n".join(["| class | action | counted | explanation |", "|---|---|---|---|", *rows, ""])
-
-
-def _action(policy: Policy) -> str:
-    texts = {FailureAction.FAIL: "fail", FailureAction.RETRY: "retry", FailureAction.SHRINK: "retry, smaller"}
-    return texts[policy.action] + (" (after Train: wait)" if policy.waits_after_train else "")

@@ -7,6 +7,7 @@ the status it was shown holds their conclusion already: after each write, observ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -14,10 +15,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 from finetune_api.base import Stage
-from finetune_api.report import Failure, Report, attempt_id
+from finetune_api.report import Failure, LengthFacts, ModelFacts, Plan, Report, attempt_id
 from finetune_api.runconfig import Attempt
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptRecord, JobStatus
+
+RETRY_ANNOTATION = "finetune.dev/retry"
+Planner = Callable[[FineTuneJobSpec, ModelFacts, LengthFacts], Plan]
+"""Makes the memory plan from what Prepare found (sizing/memory.py)."""
 
 
 class PodPhase(StrEnum):

@@ -8,6 +8,7 @@ from finetune_api.status import AttemptRecord, Phase
 from finetune_operator.decision import attempts, deadlines, progress
 from finetune_operator.decision.conditions import MISSING, JobCondition, State, starting, waiting
 from finetune_operator.decision.failure_policy import Footprint, condition_reason, shrink
+from finetune_operator.decision.model import RETRY_ANNOTATION
 from finetune_operator.decision.status_draft import StatusDraft
 
 
@@ -30,7 +31,7 @@ def _wait_for_user(draft: StatusDraft, stage: Stage) -> JobCondition | None:
         status.credentials_seen = ""
         return None
     reason = "WaitingForCredentials" if record.reason == FailureClass.NO_ACCESS else "WaitingForUser"
-    advice = "Resumes when the Secret changes or the annotation finetune.dev/retry gets a new value."
+    advice = f"Resumes when the Secret changes or the annotation {RETRY_ANNOTATION} gets a new value."
     return _wait_until_deadline(draft, record.message) or waiting(reason, f"{record.message} {advice}")
 
 

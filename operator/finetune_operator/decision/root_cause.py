@@ -15,6 +15,7 @@ VAGUE = frozenset({FailureClass.CRASH, FailureClass.HANG, FailureClass.PREEMPTED
 """Classes that a lost node or an eviction explains better; the others explain themselves."""
 
 _CLASS_OF_EXIT_CODE = {code: kind for kind, code in EXIT_CODES.items() if kind is not FailureClass.CRASH}
+_LIMIT = "podTemplate.resources.limits.memory"
 _SIGTERM_EXIT = 128 + signal.SIGTERM
 _SIGKILL_EXIT = 128 + signal.SIGKILL
 
@@ -54,9 +55,9 @@ def find(child: Child, report: Report | None) -> Cause:
 
 def _earliest(child: Child, report: Report | None) -> Cause:
     written = [failure for failure in failures(child, report) if failure.failure_class is not FailureClass.PEER]
-    definite = _first(failure for failure in written if failure.failure_class not in VAGUE)
+    definite = next((failure for failure in written if failure.failure_class not in VAGUE), None)
     if definite is not None:
-        return definite
+        return _cause(definite)
     infra_failure = _infra_failure(child)
     if infra_failure is not None:
         return infra_failure
@@ -68,11 +69,6 @@ def _earliest(child: Child, report: Report | None) -> Cause:
     if silent:
         return silent[0][1]
     return _without_evidence(child, report)
-
-
-def _first(candidates: Iterable[Failure]) -> Cause | None:
-    failure = next(iter(candidates), None)
-    return None if failure is None else _cause(failure)
 
 
 def _cause(failure: Failure) -> Cause:
@@ -98,32 +94,25 @@ def _silent(pods: Iterable[Pod]) -> list[tuple[datetime | None, Cause]]:
 
 
 def _from_exit(pod: Pod) -> Cause | None:
+    """What a pod's exit says; None if it only follows the failure of another rank."""
     code = pod.exit_code
     kind = _CLASS_OF_EXIT_CODE.get(code) if code is not None else None
+    reason: FailureClass | InfraFailure = kind or FailureClass.CRASH
     if kind is FailureClass.PEER:
         return None
     if pod.oom_killed or kind is FailureClass.HOST_OOM:
-        return Cause(FailureClass.HOST_OOM, _host_oom_sentence(pod), pod.index)
-    if kind is not None:
-        return Cause(kind, f"Pod {pod.name} exited with code {code} ({kind}) without an error report.", pod.index)
-    if code == _SIGTERM_EXIT or (code == _SIGKILL_EXIT and pod.terminating):
-        return Cause(InfraFailure.DELETED, f"Pod {pod.name} was terminated from outside the job.", pod.index)
-    if code == _SIGKILL_EXIT:
-        return Cause(FailureClass.CRASH, f"Pod {pod.name} was killed (SIGKILL). {_memory_advice(pod)}", pod.index)
-    return Cause(FailureClass.CRASH, f"Pod {pod.name} {_exit_text(code)} without an error report.", pod.index)
-
-
-def _host_oom_sentence(pod: Pod) -> str:
-    limit = f" of {pod.memory_limit}" if pod.memory_limit else ""
-    return (
-        f"Pod {pod.name} reached its memory limit{limit} (host memory, not GPU memory): "
-        "raise podTemplate.resources.limits.memory."
-    )
-
-
-def _memory_advice(pod: Pod) -> str:
-    limit = f" ({pod.memory_limit})" if pod.memory_limit else ""
-    return f"If the node ran out of memory, raise podTemplate.resources.limits.memory{limit}."
+        reason, limit = FailureClass.HOST_OOM, f" of {pod.memory_limit}" if pod.memory_limit else ""
+        what = f"reached its memory limit{limit} (host memory, not GPU memory): raise {_LIMIT}."
+    elif kind is not None:
+        what = f"exited with code {code} ({kind}) without an error report."
+    elif code == _SIGTERM_EXIT or (code == _SIGKILL_EXIT and pod.terminating):
+        reason, what = InfraFailure.DELETED, "was terminated from outside the job."
+    elif code == _SIGKILL_EXIT:
+        limit = f" ({pod.memory_limit})" if pod.memory_limit else ""
+        what = f"was killed (SIGKILL). If the node ran out of memory, raise {_LIMIT}{limit}."
+    else:
+        what = f"{_exit_text(code)} without an error report."
+    return Cause(reason, f"Pod {pod.name} {what}", pod.index)
 
 
 def _exit_text(code: int | None) -> str:
@@ -131,7 +120,7 @@ def _exit_text(code: int | None) -> str:
         return "failed"
     if code > 128:
         names = {int(number): number.name for number in signal.Signals}
-        return f"ended by {names.get(code - 128, f'signal {code - 128}')} (exit code {code})"
+        return f"was ended by {names.get(code - 128, f'signal {code - 128}')} (exit code {code})"
     return f"exited with code {code}"
 
 
@@ -141,14 +130,12 @@ def _without_evidence(child: Child, report: Report | None) -> Cause:
         return Cause(InfraFailure.DELETED, "The attempt was deleted from outside the job.")
     terminating = next((pod for pod in child.pods if pod.terminating), None)
     if terminating is not None:
-        return Cause(
-            InfraFailure.DELETED, f"Pod {terminating.name} was deleted from outside the job.", terminating.index
-        )
+        sentence = f"Pod {terminating.name} was deleted from outside the job."
+        return Cause(InfraFailure.DELETED, sentence, terminating.index)
     if len(child.pods) < child.pods_expected:
         gone = child.pods_expected - len(child.pods)
         return Cause(InfraFailure.DELETED, f"{gone} of {child.pods_expected} pods disappeared without an error report.")
     if echoes:
-        return Cause(
-            FailureClass.PEER, f"Every rank reported a failure of another rank, the first one: {echoes[0].sentence}"
-        )
+        sentence = f"Every rank reported a failure of another rank, the first one: {echoes[0].sentence}"
+        return Cause(FailureClass.PEER, sentence)
     return Cause(FailureClass.CRASH, child.message or "The attempt failed without an error report.")

@@ -33,6 +33,10 @@ TRANSIENT_POLL_SECONDS = 15.0
 """How often a start is tried again that a quota or a webhook refused."""
 POD_CREATION_SECONDS = 30.0
 """How long a child's controller may take to create its pods before the status says so."""
+LONGEST_DOES_NOT_FIT = (
+    "The longest document does not fit even alone: lower training.maxSequenceLength, shard over more GPUs, "
+    "or use qlora."
+)
 
 
 class ChildState(Enum):
@@ -204,19 +208,14 @@ def _record_failure(draft: StatusDraft, record: AttemptRecord, cause: Cause) -> 
     if waits_for_user(cause.reason, record.stage, draft.observation.environment.local):
         status.credentials_seen = draft.credentials
         return None
-    message = f"{record.stage} failed: {cause.sentence}"
+    reason, message = condition_reason(cause.reason), f"{record.stage} failed: {cause.sentence}"
     if policy.action is FailureAction.FAIL:
-        reason = "DeadlineExceeded" if cause.reason is InfraFailure.DEADLINE else condition_reason(cause.reason)
         return draft.fail(reason, _with_model(status, message))
     limit = draft.spec.retry.limit
     if policy.counted and status.failures_counted[record.stage] > limit:
-        return draft.fail(
-            condition_reason(cause.reason), _with_model(status, f"{message} (retry.limit {limit} reached)")
-        )
+        return draft.fail(reason, _with_model(status, f"{message} (retry.limit {limit} reached)"))
     if policy.action is FailureAction.SHRINK and smaller_footprint(draft, record) is None:
-        advice = "Lower training.maxSequenceLength, shard over more GPUs, or use qlora."
-        sentence = f"{cause.sentence} The longest document does not fit even alone. {advice}"
-        return draft.fail(condition_reason(FailureClass.DOES_NOT_FIT), sentence)
+        return draft.fail(condition_reason(FailureClass.DOES_NOT_FIT), f"{cause.sentence} {LONGEST_DOES_NOT_FIT}")
     if cause.reason is not InfraFailure.SUSPENDED:
         _back_off(draft, record)
     return None
@@ -241,7 +240,7 @@ def _back_off(draft: StatusDraft, record: AttemptRecord) -> None:
 
 
 def _describe(draft: StatusDraft, running: RunningAttempt) -> JobCondition:
-    """What the attempt does or waits for; and when to look again."""
+    """What the attempt does or waits for, and when to look again."""
     record, child, observation = running.record, running.child, draft.observation
     if child is None:
         return _describe_start(draft, record)
@@ -249,16 +248,12 @@ def _describe(draft: StatusDraft, running: RunningAttempt) -> JobCondition:
     draft.requeue_by(deadlines.active_deadline(draft.status, draft.spec))
     reason, phase = RUNNING[record.stage]
     if child.queued:
-        queue = draft.spec.pod_template.queue_name
-        message = f"Waiting for admission by queue {queue}." if queue else "Waiting for admission by Kueue."
-        return JobCondition(State.PROGRESSING, "Queued", message, Phase.QUEUED)
+        queue = draft.spec.pod_template.queue_name or "(Kueue)"
+        return JobCondition(State.PROGRESSING, "Queued", f"Waiting for admission to queue {queue}.", Phase.QUEUED)
     draft.requeue_by(deadlines.startup_deadline(child, draft.spec))
-    pods_missing = _pods_missing(draft, child)
-    if pods_missing:
-        return waiting("WaitingForPods", pods_missing)
-    pod_waiting = min((pod.waiting for pod in child.pods if pod.waiting), default="")
-    if pod_waiting and not child.all_run:
-        return waiting("WaitingForPods", pod_waiting)
+    pods_waiting = _pods_waiting(draft, child)
+    if pods_waiting:
+        return waiting("WaitingForPods", pods_waiting)
     if record.exited is not None:
         message = "Pods have terminated; collecting their results."
         return JobCondition(State.PROGRESSING, "Ending", message, phase)
@@ -272,17 +267,17 @@ def _describe(draft: StatusDraft, running: RunningAttempt) -> JobCondition:
     return JobCondition(State.PROGRESSING, reason, f"Running {record.stage} (attempt {record.number}).", phase)
 
 
-def _pods_missing(draft: StatusDraft, child: Child) -> str:
-    """That pods are still missing, in a sentence: a quota's refusal is reported to their controller, not to us."""
+def _pods_waiting(draft: StatusDraft, child: Child) -> str:
+    """Why not all pods run, in a sentence; empty if they do, or may soon."""
     created = len(child.pods)
-    if created >= child.pods_expected or child.created is None or child.failed or child.succeeded:
-        return ""
-    due = deadlines.later(child.created, POD_CREATION_SECONDS)
-    if draft.now < due:
+    if created < child.pods_expected and child.created is not None and not child.failed and not child.succeeded:
+        # What a quota refuses is reported to the controller that creates the pods, not to us.
+        due = deadlines.later(child.created, POD_CREATION_SECONDS)
+        if draft.now >= due:
+            advice = "A quota or an admission rule may be refusing the rest: see `kubectl get events`."
+            return f"{created} of {child.pods_expected} pods have been created. {advice}"
         draft.requeue_by(due)
-        return ""
-    advice = "A quota or an admission rule may be refusing the rest: see `kubectl get events`."
-    return f"{created} of {child.pods_expected} pods have been created. {advice}"
+    return "" if child.all_run else min((pod.waiting for pod in child.pods if pod.waiting), default="")
 
 
 def _describe_start(draft: StatusDraft, record: AttemptRecord) -> JobCondition:

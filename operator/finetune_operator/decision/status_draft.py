@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from finetune_api.report import LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import JobStatus, Phase
 from finetune_operator.decision.conditions import JobCondition, State
-from finetune_operator.decision.model import Observation
-
-Planner = Callable[[FineTuneJobSpec, ModelFacts, LengthFacts], Plan]
-"""Makes the memory plan from what Prepare found (sizing/memory.py)."""
+from finetune_operator.decision.model import Observation, Planner
 
 
 @dataclass

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from finetune_api.base import Stage
 from finetune_api.files import write_json
 from finetune_api.report import Report
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.status import ConditionType, JobStatus
-from finetune_operator.decision.decide import Planner, decide
+from finetune_operator.decision.decide import decide
 from finetune_operator.decision.model import (
     Action,
     Child,
@@ -34,6 +34,7 @@ from finetune_operator.decision.model import (
     Environment,
     Event,
     Observation,
+    Planner,
     StartAttempt,
 )
 from finetune_operator.devices import loopback_interface
@@ -53,6 +54,7 @@ from finetune_operator.local.processes.tokens import Tokens, without_secrets
 
 POLL_SECONDS = 0.5
 """How often reports are read; the end of a process is noticed at once."""
+M = TypeVar("M", bound=BaseModel)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -182,7 +184,7 @@ class Runner:
                 changed = file.stat().st_mtime_ns
                 cached = self._reports.get(file)
                 if cached is None or cached[0] != changed:
-                    cached = self._reports[file] = (changed, _report(file))
+                    cached = self._reports[file] = (changed, _read(Report, file))
                 if cached[1] is not None:
                     yield cached[1]
 
@@ -219,7 +221,7 @@ class Runner:
         metadata = self._record.job.metadata
         spec = self._spec
         file = self._record.config_file
-        before = _config(file)
+        before = _read(RunConfig, file)
         if before is not None:
             if before.spec.topology == spec.topology and before.spec.pod_template == spec.pod_template:
                 return
@@ -256,16 +258,9 @@ def exit_code(status: JobStatus) -> int:
     return EXIT_INTERRUPTED
 
 
-def _report(file: Path) -> Report | None:
+def _read(model: type[M], file: Path) -> M | None:
     try:
-        return Report.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
-        return None
-
-
-def _config(file: Path) -> RunConfig | None:
-    try:
-        return RunConfig.model_validate_json(file.read_text(encoding="utf-8"))
+        return model.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValidationError):
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune_api.spec import FineTuneJob
 from finetune_api.status import ConditionType, JobStatus
-from finetune_operator.decision.decide import RETRY_ANNOTATION
+from finetune_operator.decision.model import RETRY_ANNOTATION
 from finetune_operator.errors import UserError
 from finetune_operator.local.jobfile import record as records
 from finetune_operator.local.jobfile.changes import begun_training, changes, forbidden, refusal

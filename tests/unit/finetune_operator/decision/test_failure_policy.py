@@ -13,7 +13,6 @@ from finetune_operator.decision.failure_policy import (
     InfraFailure,
     backoff_seconds,
     condition_reason,
-    markdown,
     policy_for,
     shrink,
     waits_for_user,
@@ -24,6 +23,15 @@ ROOT = Path(__file__).parents[4]
 
 def test_every_failure_class_and_infra_failure_has_a_row() -> None:
     assert set(POLICIES) == set(FailureClass) | set(InfraFailure)
+
+
+def markdown() -> str:
+    actions = {FailureAction.FAIL: "fail", FailureAction.RETRY: "retry", FailureAction.SHRINK: "retry, smaller"}
+    rows = ["| class | action | counted | explanation |", "|---|---|---|---|"]
+    for reason, policy in POLICIES.items():
+        action = actions[policy.action] + (" (after Train: wait)" if policy.waits_after_train else "")
+        rows.append(f"| `{reason}` | {action} | {'yes' if policy.counted else 'no'} | {policy.explanation} |")
+    return "\n".join([*rows, ""])
 
 
 def test_the_page_in_docs_shows_the_table() -> None:

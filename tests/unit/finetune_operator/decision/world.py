@@ -28,8 +28,9 @@ from finetune_api.report import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptRecord, Condition, ConditionType, JobStatus
-from finetune_operator.decision.decide import RETRY_ANNOTATION, Planner, decide
+from finetune_operator.decision.decide import decide
 from finetune_operator.decision.model import (
+    RETRY_ANNOTATION,
     Action,
     Child,
     CleanUp,
@@ -40,6 +41,7 @@ from finetune_operator.decision.model import (
     Event,
     Missing,
     Observation,
+    Planner,
     Pod,
     PodPhase,
     StartAttempt,

@@ -149,7 +149,7 @@ def test_a_difference_whose_interval_holds_zero_is_called_not_significant(low: f
 
 
 def test_a_job_that_waits_says_for_what_and_how_long() -> None:
-    message = "The next attempt at train follows after: Killed."
+    message = "Retrying train after a backoff. Last failure: Killed."
     status = {"stage": "train", "retryAt": ago(-1), "conditions": [condition("Reconciling", "BackingOff", message)]}
     text = shown(scene(status))
     assert message in text
