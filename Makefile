@@ -59,13 +59,15 @@ lint: $(READY) ## ruff, mypy, import-linter, dead code, dependencies
 	$(BIN)/vulture
 	$(BIN)/deptry operator trainer
 
-generate: $(READY) ## write the CRD, the reference page and what else is made from the models
+generate: $(READY) ## write all generated files: CRD, reference page, chart values, code map
 	$(BIN)/python -m finetune_api.generate
 	$(BIN)/python charts/generate.py
+	$(BIN)/python docs/code_map.py
 
 verify: lint ## lint, and check that generated files are up to date
 	$(BIN)/python -m finetune_api.generate --check
 	$(BIN)/python charts/generate.py --check
+	$(BIN)/python docs/code_map.py --check
 
 bench: $(READY) ## the trainer side by side with TRL, against the machine's limit, and by part (under 30 minutes)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -28,7 +28,7 @@ from finetune_operator.decision.failure_policy import InfraFailure
 ROOT = Path(__file__).parents[3]
 WHERE = ("*.md", "docs/**/*.md", "charts/*/README.md", "tests/*/README.md")
 PAGES = sorted(page for pattern in WHERE for page in ROOT.glob(pattern))
-GENERATED = {"docs/reference.md"}
+GENERATED = {"docs/reference.md", "docs/code-map.md"}
 VALUES = json.loads((ROOT / "charts" / "finetune-operator" / "values.schema.json").read_text())
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 """A block, which may stand within a list."""

@@ -20,7 +20,7 @@ COUNTED = (
 SLIPS = {
     rf"\b{COUNTED} an? {UNIT}\b": "per, as in tokens per step",
     rf"\ban? {UNIT} and (?:step|row|rank|pass|process)\b": "per GPU and step",
-    r"\bgo(?:es|ing)? on\b(?! GPUs)": "continue, resume",
+    r"\bgo(?:es|ing)? on\b(?! (?:GPUs|this))": "continue, resume",
     r"\bso many times\b": "speed-up, or times as fast",
     r"\b[Ww]hoever\b": "users who, anyone who",
     r"\b(?:he|his|him)\b": "you, they, or the passive",
@@ -43,6 +43,7 @@ PAGES = sorted(
         *(ROOT / "charts").glob("*/templates/NOTES.txt"),
         *(ROOT / "examples").glob("*.yaml"),
     }
+    - {ROOT / "docs" / "code-map.md"}  # docstrings: for those who read the code
 )
 
 
