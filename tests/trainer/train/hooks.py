@@ -125,3 +125,18 @@ def lag(steps: int) -> None:
     from finetune_trainer.train.collective import StepReduction
 
     stage.StepReduction = lambda device, lag: StepReduction(device, steps)  # type: ignore[misc, assignment]
+
+
+def losses_only() -> None:
+    """Skip checkpoints and the export, which take longer than a few steps of a large model."""
+    from finetune_trainer.train.loop import Loop
+
+    run = Loop.run
+
+    def ended(self: Any) -> int:
+        run(self)
+        os._exit(0)
+
+    Loop._save = Loop._wait_for_checkpoint = lambda self: None  # type: ignore[method-assign]
+    Loop._take_best = lambda self: self.state.step  # type: ignore[method-assign]
+    Loop.run = ended  # type: ignore[method-assign]
