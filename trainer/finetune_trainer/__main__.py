@@ -8,20 +8,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
-from finetune_api.files import write_json
-from finetune_api.report import EXIT_CODES, Failure
-from finetune_api.runconfig import TERMINATION_VARIABLE
+from finetune_api.report import EXIT_CODES, FailureClass
 from finetune_trainer.context import RunContext, context_from_environment
-from finetune_trainer.failures import TrainerError, classify, failure_file, redact
-from finetune_trainer.imports import few_walks, forget_old_products, leave_out, unneeded
+from finetune_trainer.failures import TrainerError, classify, redact
+from finetune_trainer.launch import launch
+from finetune_trainer.startup import hide_packages, limit_onednn_cache, reduced_gc, unused_packages
+from finetune_trainer.termination import record_failure, write_termination_message
 
 STAGES = {
     "prepare": ("finetune_trainer.prepare.stage", "run"),
@@ -32,7 +30,6 @@ STAGES = {
     "check-publish": ("finetune_trainer.publish.stage", "check"),
 }
 LAUNCHED = ("train", "evaluate")
-TERMINATION_LOG = Path(os.environ.get(TERMINATION_VARIABLE, "/dev/termination-log"))
 USAGE = f"usage: python -m finetune_trainer {{{'|'.join(STAGES)}}} | launch {{{'|'.join(LAUNCHED)}}}"
 
 
@@ -46,8 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         context = context_from_environment()
         if launched:
-            from finetune_trainer.launch import launch
-
             return launch(context, arguments[1])
     except TrainerError as error:
         failure = classify(error)
@@ -60,64 +55,36 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         return _fail(context, error)
     finally:
-        gc.unfreeze()  # else libraries complain at the end that their objects were never let go
+        gc.unfreeze()  # otherwise libraries complain at exit that their objects were never released
     return 0
 
 
 def import_stage(context: RunContext, name: str) -> Callable[[RunContext], None]:
-    """The function of a stage, with what this job needs of the libraries and no more."""
+    """The function that runs a stage, imported with only those libraries that this job needs."""
     module, function = STAGES[name]
-    leave_out(unneeded(context.config.spec, context.attempt.stage, context.gpus_per_node))
-    forget_old_products()
-    with few_walks():
-        found: Callable[[RunContext], None] = getattr(importlib.import_module(module), function)
-    return found
+    hide_packages(unused_packages(context.config.spec, context.attempt.stage, context.gpus_per_node))
+    limit_onednn_cache()
+    with reduced_gc():
+        run: Callable[[RunContext], None] = getattr(importlib.import_module(module), function)
+    return run
 
 
 def _fail(context: RunContext, error: BaseException) -> int:
     failure = classify(error, context.rank)
     trace = redact("".join(traceback.format_exception(error)))
-    with contextlib.suppress(OSError):  # the volume may be full, which is what is to be told
+    with contextlib.suppress(OSError):  # the volume may be full, which then is the failure to report
         context.logs.mkdir(parents=True, exist_ok=True)
         (context.logs / f"traceback-rank{context.rank}.txt").write_text(trace)
-    if failure.failure_class.value == "crash":
+    if failure.failure_class is FailureClass.CRASH:
         logging.getLogger(__name__).error(trace)
     logging.getLogger(__name__).error("%s: %s", failure.failure_class, failure.sentence)
     record_failure(context, failure)
     if context.world_size > 1:
-        # A rank that waits for its peers in a destructor would hide the failure until the peers' time-out.
+        # A destructor that waits for the other ranks would hide the failure until they time out.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_CODES[failure.failure_class])
     return EXIT_CODES[failure.failure_class]
-
-
-def record_failure(context: RunContext, failure: Failure) -> None:
-    """Leave the failure on the volume, in the report and in the termination message, as far as each can be had."""
-    writers: list[Callable[[], None]] = [
-        lambda: write_json(failure_file(context.logs, context.rank), failure.to_wire()),
-        lambda: context.reporter.fail(failure),
-        lambda: write_termination_message(failure),
-    ]
-    for write in writers:
-        try:
-            write()
-        except OSError as error:
-            logging.getLogger(__name__).warning("the failure could not be written: %s", error)
-
-
-def write_termination_message(failure: Failure, path: Path = TERMINATION_LOG) -> None:
-    """Tell the kubelet (4096 bytes at most); silently nothing where there is no kubelet."""
-    if path.parent.exists() and (path.exists() or path != Path("/dev/termination-log")):
-        path.write_text(json.dumps(failure.to_wire()))
-
-
-def read_termination_message(path: Path = TERMINATION_LOG) -> Failure | None:
-    """What a process of this container has told the kubelet, if it has."""
-    try:
-        return Failure.model_validate_json(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _log_to_volume(context: RunContext) -> None:

@@ -26,6 +26,7 @@ from finetune_api.report import EXIT_CODES, Failure, FailureClass
 from finetune_api.runconfig import Attempt
 from finetune_trainer.context import RunContext
 from finetune_trainer.failures import TrainerError, failure_file, root_cause
+from finetune_trainer.termination import read_termination_message, write_termination_message
 
 
 def launch(context: RunContext, stage: str) -> int:
@@ -49,8 +50,6 @@ def launch(context: RunContext, stage: str) -> int:
     code = child.wait()
     if code == 0:
         return 0
-    from finetune_trainer.__main__ import read_termination_message, write_termination_message
-
     # On a full volume the ranks leave no files, but each of them writes the termination message.
     failure = root_cause(_failures(context.logs, ranks)) or read_termination_message()
     failure = failure or _without_words(code, oom_kills() > kills, ranks[0])

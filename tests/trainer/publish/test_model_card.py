@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from tests.support.evaluation_runs import EvaluationRun
 
 from finetune_api.spec import FineTuneJob
-from finetune_trainer.publish.card import CardFacts, model_card, plain
+from finetune_trainer.evaluate.card import CardFacts, model_card, plain
 from finetune_trainer.publish.stage import card_facts, read_results
 
 

@@ -28,6 +28,7 @@ from finetune_trainer.digest import export_digest
 from finetune_trainer.evaluate import baselines
 from finetune_trainer.evaluate.answers import Settings, answer_rows, closed
 from finetune_trainer.evaluate.bootstrap import STATEMENT
+from finetune_trainer.evaluate.card import CardFacts, base_license, model_card
 from finetune_trainer.evaluate.compare import Answered, Compared, compare
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.evaluate.generation import greedy_answers
@@ -38,7 +39,6 @@ from finetune_trainer.evaluate.page.build import Prompted, Story, write_page
 from finetune_trainer.evaluate.ranks import Ranks
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.device import choose_device, choose_precision
-from finetune_trainer.publish.card import CardFacts, base_license, model_card
 from finetune_trainer.reports import read_metrics, read_reports
 from finetune_trainer.versions import versions
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import made_once, sha256_of
-from finetune_trainer.imports import bring_back
+from finetune_trainer.startup import restore_package
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def convert(path: Path, models: Path) -> Path:
 
 def load_tokenizer(path: Path) -> object:
     """The tokenizer inside a GGUF file."""
-    bring_back("torch")  # with which such files are read
+    restore_package("torch")  # with which such files are read
     from transformers import AutoTokenizer
 
     try:
@@ -41,7 +41,7 @@ def load_tokenizer(path: Path) -> object:
 
 
 def _write(path: Path, directory: Path) -> None:
-    bring_back("torch")
+    restore_package("torch")
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
 
-from finetune_trainer.imports import leave_out, left_out
+from finetune_trainer.startup import hidden_packages, hide_packages
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -61,7 +61,9 @@ class Workers:
         if self._pool is None:
             # Spawned, not forked: the tokenizer and the reporter hold threads.
             spawn = get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.count, spawn, initializer=leave_out, initargs=(left_out(),))
+            self._pool = ProcessPoolExecutor(
+                self.count, spawn, initializer=hide_packages, initargs=(hidden_packages(),)
+            )
         running: deque[Future[Result]] = deque()
         with TemporaryDirectory(prefix="finetune-") as folder:
             place = Path(folder) / "task"

@@ -19,10 +19,10 @@ from finetune_api.spec import Publish
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.digest import export_digest, files_of
+from finetune_trainer.evaluate.card import CARD_FILE, CardFacts, base_license, model_card
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.publish import directory
-from finetune_trainer.publish.card import CARD_FILE, CardFacts, base_license, model_card
 from finetune_trainer.publish.hub import Target
 from finetune_trainer.reports import newest_done, read_reports
 

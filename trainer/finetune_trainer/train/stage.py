@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from finetune_api.report import EXIT_CODES, ExportRef, Failure, FailureClass
+from finetune_api.report import ExportRef, FailureClass
 from finetune_api.runconfig import RESUME_VARIABLE
 from finetune_api.spec import ResumeFrom
 from finetune_api.traits import Scoring
@@ -31,6 +31,7 @@ from finetune_trainer.export import Base, export_model
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.build import CausalModel, load_model
 from finetune_trainer.model.device import choose_compile, choose_device, choose_precision
+from finetune_trainer.termination import exit_as_hung
 from finetune_trainer.train import processes
 from finetune_trainer.train.batches import Batcher, Division
 from finetune_trainer.train.checkpoint import Checkpoints
@@ -59,7 +60,9 @@ def run(context: RunContext) -> None:
     interrupt = Interrupt()
     interrupt.install()
     attempt = context.attempt
-    watchdog = Watchdog(context.logs, context.rank, context.world_size, attempt.hang_seconds, _end_as_hang(context))
+    watchdog = Watchdog(
+        context.logs, context.rank, context.world_size, attempt.hang_seconds, partial(exit_as_hung, context)
+    )
     watchdog.start()
     watchdog.expect("meeting the other ranks", attempt.startup_seconds)
     context.reporter.activity("meeting the other ranks")
@@ -407,14 +410,3 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _end_as_hang(context: RunContext) -> Callable[[str], None]:
-    def end(sentence: str) -> None:
-        from finetune_trainer.__main__ import record_failure
-
-        failure = Failure(failure_class=FailureClass.HANG, sentence=sentence, rank=context.rank, time=datetime.now(UTC))
-        record_failure(context, failure)
-        os._exit(EXIT_CODES[FailureClass.HANG])
-
-    return end

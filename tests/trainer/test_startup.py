@@ -12,22 +12,22 @@ import pytest
 
 from finetune_api.base import Stage
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.imports import (
-    PRODUCTS_REMEMBERED,
-    bring_back,
-    few_walks,
-    forget_old_products,
-    leave_out,
-    left_out,
-    unneeded,
-)
 from finetune_trainer.prepare.workers import PARALLEL_ROWS, Workers
+from finetune_trainer.startup import (
+    ONEDNN_CACHE_ENTRIES,
+    hidden_packages,
+    hide_packages,
+    limit_onednn_cache,
+    reduced_gc,
+    restore_package,
+    unused_packages,
+)
 
 DATASET = {"name": "a", "path": "a.csv", "task": "classification"}
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "gpus", "left_out"),
+    ("method", "stage", "gpus", "unused"),
     [
         ("lora", Stage.TRAIN, 0, ["bitsandbytes", "triton", "scipy"]),
         ("full", Stage.TRAIN, 4, ["bitsandbytes", "scipy"]),
@@ -39,24 +39,24 @@ DATASET = {"name": "a", "path": "a.csv", "task": "classification"}
     ],
 )
 def test_a_job_leaves_out_what_it_has_no_use_for(
-    method: str, stage: Stage, gpus: int | None, left_out: list[str]
+    method: str, stage: Stage, gpus: int | None, unused: list[str]
 ) -> None:
     wire = {"model": {"path": "m"}, "datasets": [DATASET], "tuning": {"method": method}}
-    assert unneeded(FineTuneJobSpec.model_validate(wire), stage, gpus) == left_out
+    assert unused_packages(FineTuneJobSpec.model_validate(wire), stage, gpus) == unused
     own_code = {"model": {"path": "m", "trustRemoteCode": True}}
-    assert unneeded(FineTuneJobSpec.model_validate(wire | own_code), stage, gpus) == []
+    assert unused_packages(FineTuneJobSpec.model_validate(wire | own_code), stage, gpus) == []
 
 
 def test_what_is_left_out_is_as_if_it_was_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "this", raising=False)
-    leave_out(["this", "json"])
+    hide_packages(["this", "json"])
     assert importlib.util.find_spec("this") is None
     with pytest.raises(ModuleNotFoundError):
         import this  # noqa: F401
     assert sys.modules["json"] is not None, "what is imported already stays"
-    assert "this" in left_out()
-    bring_back("this")
-    bring_back("json")
+    assert "this" in hidden_packages()
+    restore_package("this")
+    restore_package("json")
     assert importlib.util.find_spec("this") is not None
     assert "json" in sys.modules
 
@@ -75,7 +75,7 @@ def test_processes_that_share_the_work_leave_out_the_same(monkeypatch: pytest.Mo
 def test_the_collector_works_as_ever_after_the_imports_but_leaves_them_alone() -> None:
     usual, before = gc.get_threshold(), gc.get_freeze_count()
     try:
-        with few_walks():
+        with reduced_gc():
             assert gc.get_threshold()[0] > usual[0]
         assert gc.get_threshold() == usual
         assert gc.get_freeze_count() > before
@@ -84,8 +84,8 @@ def test_the_collector_works_as_ever_after_the_imports_but_leaves_them_alone() -
 
 
 GROWTH = """
-from finetune_trainer.imports import forget_old_products
-forget_old_products()
+from finetune_trainer.startup import limit_onednn_cache
+limit_onednn_cache()
 import ctypes, torch
 
 class Heap(ctypes.Structure):
@@ -117,6 +117,6 @@ def test_rows_of_ever_new_lengths_do_not_take_ever_more_memory() -> None:
 def test_what_the_environment_says_of_the_caches_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
     monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
-    forget_old_products()
+    limit_onednn_cache()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
-    assert os.environ["LRU_CACHE_CAPACITY"] == str(PRODUCTS_REMEMBERED)
+    assert os.environ["LRU_CACHE_CAPACITY"] == str(ONEDNN_CACHE_ENTRIES)

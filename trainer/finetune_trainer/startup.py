@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from finetune_api.base import Stage
 from finetune_api.spec import FineTuneJobSpec
 
-OBJECTS_BETWEEN_WALKS = 50_000
+GC_THRESHOLD = 50_000
 """New objects after which the collector looks at the young ones, while modules are imported; else 700."""
 
-PRODUCTS_REMEMBERED = 64
+ONEDNN_CACHE_ENTRIES = 64
 """Matrix products, by the sizes of their operands, whose compiled code a CPU keeps: more than one row's step has."""
 
 
-def unneeded(spec: FineTuneJobSpec, stage: Stage, gpus: int | None) -> list[str]:
+def unused_packages(spec: FineTuneJobSpec, stage: Stage, gpus: int | None) -> list[str]:
     """Installed packages that others import where they find them, and that this process has no use for.
 
     `gpus` a node, None if it is not known. A model that brings its own code may want any of them.
@@ -38,7 +38,7 @@ def unneeded(spec: FineTuneJobSpec, stage: Stage, gpus: int | None) -> list[str]
     return [name for name, without_use in found.items() if without_use]
 
 
-def leave_out(packages: list[str]) -> None:
+def hide_packages(packages: list[str]) -> None:
     """Make packages look as if they were not installed, unless they are imported already.
 
     None in `sys.modules` is Python's own word for that: `find_spec` finds nothing, and `import` says so. What is
@@ -50,35 +50,35 @@ def leave_out(packages: list[str]) -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
-def bring_back(name: str) -> None:
+def restore_package(name: str) -> None:
     """Let a package that was left out be imported after all. Others may have made do without it already."""
     if name in sys.modules and sys.modules[name] is None:
         del sys.modules[name]
 
 
-def left_out() -> list[str]:
+def hidden_packages() -> list[str]:
     """What looks as if it was not installed here: to be left out by other processes too."""
     return [name for name, module in sys.modules.items() if module is None]
 
 
-def forget_old_products() -> None:
+def limit_onednn_cache() -> None:
     """Let oneDNN, and PyTorch's binding to it, keep little of what they compile for products; before torch is imported.
 
     Each keeps 1,024 entries of some 0.6 MB otherwise, and rows of ever other lengths need ever other ones:
     memory would grow for hundreds of steps. What the user's environment says goes first.
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, str(PRODUCTS_REMEMBERED))
+        os.environ.setdefault(cache, str(ONEDNN_CACHE_ENTRIES))
 
 
 @contextmanager
-def few_walks() -> Iterator[None]:
+def reduced_gc() -> Iterator[None]:
     """Import much in four fifths of the time: the collector does not walk all modules again and again.
 
     Nor does it in training, where it would make the other ranks wait: they are frozen, until `gc.unfreeze`.
     """
     usual = gc.get_threshold()
-    gc.set_threshold(OBJECTS_BETWEEN_WALKS, *usual[1:])
+    gc.set_threshold(GC_THRESHOLD, *usual[1:])
     try:
         yield
     finally:
