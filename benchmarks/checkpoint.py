@@ -39,7 +39,7 @@ def state_of(parameters: int, tensors: int = 60) -> dict[str, Tensor]:
 def saves(parameters: int, repetitions: int) -> dict[str, list[float]]:
     """Seconds of each way to save, in turn."""
     tensors, steps = state_of(parameters), count(1)
-    group = processes.meet(torch.device("cpu"), 0, 1, 600)
+    group = processes.init_distributed(torch.device("cpu"), 0, 1, 600)
     try:
         with tempfile.TemporaryDirectory(prefix="finetune-bench-") as folder:
             directory = Path(folder) / "checkpoints"

@@ -152,7 +152,7 @@ def batch_of(folder: Path, tokens: int, vocabulary: int) -> Any:
     import numpy as np
 
     from finetune_trainer.data.documents import DocumentStore, DocumentWriter
-    from finetune_trainer.train.batches import Batcher
+    from finetune_trainer.train.batches import MicroBatcher
 
     length = tokens // DOCUMENTS
     random = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def batch_of(folder: Path, tokens: int, vocabulary: int) -> Any:
         for _ in range(DOCUMENTS):
             ids = random.integers(3, vocabulary, length)
             writer.add(ids, np.arange(length - 1), ids[1:])
-    batcher = Batcher(
+    batcher = MicroBatcher(
         store=DocumentStore(folder / "documents"),
         loss_weights=np.ones(1),
         reduction="token",
@@ -168,7 +168,7 @@ def batch_of(folder: Path, tokens: int, vocabulary: int) -> Any:
         pad_id=0,
         multiple=8,
     )
-    [batch] = batcher.batches(batcher.divide(np.arange(DOCUMENTS)))
+    [batch] = batcher.batches(batcher.assign_rows(np.arange(DOCUMENTS)))
     return batch.to(device())
 
 
@@ -399,7 +399,7 @@ def paths(config: Figures) -> Figures:
 
     from finetune_trainer.train import processes
 
-    processes.meet(device(), 0, 1, 300)
+    processes.init_distributed(device(), 0, 1, 300)
     found: Figures = {}
     for name, check in PATHS.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -46,7 +46,7 @@ def build() -> Loop:
     """The loop as the Train stage builds it."""
     context = context_from_environment()
     device = choose_device(context.local_rank, context.gpus_per_node)
-    group = processes.meet(device, context.rank, context.world_size, 600)
+    group = processes.init_distributed(device, context.rank, context.world_size, 600)
     if context.rank == 0:
         context.take_fence()
     watchdog = Watchdog(context.logs, context.rank, context.world_size, 600, lambda sentence: None)
@@ -93,13 +93,14 @@ def run(matmul: bool = False, profiled: int = 0, validate_every: int = 0) -> Non
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
     done = 0
 
-    def step(result: Any, learning_rate: float, epoch: float, tokens: int, distinct: int) -> None:
+    def step(result: Any, learning_rate: float, epoch: float) -> None:
         nonlocal done
-        record(result, learning_rate, epoch, tokens, distinct)
+        record(result, learning_rate, epoch)
         pace.ended()
         done += 1
-        figures: dict[str, Any] = {"tokens": tokens, "computedTokens": sum(computed), "loss": result.loss}
-        figures |= {"precision": str(precision).removeprefix("torch."), "documents": len(loop.order.step(result.step))}
+        figures: dict[str, Any] = {"tokens": result.tokens, "computedTokens": sum(computed), "loss": result.loss}
+        documents = len(loop.sampler.step(result.step))
+        figures |= {"precision": str(precision).removeprefix("torch."), "documents": documents}
         if done == profiled:
             profiler.stop()
             figures |= {"profile": profile_by_kind(profiler), "communicationShare": communication_share(profiler)}

@@ -27,7 +27,7 @@ from benchmarks.workers import Worker, rounds, start_all
 from finetune_trainer.context import context_from_environment
 from finetune_trainer.data.documents import Document, DocumentStore
 from finetune_trainer.data.manifest import PreparedManifest
-from finetune_trainer.data.order import Order
+from finetune_trainer.data.order import ExampleSampler
 from finetune_trainer.model.device import choose_precision
 
 TRL = "1.16.0"
@@ -94,7 +94,7 @@ def in_our_order(job: jobs.PreparedJob, examples_per_step: int, steps: int = STE
     """The training documents of the first steps, as the trainer takes them."""
     spec = context_from_environment(job.environment_of()).config.spec
     store = DocumentStore(job.prepared / "train")
-    order = Order.of(store.dataset, [1.0], examples_per_step, spec.training.seed)
+    order = ExampleSampler.of(store.dataset, [1.0], examples_per_step, spec.training.seed)
     return (store[int(example)] for step in range(steps) for example in order.step(step))
 
 

@@ -57,9 +57,9 @@ def parts_of_train() -> tuple[Watched, tuple[Any, str]]:
     from finetune_trainer.train.monitor import Monitor
 
     watched: Watched = [
-        (processes, "meet", "meeting"),
+        (processes, "init_distributed", "meeting"),
         (stage, "build_model", "loading the model"),
-        (stage, "build_batchers", "data"),
+        (stage, "_build_data", "data"),
         (stage, "build_loop", "the rest of building"),
         (Checkpoints, "save", "first checkpoint, held"),
         (Loop, "_begin", "largest micro-batch, tried"),

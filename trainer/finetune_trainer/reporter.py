@@ -61,6 +61,10 @@ class Reporter:
         """Record what an `auto` became, and why."""
         self.update(choices={**self.report.choices, name: Choice(value=str(value), why=why)})
 
+    def choose_all(self, choices: Mapping[str, Choice]) -> None:
+        """Record several choices at once."""
+        self.update(choices={**self.report.choices, **choices})
+
     def warn(self, sentence: str) -> None:
         """Add a warning once."""
         if sentence not in self.report.warnings:

@@ -1,7 +1,8 @@
-"""Versions of what computes: part of the origin of every number."""
+"""Versions of the packages that compute: part of the origin of every number, and the only list of them."""
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -24,11 +25,9 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Installed version of each package, and of Python; packages that are not there are left out."""
-    found = {"python": platform.python_version()}
+    """The version of Python and of each installed package."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.data.mixing import examples_per_epoch
-from finetune_trainer.data.order import Order, steps_per_epoch, total_steps
+from finetune_trainer.data.order import ExampleSampler, steps_per_epoch, total_steps
 
 
-def order_of(sizes: list[int], weights: list[float], batch: int = 4, seed: int = 1) -> Order:
+def order_of(sizes: list[int], weights: list[float], batch: int = 4, seed: int = 1) -> ExampleSampler:
     dataset = np.repeat(np.arange(len(sizes)), sizes).astype(np.int16)
-    return Order.of(dataset, weights, batch, seed)
+    return ExampleSampler.of(dataset, weights, batch, seed)
 
 
-def epoch_of(order: Order, epoch: int) -> list[int]:
+def epoch_of(order: ExampleSampler, epoch: int) -> list[int]:
     first = epoch * order.steps_per_epoch
     return [int(i) for step in range(first, first + order.steps_per_epoch) for i in order.step(step)]
 

@@ -44,9 +44,9 @@ def poisoned(steps: tuple[int, ...], factor: float, rank: int) -> None:
 
     accumulate = Loop._accumulate
 
-    def poison(self: Any, step: int) -> Any:
-        loss = accumulate(self, step)
-        if step in steps and self.plan.rank == rank:
+    def poison(self: Any, assignment: Any) -> Any:
+        loss = accumulate(self, assignment)
+        if self.state.step in steps and self.plan.rank == rank:
             for parameter in self.optimizer.parameters.values():
                 parameter.grad.mul_(factor)
             loss = loss * factor
@@ -61,8 +61,8 @@ def loss_jumps(steps: tuple[int, ...]) -> None:
 
     accumulate = Loop._accumulate
 
-    def jump(self: Any, step: int) -> Any:
-        return accumulate(self, step) * (10 if step in steps else 1)
+    def jump(self: Any, assignment: Any) -> Any:
+        return accumulate(self, assignment) * (10 if self.state.step in steps else 1)
 
     Loop._accumulate = jump  # type: ignore[method-assign]
 

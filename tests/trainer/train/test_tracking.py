@@ -114,7 +114,7 @@ def test_without_a_key_nothing_is_tracked_and_that_is_said(tmp_path: Path, model
     job = tracked(tmp_path, model)
     assert train(job) == [0]
     assert job.report().warnings == [
-        "There is no W&B key (credentials.wandb, locally WANDB_API_KEY): nothing is tracked."
+        "W&B is off: there is no API key (credentials.wandb, or WANDB_API_KEY on this machine)."
     ]
 
 

@@ -13,7 +13,7 @@ def seen(*losses: float, patience: int | None = None) -> TrainState:
     state = TrainState()
     for loss in losses:
         state.step += 1
-        state.validated(loss, loss, patience)
+        state.record_validation(loss, loss, patience)
     return state
 
 

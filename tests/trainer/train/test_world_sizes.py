@@ -15,7 +15,8 @@ from finetune_api.spec import Lora, Tuning
 from finetune_api.traits import Method, Task
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.model.build import load_model
-from finetune_trainer.train.batches import Batcher
+from finetune_trainer.train.batches import MicroBatcher
+from finetune_trainer.train.objective import CrossEntropy
 
 UNEVEN = [20, 31, 17, 44, 25, 60, 13, 38, 29, 41, 9, 90, 22, 35, 51]
 TRAINING = {"globalBatchSize": 6, "maxSteps": 10, "learningRate": 2e-3, "validateEvery": 5, "lossReduction": "example"}
@@ -81,9 +82,9 @@ def test_one_step_of_a_mixed_job_is_the_sum_over_its_examples_one_by_one(
         packing=packing,
     )
     for rank in range(3):  # three ranks, one after the other: gradients are summed
-        batcher = Batcher(store, loss_weights, reduction, 96, PAD, rank, 3, packing)
-        for batch in batcher.batches(batcher.divide(examples)):
-            (root(batch) * batch.target_weight).sum().backward()
+        batcher = MicroBatcher(store, loss_weights, reduction, 96, PAD, rank, 3, packing)
+        for batch in batcher.batches(batcher.assign_rows(examples)):
+            CrossEntropy()(root, batch).loss.backward()
     summed = {name: p.grad.clone() for name, p in root.trainable if p.grad is not None}
     root.zero_grad(set_to_none=True)
 

@@ -34,7 +34,7 @@ def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | 
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class ExampleSampler:
     """The examples of every step."""
 
     documents: tuple[Int64, ...]
@@ -46,7 +46,7 @@ class Order:
     seed: int
 
     @classmethod
-    def of(cls, dataset: NDArray[np.int16], weights: Sequence[float], batch_size: int, seed: int) -> Order:
+    def of(cls, dataset: NDArray[np.int16], weights: Sequence[float], batch_size: int, seed: int) -> ExampleSampler:
         """The order over a store whose document i belongs to `dataset[i]`."""
         documents = tuple(np.flatnonzero(dataset == d) for d in range(len(weights)))
         return cls(documents, tuple(weights), batch_size, seed)
@@ -78,7 +78,7 @@ class Order:
 
 
 @lru_cache(maxsize=4)
-def _epoch(order: Order, epoch: int) -> Int64:
+def _epoch(order: ExampleSampler, epoch: int) -> Int64:
     """All examples of one epoch, mixed."""
     parts = [
         documents[epoch_examples(len(documents), weight, epoch, order.seed, d)]

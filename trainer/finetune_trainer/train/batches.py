@@ -1,4 +1,4 @@
-"""From examples to the micro-batches of one rank, weighted for the loss."""
+"""Turns a step's examples into one rank's micro-batches, weighted for the loss."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from finetune_trainer.train.loss_scaling import Float32, Reduction, target_share
 
 
 @dataclass(frozen=True)
-class Division:
-    """A list of examples, divided into rows; the same on all ranks."""
+class RowAssignment:
+    """Which examples of a list share a row; the same on all ranks."""
 
     examples: NDArray[np.int64]
     """Indices in the store."""
     lengths: list[int]
     """Tokens of each."""
     groups: list[Shared]
-    """Examples (as indices in the list) that begin alike; none where prefixes are not shared."""
+    """Examples (as indices in the list) with a common prefix; none where prefixes are not shared."""
     rows: list[list[int]]
     """Which examples (as indices in the list) share a row, over all ranks."""
 
@@ -42,15 +42,15 @@ class Division:
 
 
 @dataclass(frozen=True)
-class Batcher:
-    """Divides lists of examples; all ranks hold equal batchers but for `rank`."""
+class MicroBatcher:
+    """Makes micro-batches of lists of examples; the batchers of the ranks differ in `rank` alone."""
 
     store: DocumentStore
     loss_weights: NDArray[np.float64]
     """Factor on the loss of each dataset, float64[datasets]."""
     reduction: Reduction
     micro_batch_tokens: int
-    """Tokens of a packed row, or of a padded batch with its virtual tokens, at most."""
+    """At most so many tokens per packed row, or per padded batch with its virtual tokens."""
     pad_id: int
     rank: int = 0
     world_size: int = 1
@@ -60,31 +60,31 @@ class Batcher:
     multiple: int = 1
     """Packed rows are padded to a multiple of so many tokens."""
     share_prefixes: bool = False
-    """What several examples of a step begin with stands once in a row; needs packing."""
+    """A common prefix of several examples of a step is computed once per row; needs packing."""
 
-    def divide(self, examples: NDArray[np.int64]) -> Division:
-        """Divide examples (indices in the store) into rows: once a step, whatever is asked of the step then."""
+    def assign_rows(self, examples: NDArray[np.int64]) -> RowAssignment:
+        """Divide examples (indices in the store) into rows; called once per step."""
         lengths = (self.store.offsets[examples + 1] - self.store.offsets[examples]).tolist()
         if not self.packing:
             rows = bucket(lengths, self.micro_batch_tokens, self.world_size, self.virtual_tokens)
-            return Division(examples, lengths, [], rows)
+            return RowAssignment(examples, lengths, [], rows)
         groups = shared_prefixes([self.store[int(i)] for i in examples]) if self.share_prefixes else []
-        return Division(examples, lengths, groups, pack(lengths, self.micro_batch_tokens, self.world_size, groups))
+        return RowAssignment(examples, lengths, groups, pack(lengths, self.micro_batch_tokens, self.world_size, groups))
 
-    def batches(self, divided: Division) -> Iterator[Batch]:
+    def batches(self, assignment: RowAssignment) -> Iterator[Batch]:
         """This rank's micro-batches of a step.
 
-        Every rank yields the same number. The loss of the step is the sum over all ranks and micro-batches of
-        sum(target_weight * cross entropy).
+        Every rank yields the same number. `target_weight` are shares of the step's loss, which is thus a plain sum
+        over all ranks and micro-batches.
         """
-        shares = target_shares(*self._weights(divided.examples), self.reduction)
-        for rows in share_out(divided.rows, self.world_size):
+        shares = target_shares(*self._weights(assignment.examples), self.reduction)
+        for rows in share_out(assignment.rows, self.world_size):
             slots = rows[self.rank]
             chosen = [shares[slot] for slot in slots]
-            yield self._collate(divided.examples, slots, chosen, among(divided.groups, slots))
+            yield self._collate(assignment.examples, slots, chosen, among(assignment.groups, slots))
 
     def largest(self) -> Batch:
-        """The costliest micro-batch there can be: the longest documents until it is full, every label kept."""
+        """The most expensive micro-batch possible: the longest documents until it is full, with all their targets."""
         longest = np.argsort(-self.store.lengths, kind="stable")
         lengths = self.store.lengths[longest] + self.virtual_tokens
         if self.packing:

@@ -21,7 +21,7 @@ class Interrupt:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
-    def defer(self) -> None:
+    def defer_signals(self) -> None:
         """From now on signals only set `requested`: the loop saves and ends."""
         self._deferred = True
 

@@ -1,4 +1,4 @@
-"""The training loop. Every decision in it is taken by all ranks alike: from the step, or from the step's all-reduce."""
+"""The training loop. All ranks take the same decisions: from the step's number, or from the step's all-reduce."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from finetune_api.report import FailureClass
 from finetune_trainer.data.mixing import seed_of
-from finetune_trainer.data.order import Order
+from finetune_trainer.data.order import ExampleSampler
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.build import CausalModel
-from finetune_trainer.train.batches import Batcher, Division
+from finetune_trainer.train.batches import MicroBatcher, RowAssignment
 from finetune_trainer.train.checkpoint import Checkpoints
-from finetune_trainer.train.collective import StepReduction, StepResult, Wishes
+from finetune_trainer.train.collective import StepFlags, StepReduction, StepResult
 from finetune_trainer.train.interrupt import Interrupt, preempted
 from finetune_trainer.train.monitor import Monitor
+from finetune_trainer.train.objective import Objective
 from finetune_trainer.train.optimizer import Optimizer
 from finetune_trainer.train.schedule import Schedule
 from finetune_trainer.train.spikes import MOST_ROLLBACKS, Spike, observe
@@ -31,10 +32,10 @@ from finetune_trainer.train.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Plan:
-    """When the loop does what."""
+    """What the loop does when."""
 
     total: int
-    """Steps in all."""
+    """Number of steps."""
     seed: int
     rank: int
     validate_every: int
@@ -42,27 +43,28 @@ class Plan:
     checkpoint_seconds: float
     """Seconds between checkpoints; 0 saves after every step."""
     hang_seconds: float
-    """Seconds that one step, validation or save may take."""
+    """Time limit of one step, validation or save."""
     start_seconds: float
-    """Seconds that what may compile may take: the first steps."""
+    """Time limit of the first micro-batch and step, which may compile."""
     keep_best: bool = True
-    """End with the weights of the best validation."""
+    """End with the weights that had the best validation loss."""
     watched: Literal["loss", "accuracy"] = "loss"
-    """Metric of early stopping."""
+    """Metric that early stopping watches."""
     patience: int | None = None
-    """Validations without improvement after which training stops; None never stops."""
+    """Validations without improvement after which training stops; None: never."""
 
 
 @dataclass
 class Loop:
-    """One rank's part of the training."""
+    """One rank's part of training."""
 
     plan: Plan
     model: CausalModel
+    objective: Objective
     optimizer: Optimizer
     schedule: Schedule
-    order: Order
-    batcher: Batcher
+    sampler: ExampleSampler
+    batcher: MicroBatcher
     validator: Validator | None
     checkpoints: Checkpoints
     reduction: StepReduction
@@ -76,8 +78,6 @@ class Loop:
     clock: Callable[[], float] = time.monotonic
     _saved_at: float = 0.0
     _saved_step: int | None = None
-    _divided: dict[int, Division] = field(default_factory=dict)
-    """Of the steps whose results are not known yet."""
 
     def run(self) -> int:
         """Train to the end. Returns the step whose weights the model holds then.
@@ -97,9 +97,9 @@ class Loop:
                 self._roll_back(spike)
                 continue
             better = self._validation_due and self._validate()
-            stop, save, failed = (any(getattr(r.wishes, wish) for r in results) for wish in ("stop", "save", "failed"))
+            stop, save, failed = (any(getattr(r.flags, flag) for r in results) for flag in ("stop", "save", "failed"))
             if failed:
-                self.checkpoints.wait()  # raises what went wrong, on every rank
+                self.checkpoints.wait()  # raises the error of the save, on every rank
             if save or stop or (better and self.plan.keep_best):
                 self._save()
             if stop:
@@ -110,17 +110,17 @@ class Loop:
         return self._take_best()
 
     def _begin(self) -> None:
-        """The costliest micro-batch first, discarded: memory runs out now or never. Then the first checkpoint."""
+        """Run the largest micro-batch and discard it: memory runs out now or never. Then save the first checkpoint."""
         self.watchdog.expect("compiling and trying the largest micro-batch", self.plan.start_seconds)
         torch.manual_seed(self.plan.seed)
         batch = self.batcher.largest().to(self.device)
         self.model.sync_gradients(last=True)
-        (self.model(batch) * batch.target_weight).sum().backward()
+        self.objective(self.model, batch).loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
-        self.interrupt.defer()
+        self.interrupt.defer_signals()
         self._saved_at = self.clock()
         if self.state.step == 0:
-            self._save()  # where a spike in the first steps leads back to
+            self._save()  # a spike in the first steps rolls back to it
         else:
             self._saved_step = self.state.step
         self.monitor.throughput.restart()
@@ -132,47 +132,44 @@ class Loop:
         first = self.monitor.throughput.seconds_per_step is None
         self.watchdog.expect("data", self.plan.start_seconds if first else self.plan.hang_seconds, step + 1)
         torch.manual_seed(seed_of("step", self.plan.seed, step, self.plan.rank))
-        loss = self._accumulate(step)
+        assignment = self.batcher.assign_rows(self.sampler.step(step))
+        loss = self._accumulate(assignment)
         self.watchdog.mark("all-reduce")
-        squared_norm = self.reduction.reduce(step, loss, self.optimizer.squared_norm(), self._wishes())
+        squared_norm, tokens = self.optimizer.squared_norm(), (assignment.tokens, assignment.computed_tokens)
+        squared_norm = self.reduction.reduce(step, loss, squared_norm, self._flags(), *tokens)
         self.optimizer.step(self.schedule(step), squared_norm)
         self.optimizer.zero_grad()
 
-    def _accumulate(self, step: int) -> Tensor:
-        """Gradients of the step's loss; returns this rank's share of it, float32[]."""
+    def _accumulate(self, assignment: RowAssignment) -> Tensor:
+        """Add up the gradients of the step's loss; returns this rank's share of the loss, float32[]."""
         total = torch.zeros((), device=self.device)
-        self._divided[step] = self.batcher.divide(self.order.step(step))
-        batches = list(self.batcher.batches(self._divided[step]))
+        batches = list(self.batcher.batches(assignment))
         for number, batch in enumerate(batches, 1):
             self.watchdog.mark(f"micro-batch {number} of {len(batches)}")
             self.model.sync_gradients(last=number == len(batches))
-            batch = batch.to(self.device)
-            loss = (self.model(batch) * batch.target_weight).sum()
-            loss.backward()
+            loss = self.objective(self.model, batch.to(self.device)).loss
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def _wishes(self) -> Wishes:
+    def _flags(self) -> StepFlags:
         due = self.plan.rank == 0 and self.clock() - self._saved_at >= self.plan.checkpoint_seconds
         if due:
             self._saved_at = self.clock()
-        return Wishes(stop=self.interrupt.requested, save=due, failed=self.checkpoints.failed)
+        return StepFlags(stop=self.interrupt.requested, save=due, failed=self.checkpoints.failed)
 
-    # --- what came of it ---
+    # --- its result ---
 
     def _settled(self) -> list[StepResult]:
-        """Results that are known by now; all of them before anything that looks back or is durable."""
+        """Results that are known by now; all of them before anything that needs the newest or is durable."""
         results = self.reduction.settled(all_of_them=self._validation_due or self._ended)
-        if any(result.wishes != Wishes() for result in results):
+        if any(result.flags != StepFlags() for result in results):
             results += self.reduction.settled(all_of_them=True)
         return results
 
     def _observe(self, results: list[StepResult]) -> Spike | None:
         for result in results:
-            divided = self._divided.pop(result.step)
-            epoch = self.order.epochs_done(result.step + 1)
-            learning_rate = self.schedule(result.step)
-            self.monitor.step(result, learning_rate, epoch, divided.tokens, divided.computed_tokens)
+            self.monitor.step(result, self.schedule(result.step), self.sampler.epochs_done(result.step + 1))
             warm = result.step >= self.schedule.warmup_steps
             self.state.spikes, spike = observe(self.state.spikes, result.step, result.loss, result.grad_norm, warm)
             if spike is not None:
@@ -182,21 +179,20 @@ class Loop:
         return None
 
     def _validate(self) -> bool:
-        """Validate; whether it was the best so far."""
+        """Validate; returns whether the loss is the best so far."""
         assert self.validator is not None
         self.watchdog.expect("validation", self.plan.hang_seconds, self.state.step)
-        seen = self.validator(self.model)
-        watched = seen.loss if self.plan.watched == "loss" else -seen.accuracy
-        better = self.state.validated(seen.loss, watched, self.plan.patience)
-        self.monitor.validation(self.state.step, seen, better)
+        validation = self.validator(self.model)
+        watched = validation.loss if self.plan.watched == "loss" else -validation.accuracy
+        better = self.state.record_validation(validation.loss, watched, self.plan.patience)
+        self.monitor.validation(self.state.step, validation, better)
         return better
 
     def _roll_back(self, spike: Spike) -> None:
-        """Back to the newest checkpoint from before the spike's window, whose steps are left out from now on."""
+        """Restore the newest checkpoint from before the spike's window, whose steps are skipped from now on."""
         self.watchdog.expect("rolling back", 2 * self.plan.hang_seconds)
         self.reduction.settled(all_of_them=True)
-        self._divided.clear()
-        left_out = {*self.state.skipped, *range(spike.first, spike.last + 1)}
+        skipped = {*self.state.skipped, *range(spike.first, spike.last + 1)}
         rollbacks = self.state.rollbacks + 1
         self.checkpoints.wait()
         found = self.checkpoints.newest(at_most=spike.first) if rollbacks <= MOST_ROLLBACKS else None
@@ -205,18 +201,18 @@ class Loop:
         self.checkpoints.drop_after(found.manifest.step)
         self.checkpoints.restore(found, self.optimizer.tensors())
         self.state = found.manifest.state.model_copy(
-            update={"skipped": sorted(left_out), "rollbacks": rollbacks}, deep=True
+            update={"skipped": sorted(skipped), "rollbacks": rollbacks}, deep=True
         )
-        self._saved_step, self._saved_at = None, -math.inf  # so that the skip list is durable after the next step
+        self._saved_step, self._saved_at = None, -math.inf  # makes the skip list durable after the next step
         self.monitor.rolled_back(spike, self.state.step)
 
     def _diverged(self, spike: Spike) -> TrainerError:
-        examples = self.order.step(spike.last)
+        examples = self.sampler.step(spike.last)
         shown = ", ".join(self.describe(int(example)) for example in examples[:8])
         return TrainerError(
             FailureClass.DIVERGED,
-            f"Training diverged ({spike.sentence}) after {self.state.rollbacks} roll-backs. Lower "
-            f"training.learningRate or maxGradNorm, or look at the examples of step {spike.last + 1}: {shown}.",
+            f"Training diverged ({spike.sentence}) after {self.state.rollbacks} rollbacks. Lower "
+            f"training.learningRate or training.maxGradNorm, or check the examples of step {spike.last + 1}: {shown}.",
             "training.learningRate",
         )
 
@@ -240,7 +236,7 @@ class Loop:
             return self.state.step
         found = self.checkpoints.at(best.step)
         if found is None:
-            self.monitor.reporter.warn(f"The best checkpoint (step {best.step}) is damaged; the last one is exported.")
+            self.monitor.reporter.warn(f"The best checkpoint, step {best.step}, is damaged; exporting the last one.")
             return self.state.step
         self.checkpoints.restore(found, self.optimizer.tensors())
         return best.step

@@ -29,11 +29,9 @@ class Monitor:
     _validation: MetricValue | None = None
     _checkpoint: CheckpointRef | None = None
 
-    def step(self, result: StepResult, learning_rate: float, epoch: float, tokens: int, computed: int) -> None:
-        """One step has ended; `epoch` are the passes so far, `tokens` those of the step's examples on all ranks.
-
-        `computed` are those that were computed: fewer where examples share prefixes.
-        """
+    def step(self, result: StepResult, learning_rate: float, epoch: float) -> None:
+        """Record a finished step; `epoch` is the number of passes over the data so far."""
+        tokens, computed = result.tokens, result.computed_tokens
         self.throughput.step(tokens, computed)
         speed, pace = self.throughput.tokens_per_second, self.throughput.seconds_per_step
         computing = self.throughput.computed_tokens_per_second

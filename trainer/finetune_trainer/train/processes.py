@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-def meet(device: torch.device, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
+def init_distributed(device: torch.device, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
     """Join the default group (NCCL for GPU tensors, gloo for the rest); returns a gloo group for checkpoints.
 
     Addresses come from the environment (MASTER_ADDR, MASTER_PORT); a single process needs none. The time-out must
@@ -38,7 +38,7 @@ def build_mesh(device: torch.device, world_size: int, ranks_per_node: int, hybri
     return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
 
 
-def be_deterministic() -> None:
+def set_determinism() -> None:
     """Only kernels that give the same bits each time; an operation that has none is refused by name."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

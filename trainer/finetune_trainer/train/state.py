@@ -1,4 +1,4 @@
-"""What a training knows besides its tensors: stored with every checkpoint. No random state: steps reseed themselves."""
+"""The state of training besides its tensors, stored with every checkpoint. No random state: every step reseeds."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ class Best(BaseModel):
 
 
 class TrainState(BaseModel):
-    """Where a training stands after `step` steps; with the order of the examples, also the position in the data."""
+    """The state after `step` steps, which also give the position in the data."""
 
     step: int = 0
-    """Steps done: the next one has this number, counted from 0."""
+    """Steps done; the number of the next one, counted from 0."""
     skipped: list[int] = []
-    """Steps (counted from 0) that are left out because the loss spiked there."""
+    """Steps (counted from 0) that are skipped because the loss spiked there."""
     rollbacks: int = 0
-    """Spikes answered by going back."""
+    """Spikes after which an earlier checkpoint was restored."""
     spikes: SpikeState = SpikeState()
     """What the spike detector remembers."""
     best: Best | None = None
     """Best validation loss so far."""
     watched: float | None = None
-    """Best value so far of the metric that early stopping watches (accuracy negated: less is better)."""
+    """Best value so far of the metric that early stopping watches (accuracy is negated: lower is better)."""
     stale_validations: int = 0
-    """Validations in a row in which `watched` did not improve."""
+    """Consecutive validations in which `watched` did not improve."""
     stopped_early: bool = False
     """Early stopping has ended the training."""
 
-    def validated(self, loss: float, watched: float, patience: int | None) -> bool:
-        """Take in a validation after `step` steps; whether its loss was the best so far.
+    def record_validation(self, loss: float, watched: float, patience: int | None) -> bool:
+        """Record a validation after `step` steps; returns whether its loss is the best so far.
 
-        `watched` is what early stopping looks at, less is better. Values that are not finite are never better.
+        `watched` is the value that early stopping watches, lower is better. Non-finite values are never better.
         """
         improved = math.isfinite(watched) and (self.watched is None or watched < self.watched)
         self.watched = watched if improved else self.watched
