@@ -6,9 +6,11 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.batches import Example
+from torch import Tensor
 
 from finetune_trainer.data.packing import (
     Batch,
@@ -82,7 +84,7 @@ def test_targets_point_at_the_state_before_the_token_that_they_name(
         batch = collate_padded(documents, slots, weights, PAD)
     else:
         batch = collate_packed(documents, slots, weights, PAD, multiple)
-    flat, owner = batch.ids.flatten(), batch.documents
+    flat, owner = batch.ids.flatten(), owner_of(batch)
     assert batch.tokens == sum(lengths)
     assert len(batch.target_id) == sum(len(d.target_id) for d in documents)
     for at, target, weight, slot in zip(
@@ -94,10 +96,16 @@ def test_targets_point_at_the_state_before_the_token_that_they_name(
     check_segments(batch)
 
 
+def owner_of(batch: Batch) -> Tensor:
+    """int64[B*T]: the document of each token, which begins at 1000 times its index; -1 for padding."""
+    ids = batch.ids.flatten()
+    return torch.where(ids == PAD, -1, ids // 1000)
+
+
 def check_segments(batch: Batch) -> None:
     """Positions restart where cu_seqlens says, no segment crosses a document, padding is apart from all."""
     bounds = batch.cu_seqlens.tolist()
-    positions, owner = batch.positions.flatten(), batch.documents
+    positions, owner = batch.positions.flatten(), owner_of(batch)
     assert bounds[0] == 0
     assert bounds[-1] == batch.ids.numel()
     assert batch.max_length == max(b - a for a, b in pairwise(bounds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,11 +54,16 @@ def batches(found: list[Example], capacity: int, world: int) -> tuple[list[list[
     return rows, made_of_rows
 
 
-def places_of(batch: Batch, document: int) -> list[int]:
-    """Where the tokens of a document stand: its prefix, then its own part."""
-    own = (batch.documents == document).nonzero().flatten().tolist()
-    prefix = [range(a, b) for a, b, c in batch.shared if b <= own[0] < c]
-    return [*(prefix[0] if prefix else []), *own]
+def places_of(batch: Batch, groups: list[Shared], count: int) -> list[list[int]]:
+    """Where the tokens of each of a row's `count` documents are: its prefix, then its own part."""
+    grouped = [i for group in groups for i in group.members]
+    order = [*(i for i in range(count) if i not in grouped), *grouped]
+    prefixes = [range(a, b) for a, b, _ in batch.shared]
+    own = [range(a, b) for a, b in pairwise(batch.bounds) if range(a, b) not in prefixes]
+    places: list[list[int]] = [[] for _ in range(count)]
+    for document, segment in zip(order, own, strict=count > 0):
+        places[document] = [i for a, b, c in batch.shared if b <= segment.start < c for i in range(a, b)] + [*segment]
+    return places
 
 
 @settings(max_examples=200, deadline=None)
@@ -72,8 +78,8 @@ def test_every_document_comes_back_and_every_target_stands_once_where_it_is_pred
         assert batch.tokens <= capacity or len(row) == 1
         ids, positions = batch.ids.flatten(), batch.positions.flatten()
         expected = Counter()
-        for number, index in enumerate(row):
-            at = places_of(batch, number)
+        places = places_of(batch, among(shared_prefixes(found), row), len(row))
+        for at, index in zip(places, row, strict=True):
             assert ids[at].tolist() == found[index].ids.tolist()
             assert positions[at].tolist() == list(range(len(at)))
             document = found[index]

@@ -48,8 +48,6 @@ class Batch:
     positions: Tensor
     """int64[B, T]; begins at 0 again with every document (padding at the end counts as one more), and goes on after
     a shared prefix."""
-    documents: Tensor
-    """int64[B*T]: index of the document within the batch, -1 for padding and for shared prefixes."""
     cu_seqlens: Tensor
     """int32[n+1]: where segments begin in the flattened row: documents, shared prefixes and what their documents have
     of their own; trailing padding is one more. For padded batches the rows' bounds, multiples of T."""
@@ -231,18 +229,15 @@ def collate_packed(
     total = -(-max(used, 1) // multiple) * multiple if used else max(FILLER_TOKENS, multiple)
     ids = np.full(total, pad_id, dtype=np.int64)
     positions = np.zeros(total, dtype=np.int64)
-    owner = np.full(total, -1, dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     for segment, start, end in zip(segments, starts, starts[1:], strict=False):
         ids[start:end] = documents[segment.document].ids[segment.start : segment.end]
         positions[start:end] = np.arange(segment.start, segment.end)
-        owner[start:end] = -1 if segment.shared else segment.document
     positions[used:] = np.arange(total - used)
     bounds = np.append(starts, total) if total > used else starts
     return Batch(
         ids=torch.from_numpy(ids)[None],
         positions=torch.from_numpy(positions)[None],
-        documents=torch.from_numpy(owner),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         bounds=tuple(bounds.tolist()),
         max_length=int(np.diff(bounds).max()),
@@ -305,13 +300,11 @@ def collate_padded(
     for index, document in enumerate(documents):
         ids[index, : lengths[index]] = document.ids
         mask[index, : lengths[index]] = 1
-    owner = np.where(mask, np.arange(rows)[:, None], -1).reshape(-1)
     if not documents:
         mask[:] = 1  # a row that attends to nothing would be all NaN
     return Batch(
         ids=torch.from_numpy(ids),
         positions=torch.arange(width).repeat(rows, 1),
-        documents=torch.from_numpy(owner),
         cu_seqlens=torch.arange(0, (rows + 1) * width, width, dtype=torch.int32),
         bounds=tuple(range(0, (rows + 1) * width, width)),
         max_length=width,

@@ -125,7 +125,6 @@ class CausalModel(nn.Module):
         batch = Batch(
             ids=ids[None],
             positions=torch.cat(positions).to(device)[None],
-            documents=torch.zeros(len(ids), dtype=torch.long, device=device),
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
             bounds=tuple(bounds),
             max_length=max(len(position) for position in positions),
