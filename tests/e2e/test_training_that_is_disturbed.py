@@ -156,7 +156,7 @@ def test_pods_are_scheduled_for_their_gpus_and_say_so_where_cuda_finds_none(gpu_
     place.failed()
     assert place.ended() == [("crash", True)]
     (train,) = train_attempts(place)
-    assert "2 GPUs (topology.gpusPerNode), and CUDA finds 0 (Found no NVIDIA driver" in train["message"]
+    assert "2 GPUs (topology.gpusPerNode), but CUDA finds 0 (Found no NVIDIA driver" in train["message"]
     (pod,) = place.pods()
     assert pod["spec"]["nodeName"] == gpu_node
     assert pod["spec"]["containers"][0]["resources"]["requests"][GPU] == "2"

@@ -51,9 +51,12 @@ def started(arguments: list[str], given: dict[str, str]) -> tuple[int, str, Fail
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("no variable", "FINETUNE_RUN_CONFIG is not set: the trainer is started by `finetune run` or by the operator."),
+        (
+            "no variable",
+            "FINETUNE_RUN_CONFIG is not set. Start the trainer with `finetune run` or through the",
+        ),
         ("no file", "run-config.json cannot be read: No such file or directory."),
-        ("another version", "RunConfig, spec.novelty: Extra inputs are not permitted): use the trainer image of"),
+        ("another version", "RunConfig, spec.novelty: Extra inputs are not permitted). Use the trainer image of"),
     ],
 )
 def test_a_run_config_that_is_none_is_told_to_the_kubelet(

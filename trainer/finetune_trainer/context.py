@@ -1,4 +1,4 @@
-"""What every stage knows: the run config, the attempt, where things lie, and how to report."""
+"""What every stage is given: run config, attempt, directories, tokens and the reporter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunContext:
     local_rank: int = 0
     tokens: Path | None = None
     gpus_per_node: int | None = None
-    """GPUs that this node should have, 0 for none; None: whatever is there."""
+    """GPUs that this node should have, 0 for none; None: as many as are found."""
     run: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class RunContext:
 
     @property
     def reports(self) -> Path:
-        """One report an attempt."""
+        """One report per attempt."""
         return self.run / "reports"
 
     @property
@@ -84,13 +84,13 @@ class RunContext:
 
     @property
     def metrics_file(self) -> Path:
-        """Training curves, one JSON object a line."""
+        """Training curves, one JSON object per line."""
         return self.run / "metrics" / "train.jsonl"
 
     def resolve_source(self, path: str, field: str) -> Path:
-        """The file or directory that a spec's `path` means: absolute, beside the job's file, or on the cache.
+        """The file or directory that a `path` of the spec refers to: absolute, next to the job's file, or in the cache.
 
-        Raises TrainerError (bad-spec) that names `field` if nothing is there.
+        Raises TrainerError (bad-spec) for `field` if it does not exist.
         """
         given = Path(path).expanduser()
         places = [given] if given.is_absolute() else [Path(self.config.paths.source) / given, self.cache / given]
@@ -100,7 +100,7 @@ class RunContext:
             if place.exists():
                 return place
         looked = " and ".join(str(place) for place in places)
-        raise TrainerError(FailureClass.BAD_SPEC, f"There is no {path}: looked for {looked}.", field)
+        raise TrainerError(FailureClass.BAD_SPEC, f"{path} does not exist; looked for {looked}.", field)
 
     def token(self, kind: TokenKind) -> str | None:
         """The token that this stage may see, or None."""
@@ -114,7 +114,7 @@ class RunContext:
         return token or None
 
     def take_fence(self) -> None:
-        """Make this attempt the only one that may publish checkpoints. Called once, by rank 0, at the start."""
+        """Make this attempt the only one that may publish checkpoints. Rank 0 calls it once, at the start."""
         write_json(self.run / FENCE_FILE, {"attempt": self.attempt.id})
 
     def check_fence(self) -> None:
@@ -125,7 +125,7 @@ class RunContext:
             return
         if holder != self.attempt.id:
             raise TrainerError(
-                FailureClass.FENCED, f"Attempt {holder} has taken over; {self.attempt.id} writes nothing more."
+                FailureClass.FENCED, f"Attempt {holder} has taken over the run volume; {self.attempt.id} stops writing."
             )
 
 
@@ -139,7 +139,7 @@ def _config_and_attempt(environ: Mapping[str, str]) -> tuple[RunConfig, Attempt]
         if name not in environ:
             raise TrainerError(
                 FailureClass.BAD_SPEC,
-                f"{name} is not set: the trainer is started by `finetune run` or by the operator.",
+                f"{name} is not set. Start the trainer with `finetune run` or through the operator.",
             )
     path = Path(environ[CONFIG_VARIABLE])
     try:
@@ -152,8 +152,8 @@ def _config_and_attempt(environ: Mapping[str, str]) -> tuple[RunConfig, Attempt]
         where = ".".join(str(part) for part in first["loc"])
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"This trainer (finetune-operator {version('finetune-operator')}) does not understand what it was given "
-            f"({error.title}, {where or 'whole'}: {first['msg']}): use the trainer image of the operator's version.",
+            f"This trainer (finetune-operator {version('finetune-operator')}) cannot read its configuration "
+            f"({error.title}, {where or 'whole'}: {first['msg']}). Use the trainer image of the operator's version.",
             where,
         ) from error
 
@@ -161,11 +161,11 @@ def _config_and_attempt(environ: Mapping[str, str]) -> tuple[RunConfig, Attempt]
 def context_from_environment(environ: Mapping[str, str] = os.environ) -> RunContext:
     """The context of this process from `FINETUNE_*` and torchrun's variables.
 
-    Raises TrainerError (bad-spec) where these are missing, or written by a version that this one does not understand.
+    Raises TrainerError (bad-spec) if these are missing, or were written by an incompatible version.
     """
     config, attempt = _config_and_attempt(environ)
     rank = int(environ.get("RANK", "0"))
-    # Rented machines have a WORLD_SIZE before any rank is started: without a rank it says nothing about this process.
+    # Rented machines set WORLD_SIZE before any rank is started: without RANK it is not about this process.
     world_size = int(environ.get("WORLD_SIZE", "1")) if "RANK" in environ else 1
     tokens = environ.get(TOKENS_VARIABLE)
     return RunContext(

@@ -1,6 +1,6 @@
-"""The trained model as a directory that Evaluate loads, Publish uploads and a user can load: never more, never less.
+"""Writes the trained model as the directory that Evaluate loads, Publish uploads and users load.
 
-Written aside, flushed to disk, read again, then renamed. `digest.json` names every file.
+It is written aside, flushed to disk, read back, then renamed. `digest.json` names every file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from finetune_trainer.model.writer import ShardWriter, save_tensors
 
 @dataclass(frozen=True)
 class Base:
-    """The base model as files and as others know it."""
+    """The files of the base model, and its name."""
 
     directory: Path
     """config.json, safetensors, generation_config.json."""
@@ -66,14 +66,16 @@ def export_model(
 
     `adapter`: adapter, tokenizer, generation config. `merged`: the adapter is added to the base's own unquantised
     weights, tensor by tensor. Full tuning writes the whole model, whatever `format` says. Weights keep the data types
-    of the base's files. `check_fence` is called by rank 0 before the rename.
-    Raises TrainerError if a trained weight is not finite or a file reads back otherwise than it was written.
+    of the base's files. Rank 0 calls `check_fence` before the rename.
+    Raises TrainerError if a trained weight is not finite or a file cannot be read back as it was written.
     """
     leader = not dist.is_initialized() or dist.get_rank() == 0
     kind: Literal["adapter", "merged", "model"] = "model" if model.method.traits.trains_base else format
     if kind == "merged" and not model.method.traits.can_merge:
         raise TrainerError(
-            FailureClass.BAD_SPEC, f"{model.method} cannot be merged into weights: use adapter.", "publish.format"
+            FailureClass.BAD_SPEC,
+            f"{model.method} tuning cannot be merged into the weights: use adapter.",
+            "publish.format",
         )
     aside = directory.with_name(f".{directory.name}.writing")
     if leader:
@@ -112,7 +114,7 @@ def _gathered(model: CausalModel, leader: bool) -> dict[str, Tensor]:
 def _finite(name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise TrainerError(
-            FailureClass.DIVERGED, f"The trained weights are not finite ({name}): nothing is exported.", "training"
+            FailureClass.DIVERGED, f"The trained weights are not finite ({name}), so nothing was exported.", "training"
         )
     return tensor
 

@@ -1,7 +1,7 @@
-"""Errors as values: class, field and a sentence, made where the facts are and shown at the edge.
+"""Errors as values: class, field and a sentence, raised where the facts are and shown at the edge.
 
-`TrainerError` is raised for everything that a user's input or surroundings caused; `classify` turns any
-exception into the `Failure` that the operator decides by. No secret may enter a sentence.
+`TrainerError` is raised for everything that the user's input or environment caused; `classify` turns any exception
+into the `Failure` on which the operator decides. No secret may enter a sentence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _known_secrets: set[str] = set()
 
 
 class TrainerError(Exception):
-    """A failure with its class, the field it is about and a sentence that says what to do."""
+    """A failure with its class, the spec's field that caused it and a sentence that says what to do."""
 
     def __init__(self, failure_class: FailureClass, sentence: str, field: str = "") -> None:
         super().__init__(sentence)
@@ -35,11 +35,11 @@ class TrainerError(Exception):
         self.field = field
 
     def __reduce__(self) -> tuple[type[TrainerError], tuple[FailureClass, str, str]]:
-        return TrainerError, (self.failure_class, self.sentence, self.field)  # ranks tell each other
+        return TrainerError, (self.failure_class, self.sentence, self.field)  # ranks send it to each other
 
 
 def register_secret(value: str) -> None:
-    """From now on, `redact` takes `value` out of every text."""
+    """From now on, `redact` removes `value` from every text."""
     if value:
         _known_secrets.add(value)
 
@@ -52,7 +52,7 @@ def redact(text: str) -> str:
 
 
 def classify(error: BaseException, rank: int | None = None) -> Failure:
-    """The failure that `error` amounts to; anything unknown is a crash with the exception's own words."""
+    """The failure that `error` means; an unknown exception is a crash with the exception's own message."""
     failure_class, sentence, field = _class_of(error)
     return Failure(
         failure_class=failure_class,
@@ -70,11 +70,11 @@ def _class_of(error: BaseException) -> tuple[FailureClass, str, str]:
         where = f" at {error.filename}" if error.filename else ""
         return (
             FailureClass.STORAGE_FULL,
-            f"No space is left on the volume{where}. Make it larger, or lower checkpoint.keep.",
+            f"No space left on the volume{where}. Enlarge it, or lower checkpoint.keep.",
             "storage.run.size",
         )
     if isinstance(error, MemoryError):
-        return FailureClass.HOST_OOM, "The host's memory ran out. Raise podTemplate.resources.limits.memory.", ""
+        return FailureClass.HOST_OOM, "Out of host memory. Raise podTemplate.resources.limits.memory.", ""
     return _class_of_torch_error(error) or (
         FailureClass.CRASH,
         f"{type(error).__name__}: {error}".strip(": "),
@@ -87,7 +87,7 @@ def _class_of_torch_error(error: BaseException) -> tuple[FailureClass, str, str]
     if torch is None:
         return None
     if isinstance(error, torch.OutOfMemoryError):
-        return FailureClass.CUDA_OOM, f"GPU memory ran out: {_first_line(error)}", "training"
+        return FailureClass.CUDA_OOM, f"Out of GPU memory: {_first_line(error)}", "training"
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
@@ -95,7 +95,7 @@ def _class_of_torch_error(error: BaseException) -> tuple[FailureClass, str, str]
         isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)) is not None
     )
     if of_a_collective:
-        return FailureClass.PEER, f"Another rank went away: {_first_line(error)}", ""
+        return FailureClass.PEER, f"Lost the connection to another rank: {_first_line(error)}", ""
     return None
 
 
@@ -109,6 +109,6 @@ def failure_file(logs: Path, rank: int) -> Path:
 
 
 def root_cause(failures: list[Failure]) -> Failure | None:
-    """The earliest failure that is not another rank's consequence."""
+    """The earliest failure that was not caused by another rank's."""
     own = [f for f in failures if f.failure_class is not FailureClass.PEER]
     return min(own or failures, key=lambda f: f.time, default=None)

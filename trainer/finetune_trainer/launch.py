@@ -1,8 +1,8 @@
-"""The image's entrypoint for stages of several ranks: starts this node's ranks and tells how they ended.
+"""The image's entrypoint for stages with several ranks: starts this node's ranks and reports how they ended.
 
-torchrun turns every exit code into 1 and exits 1 on SIGTERM; this wrapper exits with the class's code and
-writes the node's root cause as the termination message. Rendezvous is static: ranks follow from the node's number,
-a late node 0 is waited for, and machines that are rented without Kubernetes meet in the same way.
+torchrun turns every exit code into 1 and exits 1 on SIGTERM; this wrapper exits with the code of the failure's class
+and writes the node's root cause as the termination message. Rendezvous is static: ranks follow from the node's number,
+the other nodes wait for a late node 0, and machines without Kubernetes use the same rendezvous.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from finetune_trainer.termination import read_termination_message, write_termina
 def launch(context: RunContext, stage: str) -> int:
     """Run `stage` on every rank of this node; returns the exit code of the failure's class.
 
-    Raises TrainerError (bad-spec) where the variables by which the ranks meet make no sense.
+    Raises TrainerError (bad-spec) if the rendezvous variables are invalid.
     """
     try:
         rendezvous = rendezvous_of(os.environ)
@@ -50,9 +50,9 @@ def launch(context: RunContext, stage: str) -> int:
     code = child.wait()
     if code == 0:
         return 0
-    # On a full volume the ranks leave no files, but each of them writes the termination message.
+    # On a full volume the ranks leave no files, but each of them still writes the termination message.
     failure = root_cause(_failures(context.logs, ranks)) or read_termination_message()
-    failure = failure or _without_words(code, oom_kills() > kills, ranks[0])
+    failure = failure or _unreported(code, oom_kills() > kills, ranks[0])
     with contextlib.suppress(OSError):
         write_json(failure_file(context.logs, ranks[0]), failure.to_wire())
     write_termination_message(failure)
@@ -69,7 +69,7 @@ def command_of(
     result = _interfaces(rendezvous) | {k: v for k, v in environ.items() if not k.startswith("PET_")}
     result["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(max(10, attempt.grace_seconds - 10))
     if ranks_per_node == 1:
-        # torchrun would only import torch a second time; the rank meets its peers by the same variables.
+        # torchrun would only import torch a second time; the rank finds its peers by the same variables.
         own = {"RANK": str(node_rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1"}
         result |= own | {"MASTER_ADDR": address, "MASTER_PORT": port, "GROUP_RANK": str(node_rank)}
         return [sys.executable, *program], result
@@ -81,7 +81,7 @@ def command_of(
 
 
 def _interfaces(rendezvous: Rendezvous) -> dict[str, str]:
-    """Which interface gloo and NCCL take, where the machine's own address is known: rented machines have several."""
+    """The interface that gloo and NCCL use, if the machine's address is given: rented machines have several."""
     name = interface_of(rendezvous.node_address) if rendezvous.node_address else ""
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name} if name else {}
 
@@ -105,13 +105,13 @@ def _failures(logs: Path, ranks: range) -> list[Failure]:
     return [Failure.model_validate_json(file.read_text()) for file in files if file.exists()]
 
 
-def _without_words(code: int, out_of_memory: bool, rank: int) -> Failure:
-    """The failure of a rank that could not say anything: killed, or dead before it could write."""
+def _unreported(code: int, out_of_memory: bool, rank: int) -> Failure:
+    """The failure of a rank that left no report: it was killed, or ended before it could write one."""
     if out_of_memory:
         failure_class = FailureClass.HOST_OOM
         sentence = "A rank was killed at the container's memory limit. Raise podTemplate.resources.limits.memory."
     else:
         failure_class = FailureClass.CRASH
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        sentence = f"The trainer {how} and left no message; see the log of rank {rank}."
+        sentence = f"The trainer {how} without an error report; see the log of rank {rank}."
     return Failure(failure_class=failure_class, sentence=sentence, rank=rank, time=datetime.now(UTC))

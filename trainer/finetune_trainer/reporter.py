@@ -1,7 +1,7 @@
-"""What an attempt says while it runs: one report, rewritten whole, newest state wins.
+"""The report of a running attempt: one document, always rewritten as a whole.
 
-Rank 0 writes it to the run directory and, on a cluster, into the job's report ConfigMap from a thread of
-its own: a slow or failing API server never holds the training.
+Rank 0 writes it to the run directory and, on a cluster, to the job's report ConfigMap from a thread of its own: a
+slow or failing API server never delays the stage.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 1.0
 PATCH_SECONDS = 15.0
 _NEWS = ("resumedFromStep", "done", "failure")
-"""What is sent at once, as the history of attempts has it: an attempt may end before the next patch."""
+"""Sent at once, because the status records them and the attempt may end before the next patch."""
 API_TOKEN_DIRECTORY = Path("/var/run/secrets/finetune-report")
 
 
 class Reporter:
-    """Keeps the report of one attempt and writes it; a disabled one (rank > 0) accepts everything silently."""
+    """Keeps and writes the report of one attempt; a disabled one (rank > 0) writes nothing."""
 
     def __init__(self, attempt: Attempt, directory: Path, *, enabled: bool) -> None:
         self.report = Report(attempt=attempt.id, stage=attempt.stage, time=datetime.now(UTC))
@@ -54,7 +54,7 @@ class Reporter:
             self._write()
 
     def activity(self, what: str) -> None:
-        """Say what is being done now."""
+        """Report what is being done now."""
         self.update(activity=what)
 
     def choose(self, name: str, value: object, why: str) -> None:
@@ -77,12 +77,12 @@ class Reporter:
         self.close()
 
     def done(self, **fields: Any) -> None:
-        """Record success; everything promised must be durable before this is called."""
+        """Record success; all results must be durable before this is called."""
         self.update(**fields, done=True, activity="done")
         self.close()
 
     def close(self, timeout_seconds: float = 20.0) -> None:
-        """Bring the last state out before the process ends."""
+        """Send the last state before the process ends."""
         if self._channel is not None:
             self._channel.flush(timeout_seconds)
 
@@ -119,14 +119,14 @@ class ConfigMapChannel:
         return cls(url, key, secrets / "token", ssl.create_default_context(cafile=str(secrets / "ca.crt")))
 
     def offer(self, report: Mapping[str, object]) -> None:
-        """Make `report` the next to be sent."""
+        """Send `report` next."""
         with self._changed:
             news = {name: report[name] for name in _NEWS if report.get(name)}
             self._newest, self._urgent, self._told = report, self._urgent or news != self._told, news
             self._changed.notify_all()
 
     def flush(self, timeout_seconds: float) -> None:
-        """Wait until the newest report was sent, or until the time is up."""
+        """Wait until the newest report has been sent, or until the timeout."""
         with self._changed:
             self._urgent = True
             self._changed.notify_all()
@@ -156,5 +156,5 @@ class ConfigMapChannel:
             with urllib.request.urlopen(request, timeout=10, context=self._context):
                 return True
         except (OSError, ValueError) as error:
-            log.warning("the report could not be sent (%s); training goes on", type(error).__name__)
+            log.warning("The report could not be sent (%s); the stage continues without it", type(error).__name__)
             return False

@@ -1,6 +1,6 @@
-"""A process's start: imports without what this job does not need, few walks of the garbage collector, a small cache.
+"""Faster start and less memory: imports only what the job needs, with fewer garbage collections and a smaller cache.
 
-What each of these costs is in docs/performance.md.
+docs/performance.md has the cost of each.
 """
 
 from __future__ import annotations
@@ -15,57 +15,57 @@ from finetune_api.base import Stage
 from finetune_api.spec import FineTuneJobSpec
 
 GC_THRESHOLD = 50_000
-"""New objects after which the collector looks at the young ones, while modules are imported; else 700."""
+"""New objects that trigger a collection of the youngest generation while modules are imported (usually 700)."""
 
 ONEDNN_CACHE_ENTRIES = 64
-"""Matrix products, by the sizes of their operands, whose compiled code a CPU keeps: more than one row's step has."""
+"""Matrix products, by operand sizes, whose compiled code is kept on a CPU: more than a step over one row has."""
 
 
 def unused_packages(spec: FineTuneJobSpec, stage: Stage, gpus: int | None) -> list[str]:
-    """Installed packages that others import where they find them, and that this process has no use for.
+    """Installed packages that other packages import if they are there, but that this process does not use.
 
-    `gpus` a node, None if it is not known. A model that brings its own code may want any of them.
+    `gpus` is the number per node, None if unknown. A model that comes with its own code may need any of them.
     """
     if spec.model.trust_remote_code:
         return []
-    found = {
+    unused = {
         "bitsandbytes": not spec.tuning.method.traits.four_bit,  # PEFT imports it, for 4-bit layers
         "triton": gpus == 0,  # torch imports it, to compile for GPUs
         "scipy": stage is Stage.TRAIN,  # transformers imports it, for losses of object detection
         # Tokenizers and configs need none, and transformers imports it: 700 MB in each process.
         "torch": stage is Stage.PREPARE and not spec.tuning.method.traits.four_bit,
     }
-    return [name for name, without_use in found.items() if without_use]
+    return [name for name, is_unused in unused.items() if is_unused]
 
 
 def hide_packages(packages: list[str]) -> None:
-    """Make packages look as if they were not installed, unless they are imported already.
+    """Make packages look as if they were not installed, unless they are already imported.
 
-    None in `sys.modules` is Python's own word for that: `find_spec` finds nothing, and `import` says so. What is
-    installed, and in which version, is still known from the metadata.
+    That is what None in `sys.modules` means: `find_spec` finds nothing, and `import` fails. The metadata still has
+    the installed versions.
     """
     if "torch" in packages:
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is none
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing torch
     for name in packages:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def restore_package(name: str) -> None:
-    """Let a package that was left out be imported after all. Others may have made do without it already."""
+    """Allow a hidden package to be imported. Other packages may already have been imported without it."""
     if name in sys.modules and sys.modules[name] is None:
         del sys.modules[name]
 
 
 def hidden_packages() -> list[str]:
-    """What looks as if it was not installed here: to be left out by other processes too."""
+    """The packages hidden in this process, to be hidden in its children too."""
     return [name for name, module in sys.modules.items() if module is None]
 
 
 def limit_onednn_cache() -> None:
-    """Let oneDNN, and PyTorch's binding to it, keep little of what they compile for products; before torch is imported.
+    """Limit the caches of compiled matrix products in oneDNN and in PyTorch's binding; call before torch is imported.
 
-    Each keeps 1,024 entries of some 0.6 MB otherwise, and rows of ever other lengths need ever other ones:
-    memory would grow for hundreds of steps. What the user's environment says goes first.
+    By default each keeps 1,024 entries of some 0.6 MB, and every new row length adds entries, so memory would grow
+    for hundreds of steps. Values in the user's environment take precedence.
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, str(ONEDNN_CACHE_ENTRIES))
@@ -73,14 +73,14 @@ def limit_onednn_cache() -> None:
 
 @contextmanager
 def reduced_gc() -> Iterator[None]:
-    """Import much in four fifths of the time: the collector does not walk all modules again and again.
+    """Collect garbage less often while modules are imported, which saves a fifth of the time.
 
-    Nor does it in training, where it would make the other ranks wait: they are frozen, until `gc.unfreeze`.
+    Afterwards the modules are frozen until `gc.unfreeze`: in training, a full collection would delay the other ranks.
     """
-    usual = gc.get_threshold()
-    gc.set_threshold(GC_THRESHOLD, *usual[1:])
+    previous = gc.get_threshold()
+    gc.set_threshold(GC_THRESHOLD, *previous[1:])
     try:
         yield
     finally:
-        gc.set_threshold(*usual)
+        gc.set_threshold(*previous)
         gc.freeze()

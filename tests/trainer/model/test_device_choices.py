@@ -64,7 +64,7 @@ def test_gpus_that_were_asked_for_and_are_not_there_are_no_reason_to_train_on_th
     monkeypatch: pytest.MonkeyPatch, local_rank: int, found: int
 ) -> None:
     _pretend_gpus(monkeypatch, found)
-    with pytest.raises(TrainerError, match=rf"4 GPUs \(topology.gpusPerNode\), and CUDA finds {found}") as refused:
+    with pytest.raises(TrainerError, match=rf"4 GPUs \(topology.gpusPerNode\), but CUDA finds {found}") as refused:
         choose_device(local_rank, 4)
     assert refused.value.failure_class is FailureClass.CRASH
 

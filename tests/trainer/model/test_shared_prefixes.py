@@ -246,7 +246,7 @@ def test_an_architecture_that_computes_something_else_keeps_its_documents_whole(
     monkeypatch.setattr("finetune_trainer.model.attention.shared_prefix_attention", without_prefix)
     model = load(directory)
     assert not model.shares_prefixes
-    assert "computes something else then" in model.choices["sharedPrefixes"].why
+    assert "gives different results" in model.choices["sharedPrefixes"].why
 
 
 @pytest.mark.parametrize("wrong", ["output", "gradients"])
@@ -263,7 +263,7 @@ def test_a_device_that_computes_something_else_keeps_documents_whole(
     monkeypatch.setattr(shared_prefix._OnCpu, name, without_prefix)
     model = load(tiny_architecture(tmp_path, "llama"))
     assert not model.shares_prefixes
-    assert "this device computes something else then" in model.choices["sharedPrefixes"].why
+    assert "this device gives different results" in model.choices["sharedPrefixes"].why
 
 
 def test_a_device_without_the_kernel_keeps_documents_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_the_kernel_is_as_exact_as_its_data_type(dtype: torch.dtype, most: float
 def test_the_spec_can_switch_it_off(tmp_path: Path) -> None:
     model = load(tiny_architecture(tmp_path, "llama"), share_prefixes=False)
     assert not model.shares_prefixes
-    assert model.choices["sharedPrefixes"].why == "as the spec says"
+    assert model.choices["sharedPrefixes"].why == "set in the spec"
 
 
 def test_rows_without_shared_prefixes_are_computed_as_ever(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_base_model_without_a_template_gets_a_plain_one_and_is_told(work: Path
 
 
 BAD: list[tuple[str, dict[str, Any], FailureClass, str, str]] = [
-    ("no such file", {"path": "none.csv"}, FailureClass.BAD_SPEC, "datasets[0].path", "There is no none.csv"),
+    ("no such file", {"path": "none.csv"}, FailureClass.BAD_SPEC, "datasets[0].path", "none.csv does not exist"),
     ("no such format", {"path": "tiny/model.safetensors"}, FailureClass.BAD_SPEC, "datasets[0].path", "of no format"),
     ("no such column", {"columns": {"text": "txt"}}, FailureClass.BAD_DATA, "datasets[0].columns.text",
      "d has no column 'txt'. Did you mean 'text'? Its columns: text, label."),

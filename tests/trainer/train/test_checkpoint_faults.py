@@ -18,7 +18,7 @@ from finetune_api.report import EXIT_CODES, Failure, FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.train.checkpoint import Checkpoints, retained
 from finetune_trainer.train.identity import refuse_other, refuse_other_weights, training_identity
-from finetune_trainer.train.processes import meet
+from finetune_trainer.train.processes import init_distributed
 
 LENGTHS = [20, 31, 17, 44, 25, 60, 13, 38]
 TRAINING = {"globalBatchSize": 4, "maxSteps": 4, "validateEvery": 4, "learningRate": 1e-3}
@@ -42,30 +42,30 @@ def flip_a_byte(checkpoint: Path) -> str:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    return "__0_0.distcp has other content than was written"
+    return "__0_0.distcp is corrupt: its checksum differs"
 
 
 def cut_a_file(checkpoint: Path) -> str:
     file = checkpoint / "__0_0.distcp"
     size = file.stat().st_size
     os.truncate(file, size - 1)
-    return f"__0_0.distcp has {size - 1} bytes, not {size}"
+    return f"__0_0.distcp has {size - 1} bytes instead of {size}"
 
 
 def lose_a_file(checkpoint: Path) -> str:
     (checkpoint / ".metadata").unlink()
-    return ".metadata is gone"
+    return ".metadata is missing"
 
 
 def lose_the_manifest(checkpoint: Path) -> str:
     (checkpoint / "manifest.json").unlink()
-    return "manifest.json is gone"
+    return "manifest.json is missing"
 
 
 def change_the_manifest(checkpoint: Path) -> str:
     file = checkpoint / "manifest.json"
     file.write_text(file.read_text().replace('"rollbacks": 0', '"rollbacks": 1'))
-    return "manifest.json has other content than was written"
+    return "manifest.json is corrupt: its checksum differs"
 
 
 def cut_the_manifest(checkpoint: Path) -> str:
@@ -88,7 +88,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Job:
 @pytest.fixture
 def alone() -> Iterator[dist.ProcessGroup]:
     """A group of this process only."""
-    yield meet(torch.device("cpu"), 0, 1, 60)
+    yield init_distributed(torch.device("cpu"), 0, 1, 60)
     dist.destroy_process_group()
 
 
@@ -113,7 +113,7 @@ def test_training_goes_on_from_before_a_damaged_checkpoint_and_says_so(interrupt
     assert train(job) == [0]
     assert job.report().resumed_from_step == before
     assert job.report().warnings == [
-        f"Checkpoint step-{newest:08d} is damaged ({problem}); the one of step {before} is used."
+        f"Checkpoint step-{newest:08d} is damaged ({problem}); resuming from step {before}."
     ]
     assert [row["step"] for row in job.rows()] == [1, 2, 3, 4]
     assert job.saved()[-1] == 4
@@ -125,15 +125,15 @@ def test_training_starts_again_where_every_checkpoint_is_damaged(interrupted: Jo
         lose_the_manifest(checkpoint)
     assert train(job) == [0]
     assert job.report().resumed_from_step is None
-    assert all("training starts from the beginning" in warning for warning in job.report().warnings)
+    assert all("starting from the beginning" in warning for warning in job.report().warnings)
 
 
 @pytest.mark.parametrize("part", [".distcp", "manifest.json", ".metadata"])
 def test_a_full_disk_ends_in_a_sentence_and_leaves_the_last_checkpoint_whole(job: Job, part: str) -> None:
     assert train(job, 2, partial(disk_full, part, 2)) == [EXIT_CODES[FailureClass.STORAGE_FULL]] * 2
     failure = failure_of(job)
-    assert failure.sentence.startswith(f"No space is left for the checkpoint {job.checkpoints}/step-00000002: ")
-    assert "are free; the last one has " in failure.sentence
+    assert failure.sentence.startswith(f"No space left for checkpoint {job.checkpoints}/step-00000002: ")
+    assert " free; the last checkpoint has " in failure.sentence
     assert "Checkpoint 1 is intact." in failure.sentence
     assert failure.field == "storage.run.size"
     assert sorted(path.name for path in job.checkpoints.iterdir()) == ["step-00000000", "step-00000001"]
@@ -165,7 +165,7 @@ def test_a_config_that_changed_under_a_checkpoint_is_refused_by_the_fields_name(
         refuse_other(was, now, "Checkpoint step-00000002")
     assert refusal.value.field == field
     assert refusal.value.failure_class is FailureClass.CONFIG_CHANGED
-    assert refusal.value.sentence.startswith(f"Checkpoint step-00000002 was made with {field} = ")
+    assert refusal.value.sentence.startswith(f"Checkpoint step-00000002 was written with {field} = ")
 
 
 def changes_of(paths: dict[str, object]) -> dict[str, object]:

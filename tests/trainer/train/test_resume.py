@@ -101,7 +101,7 @@ def test_sigterm_on_one_rank_saves_on_all_and_the_next_attempt_goes_on_from_ther
     assert train(stopped, 2, partial(at_step, 3, "SIGTERM", (1,))) == [EXIT_CODES[FailureClass.PREEMPTED]] * 2
     failure = stopped.report().failure
     assert failure is not None
-    assert failure.sentence == "Stopped from outside after the checkpoint of step 4; it goes on from there."
+    assert failure.sentence == "Stopped by a signal after the checkpoint of step 4; the next attempt resumes there."
     assert stopped.saved()[-1] == 4
     stopped.configure(checkpoint={"everyMinutes": 0, "keep": 2})
     assert train(stopped, 2) == [0, 0]

@@ -132,7 +132,7 @@ def test_a_row_without_a_plan_holds_the_longest_document_allowed(tmp_path: Path,
     assert job.report().choices["microBatchTokens"].value == "333"
     assert train(job, microBatchTokens=10) == [0]
     choice = job.report().choices["microBatchTokens"]
-    assert (choice.value, choice.why) == ("60", "by the plan; the longest example has 60")
+    assert (choice.value, choice.why) == ("60", "from the memory plan; the longest example has 60 tokens")
 
 
 def test_the_weights_of_datasets_change_what_is_learnt(tmp_path: Path, model: Path, plain: Job) -> None:

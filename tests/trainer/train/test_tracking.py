@@ -136,5 +136,5 @@ def test_a_tracker_that_never_answers_holds_nobody(tmp_path: Path, monkeypatch: 
     for step in range(1000):
         tracker.log({"train/loss": 1.0}, step)
     tracker.finish(Evaluation([], {}), timeout_seconds=0.05)
-    assert tracker.problem == "W&B did not take the last rows within 0 s."
+    assert tracker.problem == "W&B did not accept the last rows within 0 s."
     waits.set()

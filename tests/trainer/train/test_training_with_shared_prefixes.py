@@ -81,7 +81,7 @@ def test_rows_become_longer_where_prefixes_would_repeat_in_every_row(tmp_path: P
     assert train(long, microBatchTokens=100) == [0]
     choice = long.report().choices["microBatchTokens"]
     assert choice.value == "200"
-    assert choice.why.startswith("twice what it would be: prefixes repeat in fewer rows, and 34% less is computed")
+    assert choice.why.startswith("doubled, since prefixes repeat in fewer rows: 34% fewer tokens are computed")
     assert [row["computedTokens"] for row in long.rows()] == [50 + 24 * 6] * 2
     assert train(short, microBatchTokens=1000) == [0]
     assert short.report().choices["microBatchTokens"].value == "1000"

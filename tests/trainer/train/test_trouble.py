@@ -49,7 +49,7 @@ def test_a_spike_leads_back_before_it_and_its_steps_are_left_out(tmp_path: Path,
     # the window holds steps 3 to 18: back to a checkpoint from before it, and on without steps 3 to 21
     assert [row["step"] for row in job.rows()] == [1, 2, 22, 23, 24]
     assert len(job.report().warnings) == 1
-    assert "back to the checkpoint of step 1, and steps 3 to 21 are left out" in job.report().warnings[0]
+    assert "rolled back to the checkpoint of step 1; steps 3 to 21 are skipped" in job.report().warnings[0]
     # killed after the roll-back, it goes on with the same steps left out
     assert -9 in train(other, 2, partial(spike_then_kill, 22))
     assert train(other, 2) == [0, 0]
@@ -80,7 +80,7 @@ def test_gpu_memory_that_runs_out_shows_before_the_first_step(job: Job) -> None:
     assert job.rows() == []
     failure = job.report().failure
     assert failure is not None
-    assert failure.sentence.startswith("GPU memory ran out: CUDA out of memory.")
+    assert failure.sentence.startswith("Out of GPU memory: CUDA out of memory.")
 
 
 def test_the_watchdog_names_the_rank_that_was_stopped(job: Job) -> None:
@@ -95,7 +95,7 @@ def test_the_watchdog_names_the_rank_that_was_stopped(job: Job) -> None:
         ranks.wait()
     logs = job.run / "logs" / "train-1"
     failure = Failure.model_validate_json((logs / "failure-rank0.json").read_text())
-    assert failure.sentence.startswith(f"No step for {hang} s. Rank 1 does not answer: it was last seen ")
+    assert failure.sentence.startswith(f"No progress for {hang} s. Rank 1 is not responding; its last heartbeat was ")
     assert re.search(r"s ago in step \d+ \(", failure.sentence)
     stacks = (logs / "stacks-rank0.txt").read_text()
     assert "_accumulate" in stacks or "_optimise" in stacks
@@ -110,14 +110,14 @@ def beat(step: int, phase: int = 0, activity: str = "data", time: float = 100.0)
     [
         (
             {0: beat(7, 3, "all-reduce"), 1: beat(7, 1, "micro-batch 1 of 2")},
-            "Rank 1 did not come: it is in step 7 (micro-batch 1 of 2), others in step 7 (all-reduce).",
+            "Rank 1 is behind: in step 7 (micro-batch 1 of 2), others in step 7 (all-reduce).",
         ),
         (
             {0: beat(7), 1: beat(6, time=40.0), 2: beat(7)},
-            "Rank 1 does not answer: it was last seen 61 s ago in step 6 (data).",
+            "Rank 1 is not responding; its last heartbeat was 61 s ago, in step 6 (data).",
         ),
-        ({0: beat(0, 0, "loading"), 1: None}, "Rank 1 does not answer: it was never seen."),
-        ({0: beat(7), 1: beat(7)}, "All ranks are in step 7 (data); see their stacks."),
+        ({0: beat(0, 0, "loading"), 1: None}, "Rank 1 is not responding; it has never sent a heartbeat."),
+        ({0: beat(7), 1: beat(7)}, "All ranks are at the same place, in step 7 (data); see their stack traces."),
     ],
 )
 def test_who_is_missing(beats: dict[int, Heartbeat | None], sentence: str) -> None:

@@ -109,7 +109,7 @@ def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[
     if layers and layers[-1] >= count:
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"layers {lora.layers}: the model's layers are numbered 0 to {count - 1}.",
+            f"The model has no layers {lora.layers}: they are numbered 0 to {count - 1}.",
             "tuning.lora.layers",
         )
     linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)}
@@ -172,7 +172,7 @@ def _existing(directory: Path) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"{directory} is a {config.peft_type} adapter; only LoRA adapters can be continued.",
+            f"{directory} is a {config.peft_type} adapter; only LoRA adapters can be trained further.",
             "model.adapter",
         )
     config.inference_mode = False
@@ -233,7 +233,7 @@ def magnitude(layer: LoraLayer, name: str) -> None:
     if not norms.all():
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"DoRA divides by the norm of each row, and {name} has rows of zeros: leave it out of targetModules.",
+            f"DoRA divides by the norm of each row, and {name} has rows of zeros: exclude it from targetModules.",
             "tuning.lora.dora",
         )
     fill(layer.lora_magnitude_vector[ADAPTER].weight, norms)

@@ -139,18 +139,18 @@ AttentionInterface.register(VARLEN, varlen_attention)
 def obstacle_to_sharing(
     model: nn.Module, config: PretrainedConfig, implementation: str, *, packed: bool, noise: float
 ) -> str:
-    """Why shared prefixes would change what is computed; empty if they would not. `noise` is NEFTune's alpha.
+    """Why sharing prefixes would change the results; empty if it would not. `noise` is NEFTune's alpha.
 
-    Whatever is drawn for every token (dropout, noise) differs between the copies of a prefix.
+    Dropout and noise, drawn per token, differ between the copies of a prefix.
     """
     if not packed:
-        return "examples have rows of their own"
+        return "examples do not share rows"
     if implementation not in KNOW_SHARED_PREFIXES:
-        return f"{_SPOKEN.get(implementation, implementation)} attention does not know of them"
+        return f"{_SPOKEN.get(implementation, implementation)} attention does not support it"
     if noise:
-        return "NEFTune's noise differs from copy to copy"
+        return "NEFTune's noise differs between the copies of a prefix"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or _any_dropout(config):
-        return "dropout differs from copy to copy"
+        return "dropout differs between the copies of a prefix"
     return ""
 
 
@@ -166,7 +166,7 @@ def choose_attention(
     device: torch.device,
     precision: torch.dtype,
 ) -> AttentionChoice:
-    """The attention for this model and device. Raises TrainerError (bad-spec) for one that cannot be had here.
+    """The attention for this model and device. Raises TrainerError (bad-spec) for one that is not available here.
 
     `supports_backend`: the architecture hands keyword arguments through to its attention function.
     `packed`: rows hold several documents; padded batches use transformers' own attention with a padding mask.
@@ -178,13 +178,13 @@ def choose_attention(
     if requested != "auto":
         names = {"flash": FLASH, "flex": FLEX, "varlen": VARLEN, "eager": "eager"}
         names["sdpa"] = "sdpa" if obstacle else DOCUMENTS
-        return _choice(names[requested], "as the spec says" + (f"; {obstacle}" if obstacle else ""))
+        return _choice(names[requested], "set in the spec" + (f"; {obstacle}" if obstacle else ""))
     if obstacle:
         return _choice("eager" if _softcap(config) or _sinks(config) else "sdpa", obstacle)
     if device.type == "cuda" and precision != torch.float32 and not _dropout(config):
-        # flash-attn, where it is installed, is the same kernel, and does not know of shared prefixes.
-        return _choice(VARLEN, "torch's variable-length flash attention needs no mask and knows shared prefixes")
-    return _choice(DOCUMENTS, "no mask, linear in the row's length")
+        # flash-attn, if installed, is the same kernel, but does not support shared prefixes.
+        return _choice(VARLEN, "torch's variable-length flash attention needs no mask and supports shared prefixes")
+    return _choice(DOCUMENTS, "needs no mask; linear in the row length")
 
 
 def _choice(implementation: str, why: str) -> AttentionChoice:
@@ -200,17 +200,17 @@ def _obstacle(config: PretrainedConfig, supports_backend: bool, packed: bool) ->
     if not packed:
         return "padded batches need a padding mask"
     if not supports_backend:
-        return f"{config.model_type} does not take other attention functions"
+        return f"{config.model_type} does not support other attention functions"
     kinds = set(getattr(config, "layer_types", None) or [])
     if getattr(config, "attention_chunk_size", None) or kinds - {"full_attention", "sliding_attention"}:
-        return f"{config.model_type} mixes other kinds of attention"
+        return f"{config.model_type} uses further kinds of attention"
     return ""
 
 
 def _refusal(
     requested: str, config: PretrainedConfig, device: torch.device, precision: torch.dtype, obstacle: str
 ) -> str:
-    """Why the requested attention cannot be had here; empty if it can."""
+    """Why the requested attention is not available here; empty if it is."""
     if requested == "flash":
         if device.type != "cuda" or precision == torch.float32:
             return "flash attention needs a GPU and 16-bit precision: set model.attention to auto."

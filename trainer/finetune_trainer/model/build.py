@@ -318,8 +318,8 @@ def _check_documents_apart(root: CausalModel, device: torch.device) -> None:
     if not deviation < PACKED_DEVIATION:
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"{root.config.model_type} computes something else for packed documents (logits are off by "
-            f"{deviation:.0%}): set training.packing to false.",
+            f"{root.config.model_type} gives different results for packed examples (logits differ by {deviation:.0%}). "
+            "Set training.packing to false.",
             "training.packing",
         )
 
@@ -346,19 +346,19 @@ def _choose_sharing(
         with masks_only():
             deviation = _deviation(root, device, shared=True)
         if not deviation < PACKED_DEVIATION:
-            obstacle = f"{root.config.model_type} computes something else then: logits are off by {deviation:.0%}"
+            obstacle = f"{root.config.model_type} gives different results with them: logits differ by {deviation:.0%}"
         else:
             obstacle = kernel_obstacle(_head_width(root.config), precision, device)
     if requested and obstacle:
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"Shared prefixes cannot be computed once: {obstacle}. Take training.sharedPrefixes out.",
+            f"This job cannot share prefixes: {obstacle}. Remove training.sharedPrefixes.",
             "training.sharedPrefixes",
         )
     root.shares_prefixes = requested is not False and not obstacle
-    why = obstacle or "what examples of a step begin with is computed once"
+    why = obstacle or "a common prefix of several examples is computed once"
     root.choices["sharedPrefixes"] = Choice(
-        value="on" if root.shares_prefixes else "off", why=why if requested is None else "as the spec says"
+        value="on" if root.shares_prefixes else "off", why=why if requested is None else "set in the spec"
     )
 
 
@@ -371,13 +371,13 @@ def _refuse_combinations(method: Method, tuning: Tuning, activation_checkpointin
     if activation_checkpointing and not method.traits.can_recompute:
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"{method.traits.title} cannot recompute activations: set training.activationCheckpointing to false.",
+            f"{method.traits.title} does not support activation checkpointing: set training.activationCheckpointing to false.",
             "training.activationCheckpointing",
         )
     if method.traits.four_bit and tuning.lora.init == "pissa":
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            "PiSSA takes the adapter out of the base, which a 4-bit base cannot express: use lora, or init: default.",
+            "PiSSA subtracts the adapter from the base, which a 4-bit base cannot express: use lora, or init: default.",
             "tuning.lora.init",
         )
 

@@ -1,4 +1,4 @@
-"""What this device does fast: the choices behind every `auto`, each with its reason for the report."""
+"""What the device does fast: the choices behind `auto`, each with the reason for the report."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from finetune_trainer.failures import TrainerError
 
 
 def choose_device(local_rank: int, gpus_per_node: int | None) -> torch.device:
-    """This rank's GPU; the CPU where the node shall have none, or where nobody said (None) and none is there.
+    """This rank's GPU; the CPU if the node is to have none, or if that is unknown (None) and it has none.
 
-    Raises TrainerError (crash: another node may be sound) where GPUs were asked for and CUDA does not find them:
-    a training on the CPU would hold them for weeks.
+    Raises TrainerError (crash: another node may work) if GPUs were requested and CUDA does not find them: training on
+    the CPU would occupy them for weeks.
     """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus_per_node == 0 or (gpus_per_node is None and not found):
@@ -20,8 +20,8 @@ def choose_device(local_rank: int, gpus_per_node: int | None) -> torch.device:
     if gpus_per_node is not None and local_rank >= found:
         raise TrainerError(
             FailureClass.CRASH,
-            f"This node should have {gpus_per_node} GPUs (topology.gpusPerNode), and CUDA finds {found}{_why_none()}. "
-            "Look at its driver and device plugin; with topology.gpusPerNode: 0 a job trains on the CPU.",
+            f"This node should have {gpus_per_node} GPUs (topology.gpusPerNode), but CUDA finds {found}{_why_none()}. "
+            "Check its driver and device plugin, or set topology.gpusPerNode to 0 to train on the CPU.",
             "topology.gpusPerNode",
         )
     device = torch.device("cuda", local_rank)
@@ -30,7 +30,7 @@ def choose_device(local_rank: int, gpus_per_node: int | None) -> torch.device:
 
 
 def _why_none() -> str:
-    """What CUDA says where it does not start; empty if it does."""
+    """The error with which CUDA fails to initialise; empty if it does not fail."""
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
@@ -42,19 +42,19 @@ def choose_precision(requested: str, device: torch.device) -> tuple[torch.dtype,
     """Data type of the products for the spec's `auto`, `bf16` or `fp32`.
 
     On a CPU without instructions for it bf16 is some 20 times slower than float32; with them 3 times faster
-    (measured: AVX2 alone, AVX512-BF16). Flags are asked, nothing is timed: all ranks must choose alike.
+    (measured: AVX2 alone, AVX512-BF16). Nothing is timed, because all ranks must make the same choice.
     """
     if requested != "auto":
         return (torch.bfloat16 if requested == "bf16" else torch.float32), Choice(
-            value=requested, why="as the spec says"
+            value=requested, why="set in the spec"
         )
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, Choice(value="bf16", why="the GPU computes it natively")
-        return torch.float32, Choice(value="fp32", why="the GPU has no bf16")
+            return torch.bfloat16, Choice(value="bf16", why="the GPU supports it natively")
+        return torch.float32, Choice(value="fp32", why="the GPU does not support bf16")
     if instructions := _bf16_instructions():
         return torch.bfloat16, Choice(value="bf16", why=f"the CPU has {instructions}")
-    return torch.float32, Choice(value="fp32", why="the CPU has no instructions for bf16")
+    return torch.float32, Choice(value="fp32", why="the CPU has no bf16 instructions")
 
 
 def _bf16_instructions() -> str:
@@ -67,7 +67,7 @@ def _bf16_instructions() -> str:
 def choose_compile(requested: bool | None, device: torch.device) -> tuple[bool, Choice]:
     """torch.compile layer by layer, for the spec's value or None for `auto`."""
     if requested is not None:
-        return requested, Choice(value="on" if requested else "off", why="as the spec says")
+        return requested, Choice(value="on" if requested else "off", why="set in the spec")
     if device.type == "cuda":
         return True, Choice(value="on", why="fuses kernels on a GPU")
-    return False, Choice(value="off", why="on a CPU it costs more to compile than it saves")
+    return False, Choice(value="off", why="on a CPU compiling costs more than it saves")

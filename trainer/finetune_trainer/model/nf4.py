@@ -38,8 +38,8 @@ def refuse_quantized(directory: Path, trust_remote_code: bool = False) -> None:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"The model is already quantised ({method}): it cannot be tuned further. "
-            "Name the unquantised model; with tuning.method qlora it is quantised here.",
+            f"The model is already quantised ({method}) and cannot be tuned. "
+            "Use the unquantised model; tuning.method: qlora quantises it.",
             "model",
         )
 
@@ -50,7 +50,7 @@ def refuse_saving_quantized(model: nn.Module, modules_to_save: list[str]) -> Non
         if any(module == name or module.endswith(f".{name}") for module in quantized_modules(model)):
             raise TrainerError(
                 FailureClass.BAD_SPEC,
-                f"{name} is stored in 4 bits and cannot be trained whole: take it out of modulesToSave, or use lora.",
+                f"{name} is stored in 4 bits and cannot be trained whole: remove it from modulesToSave, or use lora.",
                 "tuning.lora.modulesToSave",
             )
 

@@ -104,10 +104,10 @@ def kernel_obstacle(width: int, dtype: torch.dtype, device: torch.device) -> str
     try:
         deviation = kernel_deviation(width, dtype, device)
     except (RuntimeError, TypeError, AttributeError) as error:  # another release of PyTorch, a GPU without flash
-        return f"this device cannot compute it: {str(error).splitlines()[0][:200]}"
+        return f"this device does not support it: {str(error).splitlines()[0][:200]}"
     if deviation < MOST_KERNEL_DEVIATION:
         return ""
-    return f"this device computes something else then: attention is off by {deviation:.0%}"
+    return f"this device gives different results with them: attention differs by {deviation:.0%}"
 
 
 def kernel_deviation(width: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -226,9 +226,9 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def shape_mismatch(directory: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> TrainerError:
-    """The error for a tensor that does not have the shape the config says."""
+    """The error for a tensor whose shape differs from the config's."""
     return TrainerError(
         FailureClass.BAD_SPEC,
-        f"{directory}: tensor {name} has shape {list(found)} but the config asks for {list(expected)}.",
+        f"{directory}: tensor {name} has shape {list(found)}, but the config requires {list(expected)}.",
         "model",
     )

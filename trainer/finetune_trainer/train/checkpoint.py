@@ -1,7 +1,7 @@
-"""Checkpoints as transactions: written aside by all ranks, checked, published by one rename, or not at all.
+"""Checkpoints as transactions: written aside by all ranks, verified, and published by one rename or not at all.
 
-Layout of `checkpoints/step-00000010/`: torch.distributed.checkpoint's files, each rank's shards in its own, and
-`manifest.json` with sizes and sha256 of all of them. `step-00000010.tmp` was never published and is never read.
+Layout of `checkpoints/step-00000010/`: the files of torch.distributed.checkpoint, one per rank, and `manifest.json`
+with the size and sha256 of each. `step-00000010.tmp` was never published and is never read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FileRecord(BaseModel):
 
 
 class CheckpointManifest(BaseModel):
-    """What `manifest.json` says; `digest` is over all of it, so that a damaged manifest is known too."""
+    """The content of `manifest.json`; `digest` covers all of it, so that a damaged manifest is noticed too."""
 
     format: int = 1
     step: int
@@ -68,8 +68,8 @@ class CheckpointManifest(BaseModel):
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint that was checked."""
+class ValidCheckpoint:
+    """A checkpoint that was verified."""
 
     path: Path
     manifest: CheckpointManifest
@@ -81,7 +81,7 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def published_steps(directory: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending; whether they are valid is not looked at."""
+    """Steps of the published checkpoints, ascending, whether they are valid or not."""
     names = (path.name for path in directory.glob("step-*") if path.is_dir())
     return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
@@ -89,8 +89,8 @@ def published_steps(directory: Path) -> list[int]:
 def retained(steps: Sequence[int], keep: int, best: int | None, before: int | None) -> set[int]:
     """Which of the published steps (ascending, the last one just written) to keep.
 
-    The newest `keep`, the best one, and for a spike the newest not after `before`, where its window begins, with the
-    one after it, which takes its place once the window has passed it.
+    These are the newest `keep`, the best one, and for a rollback the newest one not after `before`, where the spike
+    window begins, with the one after it, which replaces it once the window has passed.
     """
     kept = {*steps[-max(1, keep) :], *(step for step in steps if step == best)}
     if before is not None:
@@ -120,14 +120,14 @@ class Checkpoints:
         self.published: CheckpointRef | None = None
         """The newest checkpoint that rank 0 published in this attempt."""
         self.damaged: dict[str, str] = {}
-        """Checkpoints that were passed over, and what is wrong with them."""
+        """Checkpoints that were skipped, with what is wrong with each."""
 
     # --- saving ---
 
     def save(self, tensors: dict[str, Tensor], state: TrainState) -> None:
         """Copy the tensors to the host and return; the rest happens in a thread. Collective.
 
-        Waits for the save before it, and raises what went wrong there.
+        Waits for the previous save, and raises its error if it failed.
         """
         self.wait()
         state = state.model_copy(deep=True)
@@ -142,11 +142,11 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way has failed here (it then fails on all ranks)."""
+        """Whether the current save has failed on this rank (it then fails on all ranks)."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Until the save under way is published. Raises TrainerError: storage-full, fenced."""
+        """Wait until the current save is published. Raises TrainerError: storage-full, fenced."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.result()
@@ -158,7 +158,7 @@ class Checkpoints:
                 files = self._together(lambda: file_records(own_files(aside, self._rank)))
                 self._together(lambda: self._publish(aside, state, files) if self._rank == 0 else None)
             except CheckpointException as error:
-                raise self._told(_cause(error), aside) from error
+                raise self._explained(_cause(error), aside) from error
         except BaseException as error:
             if self._rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -167,7 +167,7 @@ class Checkpoints:
             done.set_result(None)
 
     def _together(self, act: Callable[[], T]) -> list[T]:
-        """Results of all ranks; the first exception of any, on all."""
+        """Results of all ranks; the first exception of any rank is raised on all."""
         results: list[Any] = [None] * self._world_size
         try:
             own: Any = act()
@@ -197,7 +197,7 @@ class Checkpoints:
         final = step_directory(self._directory, state.step)
         self._check_fence()
         if final.exists():
-            _remove(final)  # damaged: it was passed over, else this step would not have been done again
+            _remove(final)  # damaged and skipped, otherwise this step would not have been repeated
         aside.rename(final)
         flush(self._directory)
         self._thin_out(state)
@@ -212,28 +212,28 @@ class Checkpoints:
         for step in set(valid) - retained(valid, self._keep, best, before):
             _remove(step_directory(self._directory, step))
 
-    def _told(self, error: Exception, aside: Path) -> Exception:
-        """The error with what a user needs: which checkpoint, how much space, what is left."""
+    def _explained(self, error: Exception, aside: Path) -> Exception:
+        """The error, for a full disk with the checkpoint, the space it needs and what is left to resume from."""
         if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
             return error
         usage = shutil.disk_usage(self._directory)
         steps = published_steps(self._directory)
         intact = f"Checkpoint {steps[-1]} is intact." if steps else "There is no earlier checkpoint."
         last = sum(f.stat().st_size for f in step_directory(self._directory, steps[-1]).iterdir()) if steps else 0
-        needed = f"; the last one has {_size(last)}" if last else ""
+        needed = f"; the last checkpoint has {_size(last)}" if last else ""
         return TrainerError(
             FailureClass.STORAGE_FULL,
-            f"No space is left for the checkpoint {aside.with_suffix('')}: {_size(usage.free)} of "
-            f"{_size(usage.total)} are free{needed}. {intact} Make storage.run.size larger, or lower checkpoint.keep.",
+            f"No space left for checkpoint {aside.with_suffix('')}: {_size(usage.free)} of {_size(usage.total)} free"
+            f"{needed}. {intact} Increase storage.run.size, or lower checkpoint.keep.",
             "storage.run.size",
         )
 
     # --- reading ---
 
-    def newest(self, at_most: int | None = None) -> Found | None:
-        """The newest published checkpoint that is whole, of at most so many steps. Collective.
+    def newest(self, at_most: int | None = None) -> ValidCheckpoint | None:
+        """The newest valid checkpoint, of at most `at_most` steps. Collective.
 
-        Damaged ones are passed over and entered in `damaged`; the ranks share the reading.
+        Damaged ones are skipped and recorded in `damaged`; each rank verifies a part of the files.
         """
         listed = published_steps(self._directory) if self._rank == 0 else []
         steps = self._from_rank_0([step for step in listed if at_most is None or step <= at_most])
@@ -243,12 +243,12 @@ class Checkpoints:
                 return found
         return None
 
-    def at(self, step: int) -> Found | None:
-        """The checkpoint after `step` steps, if it is whole. Collective."""
+    def at(self, step: int) -> ValidCheckpoint | None:
+        """The checkpoint after `step` steps, if it is valid. Collective."""
         return self.check(step_directory(self._directory, step))
 
-    def check(self, path: Path) -> Found | None:
-        """The checkpoint at `path` if it is whole, else None and an entry in `damaged`. Collective."""
+    def check(self, path: Path) -> ValidCheckpoint | None:
+        """The checkpoint at `path` if it is valid, otherwise None and an entry in `damaged`. Collective."""
         text, problem = self._from_rank_0(_read_manifest(path) if self._rank == 0 else ("", ""))
         if not problem:
             manifest = CheckpointManifest.model_validate_json(text)
@@ -256,16 +256,16 @@ class Checkpoints:
             problems = self._together(lambda: first_problem(path, {name: manifest.files[name] for name in names}))
             problem = next(filter(None, problems), "")
             if not problem:
-                return Found(path, manifest)
+                return ValidCheckpoint(path, manifest)
         self.damaged[str(path)] = problem
         return None
 
-    def restore(self, found: Found, tensors: dict[str, Tensor]) -> None:
-        """Read the checkpoint into `tensors`, whatever number of ranks wrote it. Collective."""
+    def restore(self, checkpoint: ValidCheckpoint, tensors: dict[str, Tensor]) -> None:
+        """Read the checkpoint into `tensors`; any number of ranks may have written it. Collective."""
         try:
-            load(dict(tensors), storage_reader=FileSystemReader(found.path), process_group=self._group)
+            load(dict(tensors), storage_reader=FileSystemReader(checkpoint.path), process_group=self._group)
         except CheckpointException as error:
-            raise RuntimeError(f"{found.path} cannot be read: {_cause(error)}") from error
+            raise RuntimeError(f"{checkpoint.path} cannot be read: {_cause(error)}") from error
 
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints after `step`, newest first. Collective."""
@@ -276,7 +276,7 @@ class Checkpoints:
         dist.barrier(group=self._group)
 
     def clean(self) -> None:
-        """Remove what attempts before this one left unpublished. Collective."""
+        """Remove what earlier attempts left unpublished. Collective."""
         if self._rank == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
             for suffix in (ASIDE, REMOVED):
@@ -292,7 +292,7 @@ class Checkpoints:
 
 
 def own_files(aside: Path, rank: int) -> list[Path]:
-    """Files that `rank` wrote; the metadata of all are rank 0's."""
+    """Files that `rank` wrote; rank 0 also wrote the metadata."""
     return sorted(aside.glob(f"__{rank}_*")) + ([aside / ".metadata"] if rank == 0 else [])
 
 
@@ -302,15 +302,15 @@ def file_records(paths: Iterable[Path]) -> dict[str, FileRecord]:
 
 
 def first_problem(path: Path, files: dict[str, FileRecord]) -> str:
-    """What is wrong with the first damaged one of these files of a checkpoint; empty if they are whole."""
+    """What is wrong with the first damaged one of these files of a checkpoint; empty if all are valid."""
     for name, record in files.items():
         file = path / name
         if not file.exists():
-            return f"{name} is gone"
+            return f"{name} is missing"
         if file.stat().st_size != record.bytes:
-            return f"{name} has {file.stat().st_size} bytes, not {record.bytes}"
+            return f"{name} has {file.stat().st_size} bytes instead of {record.bytes}"
         if sha256_of(file) != record.sha256:
-            return f"{name} has other content than was written"
+            return f"{name} is corrupt: its checksum differs"
     return ""
 
 
@@ -320,16 +320,16 @@ def _read_manifest(path: Path) -> tuple[str, str]:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = CheckpointManifest.model_validate_json(text)
     except FileNotFoundError:
-        return "", f"{MANIFEST} is gone"
+        return "", f"{MANIFEST} is missing"
     except (OSError, ValidationError, UnicodeDecodeError):
         return "", f"{MANIFEST} cannot be read"
     if manifest.digest != manifest.computed_digest():
-        return "", f"{MANIFEST} has other content than was written"
+        return "", f"{MANIFEST} is corrupt: its checksum differs"
     return text, ""
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint out of sight in one step, then delete it."""
+    """Rename a checkpoint, so that it is gone in one step, then delete it."""
     removed = path.with_suffix(REMOVED)
     shutil.rmtree(removed, ignore_errors=True)
     path.rename(removed)

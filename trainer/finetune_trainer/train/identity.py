@@ -1,4 +1,4 @@
-"""What must not change under a checkpoint: the fields that decide which losses follow from it. Pure."""
+"""The fields that a checkpoint is tied to: those that decide which losses follow from it. Pure."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FREE_TRAINING_FIELDS = {
     "sharedPrefixes",
     "precision",
 }
-"""Fields of `training` that change how, not what, is computed, or only what is looked at."""
+"""Fields of `training` that change how something is computed or what is monitored, not what is computed."""
 STARTING_FIELDS = {"tuning.lora.dropout", "tuning.lora.bPlusRatio", "tuning.lora.init", "tuning.prompt.initText"}
-"""Fields of `tuning` that say how weights begin or are learnt, not what they mean."""
+"""Fields of `tuning` that decide how weights start or are trained, not what they mean."""
 
 
 def training_identity(spec: FineTuneJobSpec, model_digest: str, data_digest: str) -> Identity:
@@ -50,15 +50,15 @@ def refuse_other(stored: Identity, current: Identity, where: str) -> None:
         if was != now:
             raise TrainerError(
                 FailureClass.CONFIG_CHANGED,
-                f"{where} was made with {field} = {_shown(was)}, now it is {_shown(now)}. "
-                "Change it back, or run the new configuration under another name.",
+                f"{where} was written with {field} = {_shown(was)}, but the job now has {_shown(now)}. "
+                "Change it back, or run the new configuration under a new name.",
                 field,
             )
 
 
 def refuse_other_weights(stored: Identity, current: Identity, where: str) -> None:
-    """The same for a start from another job's weights: only what the weights mean must be the same."""
-    # PiSSA takes the adapter out of the base by its seed: its weights mean nothing beside another rest of the base.
+    """The same for starting from another job's weights: only what the weights mean must agree."""
+    # PiSSA subtracts an adapter that depends on the seed from the base: its weights fit that remainder only.
     pissa = [identity.get("tuning.lora.init") == "pissa" for identity in (stored, current)]
     also = {"tuning.lora.init"} if any(pissa) else set()
     also |= {"training.seed"} if all(pissa) else set()
@@ -82,5 +82,5 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: object) -> str:
-    text = "nothing" if value is None else str(value)
+    text = "unset" if value is None else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: at once while nothing is worth saving, after a collective checkpoint once training runs."""
+"""SIGTERM and SIGINT end the process at once before the first step, and after a collective checkpoint from then on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from finetune_trainer.failures import TrainerError
 
 
 class Interrupt:
-    """Whether this process was told to end."""
+    """Whether this process has received SIGTERM or SIGINT."""
 
     def __init__(self) -> None:
         self.requested = False
         self._deferred = False
 
     def install(self) -> None:
-        """Take over SIGTERM and SIGINT; only in the main thread."""
+        """Handle SIGTERM and SIGINT; call it in the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def defer_signals(self) -> None:
-        """From now on signals only set `requested`: the loop saves and ends."""
+        """From now on signals only set `requested`; the loop saves a checkpoint and ends."""
         self._deferred = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -32,5 +32,5 @@ class Interrupt:
 
 
 def preempted(when: str) -> TrainerError:
-    """The end that was asked for from outside."""
-    return TrainerError(FailureClass.PREEMPTED, f"Stopped from outside {when}; it goes on from there.")
+    """The error of a run that was stopped by a signal."""
+    return TrainerError(FailureClass.PREEMPTED, f"Stopped by a signal {when}; the next attempt resumes there.")

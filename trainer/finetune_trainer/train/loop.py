@@ -181,7 +181,7 @@ class Loop:
     def _validate(self) -> bool:
         """Validate; returns whether the loss is the best so far."""
         assert self.validator is not None
-        self.watchdog.expect("validation", self.plan.hang_seconds, self.state.step)
+        self.watchdog.expect("validating", self.plan.hang_seconds, self.state.step)
         validation = self.validator(self.model)
         watched = validation.loss if self.plan.watched == "loss" else -validation.accuracy
         better = self.state.record_validation(validation.loss, watched, self.plan.patience)
@@ -220,12 +220,12 @@ class Loop:
 
     def _save(self) -> None:
         if self._saved_step != self.state.step:
-            self.watchdog.expect("checkpoint", self.plan.hang_seconds, self.state.step)
+            self.watchdog.expect("saving a checkpoint", self.plan.hang_seconds, self.state.step)
             self.checkpoints.save(self.optimizer.tensors(), self.state)
             self._saved_step, self._saved_at = self.state.step, self.clock()
 
     def _wait_for_checkpoint(self) -> None:
-        self.watchdog.expect("checkpoint", self.plan.hang_seconds, self.state.step)
+        self.watchdog.expect("saving a checkpoint", self.plan.hang_seconds, self.state.step)
         self.checkpoints.wait()
         self.monitor.checkpoint(self.checkpoints.published)
 

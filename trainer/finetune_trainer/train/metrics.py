@@ -1,4 +1,4 @@
-"""Training curves on the volume, and how fast it goes."""
+"""Training curves on the volume, and the speed of training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ RECENT_STEPS = 20
 
 
 class MetricsFile:
-    """One JSON object a line; every step once, however often it was done again after a failure."""
+    """One JSON object per line; every step once, however often it was repeated after failures."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step`, which are about to be made again, and a line cut by a crash."""
+        """Drop the rows after `step`, which will be written again, and a line that a crash cut off."""
         if not self._path.exists():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             return
@@ -52,14 +52,14 @@ def _step_of(line: str) -> float:
 
 
 class Throughput:
-    """Tokens a second and seconds a step over the newest steps of this attempt."""
+    """Tokens per second and seconds per step over the newest steps of this attempt."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._steps: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)], maxlen=RECENT_STEPS + 1)
 
     def restart(self) -> None:
-        """Something other than a step took time: do not count it."""
+        """Do not count the time since the last step, in which something else was done."""
         self._steps.clear()
         self._steps.append((self._clock(), 0, 0))
 

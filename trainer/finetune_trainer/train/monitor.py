@@ -1,4 +1,4 @@
-"""Everything a training says while it runs: curves on the volume, the report, W&B. Only rank 0 speaks."""
+"""What a run reports while it trains: curves on the volume, the report, W&B. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune_trainer.train.validate import Validation
 
 @dataclass
 class Monitor:
-    """Takes what the loop found out and passes it on."""
+    """Passes the loop's results on."""
 
     reporter: Reporter
     metrics: MetricsFile | None
@@ -90,23 +90,23 @@ class Monitor:
         self.throughput.restart()
 
     def rolled_back(self, spike: Spike, step: int) -> None:
-        """Training goes on from the checkpoint of `step`, without the steps of the spike."""
+        """Training continues from the checkpoint of `step`, without the steps of the spike."""
         if self.metrics is not None:
             self.metrics.rewind(step)
+        skipped = f"steps {spike.first + 1} to {spike.last + 1} are skipped"
         self.reporter.warn(
-            f"The loss spiked ({spike.sentence}): back to the checkpoint of step {step}, and steps {spike.first + 1} "
-            f"to {spike.last + 1} are left out."
+            f"The loss spiked ({spike.sentence}): rolled back to the checkpoint of step {step}; {skipped}."
         )
         self.throughput.restart()
 
     def checkpoint(self, published: CheckpointRef | None) -> None:
-        """The newest published checkpoint; nothing happens if it was known."""
+        """Report the newest published checkpoint, unless it was reported before."""
         if published is not None and published != self._checkpoint:
             self._checkpoint = published
             self.reporter.update(last_checkpoint=published)
 
     def tracked(self) -> None:
-        """Look how the tracker is doing."""
+        """Report the tracker's page, or its problem."""
         if self.tracker.url and not self.reporter.report.wandb_url:
             self.reporter.update(wandb_url=self.tracker.url)
         if self.tracker.problem:

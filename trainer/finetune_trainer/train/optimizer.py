@@ -1,6 +1,6 @@
 """AdamW over the trainable parameters, with clipping and skipping inside the fused kernel.
 
-Everything here works on the shards that a rank holds; nothing is exchanged. The squared gradient norm is this
+Everything here works on this rank's shards, without communication. The squared gradient norm is this
 rank's share of it, so that the loop's one all-reduce sums it together with the loss.
 """
 

@@ -1,4 +1,4 @@
-"""How the ranks of a training meet: device, process group, mesh. The same under torchrun, accelerate and alone."""
+"""Process group, device mesh and determinism; the same under torchrun, under accelerate and in a single process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 def init_distributed(device: torch.device, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
     """Join the default group (NCCL for GPU tensors, gloo for the rest); returns a gloo group for checkpoints.
 
-    Addresses come from the environment (MASTER_ADDR, MASTER_PORT); a single process needs none. The time-out must
-    be longer than the watchdog's, which tells more.
+    Addresses come from the environment (MASTER_ADDR, MASTER_PORT); a single process needs none. The timeout must
+    be longer than the watchdog's, whose message says more.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
@@ -39,7 +39,7 @@ def build_mesh(device: torch.device, world_size: int, ranks_per_node: int, hybri
 
 
 def set_determinism() -> None:
-    """Only kernels that give the same bits each time; an operation that has none is refused by name."""
+    """Use only kernels with reproducible results; an operation without one raises an error that names it."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

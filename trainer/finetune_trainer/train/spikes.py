@@ -1,7 +1,7 @@
-"""When has training gone wrong, and which steps are to be left out? Pure, and small enough to be stored.
+"""Detects that the loss has spiked, and which steps to skip. Pure, and small enough to be stored.
 
-A step is suspicious if its loss or gradient norm is not finite, or its loss lies far above those of the window
-before it. One hard batch is not a spike: several suspicious steps in a row are.
+A step is suspicious if its loss or gradient norm is not finite, or its loss is far above those of the preceding
+window. One hard batch is not a spike: several consecutive suspicious steps are.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 WINDOW = 16
-"""Normal steps that a loss is compared with."""
+"""Number of normal steps with which a loss is compared."""
 FEWEST = 8
-"""Normal steps without which no loss is judged."""
+"""Number of normal steps before the first comparison."""
 PATIENCE = 3
-"""Suspicious steps in a row that make a spike."""
+"""Consecutive suspicious steps that make a spike."""
 THRESHOLD = 6.0
 """Standard deviations above the window's mean."""
 MOST_ROLLBACKS = 2
-"""Spikes that are answered by going back; the next one ends the training."""
+"""Spikes that are answered with a rollback; the next one ends the training."""
 
 
 @dataclass(frozen=True)
 class Spike:
-    """Steps first..last (counted from 0): the window and the suspicious ones after it, all to be left out."""
+    """Steps first..last (counted from 0): the window and the suspicious ones after it, all to be skipped."""
 
     first: int
     last: int
@@ -52,8 +52,8 @@ def observe(state: SpikeState, step: int, loss: float, grad_norm: float, warm: b
         return SpikeState(window=state.window, suspicious=suspicious), None
     first = state.window[0][0] if state.window else suspicious[0]
     mean = _mean([seen for _, seen in state.window]) if state.window else math.nan
-    what = f"loss {loss:.4g} against {mean:.4g} before" if finite else "loss or gradients are not finite"
-    return state, Spike(first, step, f"{what}, for {len(suspicious)} steps in a row up to step {step + 1}")
+    what = f"loss {loss:.4g}, {mean:.4g} before" if finite else "loss or gradients are not finite"
+    return state, Spike(first, step, f"{what}, for {len(suspicious)} consecutive steps up to step {step + 1}")
 
 
 def _far_above(loss: float, window: list[float]) -> bool:

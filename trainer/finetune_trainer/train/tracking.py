@@ -1,7 +1,7 @@
-"""Weights & Biases from rank 0, in a thread of its own: slow, unreachable or broken, it never holds the training.
+"""Weights & Biases from rank 0, in a thread of its own: slow, unreachable or broken, it never delays training.
 
-Only Train holds the key, so the evaluation that W&B is shown is Train's own: the validation rows by dataset, and in
-the run's summary those of the weights that were exported. The comparison with the base model is Evaluate's page.
+Only Train has the key, so the evaluation in W&B is that of Train: the validations by dataset, and in the run's
+summary those of the exported weights. The comparison with the base model is Evaluate's page.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from finetune_trainer.failures import redact
 INIT_SECONDS = 60
 FINISH_SECONDS = 60.0
 MOST_PENDING = 100_000
-"""Rows that wait for a tracker that does not answer; newer ones are dropped."""
+"""Rows kept for a tracker that does not respond; newer ones are dropped."""
 
 EVALUATION_COLUMNS = ("train/step", "exported", "dataset", "documents", "loss", "accuracy")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the validations of all attempts found."""
+    """The validations of all attempts."""
 
     table: list[list[Any]]
-    """A line for each validation and dataset, as EVALUATION_COLUMNS."""
+    """One row per validation and dataset, with EVALUATION_COLUMNS."""
     summary: dict[str, float]
     """Of the exported weights: `exported/<dataset>/accuracy` and the like."""
 
@@ -53,7 +53,7 @@ class Tracker(Protocol):
     url: str
     """Page of the run, once it is known."""
     problem: str
-    """Why nothing arrives there, in a sentence; empty while all is well."""
+    """Why nothing arrives there, as a sentence; empty if there is no problem."""
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Add values at an optimiser step."""
@@ -122,16 +122,16 @@ class WandbTracker:
             try:
                 self._rows.put_nowait({**values, "train/step": step})
             except queue.Full:
-                self.problem = f"W&B has not taken anything for {MOST_PENDING} rows; the curves there end."
+                self.problem = f"W&B has not accepted data for {MOST_PENDING:,} rows; its curves end here."
 
     def finish(self, evaluation: Evaluation, timeout_seconds: float | None = None) -> None:
-        """Send what is left; after the time-out (FINISH_SECONDS) it is left behind."""
+        """Send what is left; after the timeout (FINISH_SECONDS) it is dropped."""
         timeout_seconds = FINISH_SECONDS if timeout_seconds is None else timeout_seconds
         if self._thread.is_alive() and not self.problem:
             self._rows.put(evaluation)
             self._thread.join(timeout_seconds)
             if self._thread.is_alive():
-                self.problem = f"W&B did not take the last rows within {timeout_seconds:.0f} s."
+                self.problem = f"W&B did not accept the last rows within {timeout_seconds:.0f} s."
 
     def _send(self) -> None:
         try:
@@ -148,6 +148,6 @@ class WandbTracker:
                 run.log({"evaluation": wandb.Table(columns=list(EVALUATION_COLUMNS), data=row.table)})
             run.summary.update(row.summary)
             run.finish()
-        except BaseException as error:  # whatever it is, training goes on
+        except BaseException as error:  # training continues whatever it is
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.problem = f"W&B is not reached, training goes on without: {redact(first)}"
+            self.problem = f"W&B cannot be used, training continues without it: {redact(first)}"

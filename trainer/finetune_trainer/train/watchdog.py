@@ -1,7 +1,7 @@
-"""Notices that no step comes any more, writes every thread's stack, and names the rank that did not come.
+"""Notices that training makes no progress, writes the stack of every thread, and names the rank that is to blame.
 
-A thread of each rank leaves a heartbeat on the volume. A rank that was stopped leaves none; one that is stuck
-elsewhere is behind the others, who wait for it in a collective.
+A thread of each rank writes a heartbeat to the volume. A stopped rank writes none; a rank that is stuck elsewhere
+is behind the others, which wait for it in a collective.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from finetune_api.files import write_json
 log = logging.getLogger(__name__)
 
 BACKSTOP_SECONDS = 60.0
-"""After so much longer the interpreter ends the process itself, even if no Python thread runs any more."""
+"""So much later the interpreter ends the process itself, even if no Python thread runs any more."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank was when last seen."""
+    """Where a rank was when it wrote this."""
 
     step: int
     phase: int
-    """Counts the marks within the step: a rank that is behind has the lower number."""
+    """Counts the marks within the step: the rank with the lowest number is behind."""
     activity: str
     time: float
     """Unix time."""
 
 
 class Watchdog:
-    """Watches the steps of this rank. `on_hang` gets the sentence and must end the process."""
+    """Watches this rank's progress. `on_hang` is called with a sentence and must end the process."""
 
     def __init__(
         self, logs: Path, rank: int, world_size: int, hang_seconds: float, on_hang: Callable[[str], None]
@@ -56,63 +56,63 @@ class Watchdog:
         return logs
 
     def start(self) -> None:
-        """Begin to watch."""
-        self._leave_heartbeat()
+        """Start watching."""
+        self._write_heartbeat()
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
 
     def expect(self, activity: str, budget_seconds: float, step: int | None = None) -> None:
-        """A new piece of work begins, which must be done within the budget."""
+        """A new piece of work starts, which must finish within the budget."""
         self._step = self._step if step is None else step
         self._phase, self._activity = 0, activity
         self._since, self._budget = time.monotonic(), budget_seconds
         faulthandler.dump_traceback_later(budget_seconds + BACKSTOP_SECONDS, exit=True, file=self._stacks)
 
     def mark(self, activity: str) -> None:
-        """The same piece of work has come to another place; its budget goes on."""
+        """The same piece of work has reached its next part; the budget stays the same."""
         self._phase, self._activity = self._phase + 1, activity
 
     # --- the thread ---
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
-            self._leave_heartbeat()
+            self._write_heartbeat()
             if time.monotonic() - self._since > self._budget:
-                self._tell()
+                self._report_hang()
 
-    def _leave_heartbeat(self) -> None:
+    def _write_heartbeat(self) -> None:
         beat = Heartbeat(self._step, self._phase, self._activity, time.time())
         try:
             write_json(heartbeat_file(self._logs, self._rank), asdict(beat))
         except OSError as error:
-            log.warning("no heartbeat could be left: %s", error)
+            log.warning("The heartbeat could not be written: %s", error)
 
-    def _tell(self) -> None:
+    def _report_hang(self) -> None:
         budget = self._budget
         for file in (self._stacks, sys.stderr):
             faulthandler.dump_traceback(file=file, all_threads=True)
             file.flush()
-        time.sleep(2 * self._interval)  # the peers' heartbeats and stacks come within this time
+        time.sleep(2 * self._interval)  # the other ranks write their heartbeats and stacks within this time
         beats = read_heartbeats(self._logs, self._world_size)
-        what = f"no step for {budget:.0f} s" if self._activity_is_step else f"{self._activity} took over {budget:.0f} s"
-        self._on_hang(f"{what[0].upper()}{what[1:]}. {who_is_missing(beats, 4 * self._interval, time.time())}")
+        what = "No progress for" if self._in_step else f"{self._activity[0].upper()}{self._activity[1:]} took over"
+        self._on_hang(f"{what} {budget:.0f} s. {who_is_missing(beats, 4 * self._interval, time.time())}")
 
     @property
-    def _activity_is_step(self) -> bool:
+    def _in_step(self) -> bool:
         return self._step > 0 or self._phase > 0
 
 
 def heartbeat_file(logs: Path, rank: int) -> Path:
-    """Where a rank leaves its heartbeat."""
+    """Where a rank writes its heartbeat."""
     return logs / f"heartbeat-rank{rank}.json"
 
 
 def read_heartbeats(logs: Path, world_size: int) -> dict[int, Heartbeat | None]:
-    """The ranks' newest heartbeats; None for one that left none."""
+    """The newest heartbeat of each rank; None if there is none."""
     beats: dict[int, Heartbeat | None] = {}
     for rank in range(world_size):
         try:
@@ -123,20 +123,21 @@ def read_heartbeats(logs: Path, world_size: int) -> dict[int, Heartbeat | None]:
 
 
 def who_is_missing(beats: dict[int, Heartbeat | None], stale_seconds: float, now: float) -> str:
-    """A sentence that names the rank that the others wait for."""
+    """A sentence that names the rank for which the others wait."""
     silent = {r: b for r, b in beats.items() if b is None or now - b.time > stale_seconds}
     if silent and len(silent) < len(beats):
         rank, beat = min(silent.items(), key=lambda item: item[1].time if item[1] else 0.0)
-        seen = f"was last seen {now - beat.time:.0f} s ago {_place(beat)}" if beat else "was never seen"
-        return f"Rank {rank} does not answer: it {seen}."
+        last = f"its last heartbeat was {now - beat.time:.0f} s ago, {_place(beat)}" if beat else ""
+        return f"Rank {rank} is not responding; {last or 'it has never sent a heartbeat'}."
     known = {r: b for r, b in beats.items() if b is not None}
     if len({(b.step, b.phase) for b in known.values()}) > 1:
         rank, beat = min(known.items(), key=lambda item: (item[1].step, item[1].phase))
         others = max(known.values(), key=lambda b: (b.step, b.phase))
-        return f"Rank {rank} did not come: it is {_place(beat)}, others {_place(others)}."
-    place = _place(next(iter(known.values()))) if known else "at an unknown place"
-    return f"All ranks are {place}; see their stacks."
+        return f"Rank {rank} is behind: {_place(beat)}, others {_place(others)}."
+    if not known:
+        return "No rank has sent a heartbeat; see their stack traces."
+    return f"All ranks are at the same place, {_place(next(iter(known.values())))}; see their stack traces."
 
 
 def _place(beat: Heartbeat) -> str:
-    return f"in step {beat.step} ({beat.activity})" if beat.step else f"in {beat.activity}"
+    return f"in step {beat.step} ({beat.activity})" if beat.step else beat.activity
