@@ -31,6 +31,16 @@ RESUME_VARIABLE = "FINETUNE_RESUME_FROM"
 """Directory at which the claim of `training.resumeFrom` is mounted."""
 RUN_CONFIG_FILE = "run-config.json"
 FENCE_FILE = "fence.json"
+REPORTS_DIRECTORY = "reports"
+LOGS_DIRECTORY = "logs"
+METRICS_FILE = "metrics/train.jsonl"
+"""In the run directory, as the ones above."""
+
+
+def attempt_name(stage: Stage, number: int) -> str:
+    """Name of an attempt in the run directory: `reports/<name>.json`, `logs/<name>/`."""
+    return f"{stage}-{number}"
+
 
 TokenKind = Literal["hub", "publish", "wandb"]
 

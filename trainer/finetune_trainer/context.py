@@ -18,10 +18,14 @@ from finetune_api.runconfig import (
     CONFIG_VARIABLE,
     FENCE_FILE,
     GPUS_VARIABLE,
+    LOGS_DIRECTORY,
+    METRICS_FILE,
+    REPORTS_DIRECTORY,
     TOKENS_VARIABLE,
     Attempt,
     RunConfig,
     TokenKind,
+    attempt_name,
 )
 from finetune_trainer.failures import TrainerError, register_secret
 from finetune_trainer.reporter import Reporter
@@ -75,7 +79,7 @@ class RunContext:
     @property
     def reports(self) -> Path:
         """One report per attempt."""
-        return self.run / "reports"
+        return self.run / REPORTS_DIRECTORY
 
     @property
     def logs(self) -> Path:
@@ -85,7 +89,7 @@ class RunContext:
     @property
     def metrics_file(self) -> Path:
         """Training curves, one JSON object per line."""
-        return self.run / "metrics" / "train.jsonl"
+        return self.run / METRICS_FILE
 
     def resolve_source(self, path: str, field: str) -> Path:
         """The file or directory that a `path` of the spec refers to: absolute, next to the job's file, or in the cache.
@@ -131,7 +135,7 @@ class RunContext:
 
 def attempt_logs(run: Path, attempt: Attempt) -> Path:
     """Directory of one attempt's logs on the volume."""
-    return run / "logs" / f"{attempt.stage}-{attempt.number}"
+    return run / LOGS_DIRECTORY / attempt_name(attempt.stage, attempt.number)
 
 
 def _config_and_attempt(environ: Mapping[str, str]) -> tuple[RunConfig, Attempt]:
@@ -171,7 +175,7 @@ def context_from_environment(environ: Mapping[str, str] = os.environ) -> RunCont
     return RunContext(
         config=config,
         attempt=attempt,
-        reporter=Reporter(attempt, Path(config.paths.run) / "reports", enabled=rank == 0),
+        reporter=Reporter(attempt, Path(config.paths.run) / REPORTS_DIRECTORY, enabled=rank == 0),
         rank=rank,
         world_size=world_size,
         local_rank=int(environ.get("LOCAL_RANK", "0")),

@@ -20,7 +20,7 @@ from typing import Any
 
 from finetune_api.files import write_json
 from finetune_api.report import Choice, Failure, Progress, Report
-from finetune_api.runconfig import REPORT_VARIABLE, Attempt
+from finetune_api.runconfig import REPORT_VARIABLE, Attempt, attempt_name
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Reporter:
 
     def __init__(self, attempt: Attempt, directory: Path, *, enabled: bool) -> None:
         self.report = Report(attempt=attempt.id, stage=attempt.stage, time=datetime.now(UTC))
-        self._path = directory / f"{attempt.stage}-{attempt.number}.json"
+        self._path = directory / f"{attempt_name(attempt.stage, attempt.number)}.json"
         self._enabled = enabled
         self._written_at = 0.0
         patched = enabled and attempt.report_to == "configmap"

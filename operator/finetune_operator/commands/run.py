@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune_api.runconfig import METRICS_FILE
 from finetune_operator.commands._output import OutputFormat, output_of
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 
@@ -161,7 +162,7 @@ class Show:
     def _read_metrics(self) -> None:
         """Take in the rows that were added; a row that is half written is left for the next time."""
         try:
-            with (self._record.run / "metrics" / "train.jsonl").open("rb") as file:
+            with (self._record.run / METRICS_FILE).open("rb") as file:
                 # A resumed training cuts the file back to its checkpoint: in place, or by another file.
                 found = os.fstat(file.fileno())
                 if found.st_ino != self._inode or found.st_size < self._offset:

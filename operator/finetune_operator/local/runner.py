@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from finetune_api.base import Stage
 from finetune_api.files import write_json
 from finetune_api.report import Report
-from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
+from finetune_api.runconfig import REPORTS_DIRECTORY, Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.status import ConditionType, JobStatus
 from finetune_operator.decision.decide import decide
 from finetune_operator.decision.model import (
@@ -179,7 +179,7 @@ class Runner:
         )
 
     def _read_reports(self) -> Iterator[Report]:
-        for file in sorted((self._record.run / "reports").glob("*.json")):
+        for file in sorted((self._record.run / REPORTS_DIRECTORY).glob("*.json")):
             with contextlib.suppress(FileNotFoundError):
                 changed = file.stat().st_mtime_ns
                 cached = self._reports.get(file)

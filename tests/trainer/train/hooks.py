@@ -17,7 +17,7 @@ def at_step(step: int, act: str, ranks: tuple[int, ...] = (0,)) -> None:
     optimise = Loop._optimise
 
     def interrupted(self: Any, at: int) -> None:
-        if at == step and self.plan.rank in ranks:
+        if at == step and self.settings.rank in ranks:
             os.kill(os.getpid(), signal.Signals[act])
         optimise(self, at)
 
@@ -46,7 +46,7 @@ def poisoned(steps: tuple[int, ...], factor: float, rank: int) -> None:
 
     def poison(self: Any, assignment: Any) -> Any:
         loss = accumulate(self, assignment)
-        if self.state.step in steps and self.plan.rank == rank:
+        if self.state.step in steps and self.settings.rank == rank:
             for parameter in self.optimizer.parameters.values():
                 parameter.grad.mul_(factor)
             loss = loss * factor

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.trainer.train.jobs import DatasetOf, Job, make_job, train
 
-from finetune_trainer.train.tracking import Evaluation, WandbTracker
+from finetune_trainer.train.tracking import TrackedEvaluation, WandbTracker
 
 TRAINING = {"globalBatchSize": 4, "maxSteps": 4, "validateEvery": 2, "learningRate": 1e-3}
 KEY = "wandb_v1_SecretKeyThatMustNotShow0123456789"
@@ -135,6 +135,6 @@ def test_a_tracker_that_never_answers_holds_nobody(tmp_path: Path, monkeypatch: 
     )
     for step in range(1000):
         tracker.log({"train/loss": 1.0}, step)
-    tracker.finish(Evaluation([], {}), timeout_seconds=0.05)
+    tracker.finish(TrackedEvaluation([], {}), timeout_seconds=0.05)
     assert tracker.problem == "W&B did not accept the last rows within 0 s."
     waits.set()

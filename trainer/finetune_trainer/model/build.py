@@ -371,7 +371,8 @@ def _refuse_combinations(method: Method, tuning: Tuning, activation_checkpointin
     if activation_checkpointing and not method.traits.can_recompute:
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"{method.traits.title} does not support activation checkpointing: set training.activationCheckpointing to false.",
+            f"{method.traits.title} does not support activation checkpointing: "
+            "set training.activationCheckpointing to false.",
             "training.activationCheckpointing",
         )
     if method.traits.four_bit and tuning.lora.init == "pissa":

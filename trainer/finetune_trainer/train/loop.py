@@ -31,7 +31,7 @@ from finetune_trainer.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopSettings:
     """What the loop does when."""
 
     total: int
@@ -58,7 +58,7 @@ class Plan:
 class Loop:
     """One rank's part of training."""
 
-    plan: Plan
+    settings: LoopSettings
     model: CausalModel
     objective: Objective
     optimizer: Optimizer
@@ -100,7 +100,7 @@ class Loop:
             stop, save, failed = (any(getattr(r.flags, flag) for r in results) for flag in ("stop", "save", "failed"))
             if failed:
                 self.checkpoints.wait()  # raises the error of the save, on every rank
-            if save or stop or (better and self.plan.keep_best):
+            if save or stop or (better and self.settings.keep_best):
                 self._save()
             if stop:
                 self._wait_for_checkpoint()
@@ -111,8 +111,8 @@ class Loop:
 
     def _begin(self) -> None:
         """Run the largest micro-batch and discard it: memory runs out now or never. Then save the first checkpoint."""
-        self.watchdog.expect("compiling and trying the largest micro-batch", self.plan.start_seconds)
-        torch.manual_seed(self.plan.seed)
+        self.watchdog.expect("compiling and trying the largest micro-batch", self.settings.start_seconds)
+        torch.manual_seed(self.settings.seed)
         batch = self.batcher.largest().to(self.device)
         self.model.sync_gradients(last=True)
         self.objective(self.model, batch).loss.backward()  # type: ignore[no-untyped-call]
@@ -130,8 +130,8 @@ class Loop:
     def _optimise(self, step: int) -> None:
         """Forward and backward passes over the step's examples, and the update."""
         first = self.monitor.throughput.seconds_per_step is None
-        self.watchdog.expect("data", self.plan.start_seconds if first else self.plan.hang_seconds, step + 1)
-        torch.manual_seed(seed_of("step", self.plan.seed, step, self.plan.rank))
+        self.watchdog.expect("data", self.settings.start_seconds if first else self.settings.hang_seconds, step + 1)
+        torch.manual_seed(seed_of("step", self.settings.seed, step, self.settings.rank))
         assignment = self.batcher.assign_rows(self.sampler.step(step))
         loss = self._accumulate(assignment)
         self.watchdog.mark("all-reduce")
@@ -153,7 +153,7 @@ class Loop:
         return total
 
     def _flags(self) -> StepFlags:
-        due = self.plan.rank == 0 and self.clock() - self._saved_at >= self.plan.checkpoint_seconds
+        due = self.settings.rank == 0 and self.clock() - self._saved_at >= self.settings.checkpoint_seconds
         if due:
             self._saved_at = self.clock()
         return StepFlags(stop=self.interrupt.requested, save=due, failed=self.checkpoints.failed)
@@ -181,16 +181,16 @@ class Loop:
     def _validate(self) -> bool:
         """Validate; returns whether the loss is the best so far."""
         assert self.validator is not None
-        self.watchdog.expect("validating", self.plan.hang_seconds, self.state.step)
+        self.watchdog.expect("validating", self.settings.hang_seconds, self.state.step)
         validation = self.validator(self.model)
-        watched = validation.loss if self.plan.watched == "loss" else -validation.accuracy
-        better = self.state.record_validation(validation.loss, watched, self.plan.patience)
+        watched = validation.loss if self.settings.watched == "loss" else -validation.accuracy
+        better = self.state.record_validation(validation.loss, watched, self.settings.patience)
         self.monitor.validation(self.state.step, validation, better)
         return better
 
     def _roll_back(self, spike: Spike) -> None:
         """Restore the newest checkpoint from before the spike's window, whose steps are skipped from now on."""
-        self.watchdog.expect("rolling back", 2 * self.plan.hang_seconds)
+        self.watchdog.expect("rolling back", 2 * self.settings.hang_seconds)
         self.reduction.settled(all_of_them=True)
         skipped = {*self.state.skipped, *range(spike.first, spike.last + 1)}
         rollbacks = self.state.rollbacks + 1
@@ -220,19 +220,19 @@ class Loop:
 
     def _save(self) -> None:
         if self._saved_step != self.state.step:
-            self.watchdog.expect("saving a checkpoint", self.plan.hang_seconds, self.state.step)
+            self.watchdog.expect("saving a checkpoint", self.settings.hang_seconds, self.state.step)
             self.checkpoints.save(self.optimizer.tensors(), self.state)
             self._saved_step, self._saved_at = self.state.step, self.clock()
 
     def _wait_for_checkpoint(self) -> None:
-        self.watchdog.expect("saving a checkpoint", self.plan.hang_seconds, self.state.step)
+        self.watchdog.expect("saving a checkpoint", self.settings.hang_seconds, self.state.step)
         self.checkpoints.wait()
         self.monitor.checkpoint(self.checkpoints.published)
 
     def _take_best(self) -> int:
         """Put the best weights into the model, if wanted; returns the step that it holds."""
         best = self.state.best
-        if not self.plan.keep_best or best is None or best.step == self.state.step:
+        if not self.settings.keep_best or best is None or best.step == self.state.step:
             return self.state.step
         found = self.checkpoints.at(best.step)
         if found is None:
@@ -245,9 +245,9 @@ class Loop:
 
     @property
     def _ended(self) -> bool:
-        return self.state.step >= self.plan.total or self.state.stopped_early
+        return self.state.step >= self.settings.total or self.state.stopped_early
 
     @property
     def _validation_due(self) -> bool:
-        due = self.state.step % self.plan.validate_every == 0 or self.state.step == self.plan.total
+        due = self.state.step % self.settings.validate_every == 0 or self.state.step == self.settings.total
         return due and self.validator is not None

@@ -34,7 +34,7 @@ from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.collective import StepReduction
 from finetune_trainer.train.identity import Identity, refuse_other, refuse_other_weights, training_identity
 from finetune_trainer.train.interrupt import Interrupt
-from finetune_trainer.train.loop import Loop, Plan
+from finetune_trainer.train.loop import Loop, LoopSettings
 from finetune_trainer.train.metrics import MetricsFile
 from finetune_trainer.train.monitor import Monitor
 from finetune_trainer.train.objective import CrossEntropy, Objective
@@ -123,7 +123,7 @@ def build_loop(
     if metrics is not None:
         metrics.rewind(state.step)
     return Loop(
-        plan=Plan(
+        settings=LoopSettings(
             total=total,
             seed=training.seed,
             rank=context.rank,

@@ -24,7 +24,7 @@ EVALUATION_COLUMNS = ("train/step", "exported", "dataset", "documents", "loss", 
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class TrackedEvaluation:
     """The validations of all attempts."""
 
     table: list[list[Any]]
@@ -33,7 +33,7 @@ class Evaluation:
     """Of the exported weights: `exported/<dataset>/accuracy` and the like."""
 
 
-def evaluation_of(rows: Sequence[Mapping[str, Any]], exported: int) -> Evaluation:
+def evaluation_of(rows: Sequence[Mapping[str, Any]], exported: int) -> TrackedEvaluation:
     """From the rows of the curve, and the step whose weights were exported."""
     table: list[list[Any]] = []
     summary: dict[str, float] = {"exported/step": exported}
@@ -44,7 +44,7 @@ def evaluation_of(rows: Sequence[Mapping[str, Any]], exported: int) -> Evaluatio
             table.append([row["step"], chosen, name, of["documents"], of["loss"], of["accuracy"]])
             if chosen:
                 summary |= {f"exported/{name}/{key}": of[key] for key in ("loss", "accuracy")}
-    return Evaluation(table, summary)
+    return TrackedEvaluation(table, summary)
 
 
 class Tracker(Protocol):
@@ -58,7 +58,7 @@ class Tracker(Protocol):
     def log(self, values: dict[str, float], step: int) -> None:
         """Add values at an optimiser step."""
 
-    def finish(self, evaluation: Evaluation) -> None:
+    def finish(self, evaluation: TrackedEvaluation) -> None:
         """Send what is left, the evaluation last, within a limited time."""
 
 
@@ -71,7 +71,7 @@ class NoTracker:
     def log(self, values: dict[str, float], step: int) -> None:
         """Drop the values."""
 
-    def finish(self, evaluation: Evaluation) -> None:
+    def finish(self, evaluation: TrackedEvaluation) -> None:
         """Nothing is left."""
 
 
@@ -93,7 +93,7 @@ class WandbTracker:
     ) -> None:
         self.url = ""
         self.problem = ""
-        self._rows: queue.Queue[dict[str, float] | Evaluation] = queue.Queue(MOST_PENDING)
+        self._rows: queue.Queue[dict[str, float] | TrackedEvaluation] = queue.Queue(MOST_PENDING)
         directory.mkdir(parents=True, exist_ok=True)
         self._arguments: dict[str, Any] = {
             "project": project,
@@ -124,7 +124,7 @@ class WandbTracker:
             except queue.Full:
                 self.problem = f"W&B has not accepted data for {MOST_PENDING:,} rows; its curves end here."
 
-    def finish(self, evaluation: Evaluation, timeout_seconds: float | None = None) -> None:
+    def finish(self, evaluation: TrackedEvaluation, timeout_seconds: float | None = None) -> None:
         """Send what is left; after the timeout (FINISH_SECONDS) it is dropped."""
         timeout_seconds = FINISH_SECONDS if timeout_seconds is None else timeout_seconds
         if self._thread.is_alive() and not self.problem:
@@ -142,7 +142,7 @@ class WandbTracker:
             run.define_metric("train/step")
             run.define_metric("*", step_metric="train/step")
             self.url = run.url or ""
-            while not isinstance(row := self._rows.get(), Evaluation):
+            while not isinstance(row := self._rows.get(), TrackedEvaluation):
                 run.log(row)
             if row.table:
                 run.log({"evaluation": wandb.Table(columns=list(EVALUATION_COLUMNS), data=row.table)})

@@ -18,7 +18,7 @@ from finetune_trainer.train.objective import Objective
 
 
 @dataclass(frozen=True)
-class OfDataset:
+class DatasetScores:
     """Means over the validation documents of one dataset."""
 
     documents: int
@@ -37,7 +37,7 @@ class Validation:
     accuracy: float
     """Teacher-forced: a document of a closed task scores 1 if all of its terms (for cross entropy: the tokens of its
     answer) are correct, any other document scores the share that is."""
-    datasets: dict[str, OfDataset] = field(default_factory=dict)
+    datasets: dict[str, DatasetScores] = field(default_factory=dict)
     """By name; only those with a validation document."""
 
 
@@ -96,7 +96,7 @@ def _validation(totals: Tensor, names: Sequence[str]) -> Validation:
     count = len(names)
     scores, documents, lost, terms = (sums[part * count : (part + 1) * count] for part in range(4))
     datasets = {
-        name: OfDataset(round(documents[i]), lost[i] / terms[i], scores[i] / documents[i])
+        name: DatasetScores(round(documents[i]), lost[i] / terms[i], scores[i] / documents[i])
         for i, name in enumerate(names)
         if documents[i]
     }

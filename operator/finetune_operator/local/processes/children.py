@@ -25,7 +25,14 @@ from finetune_api.base import ApiModel, Stage
 from finetune_api.cgroup import oom_kills
 from finetune_api.files import write_json
 from finetune_api.report import Failure, FailureClass, Report, attempt_id
-from finetune_api.runconfig import TERMINATION_VARIABLE, TOKENS_VARIABLE, Attempt
+from finetune_api.runconfig import (
+    LOGS_DIRECTORY,
+    REPORTS_DIRECTORY,
+    TERMINATION_VARIABLE,
+    TOKENS_VARIABLE,
+    Attempt,
+    attempt_name,
+)
 from finetune_operator.decision.model import Child, Pod, PodPhase
 from finetune_operator.local.processes import process_table
 from finetune_operator.local.processes.environment import PROCESS_VARIABLE
@@ -143,7 +150,7 @@ class Children:
         )
 
     def _logs(self, stage: Stage, number: int) -> Path:
-        return self._run / "logs" / f"{stage}-{number}"
+        return self._run / LOGS_DIRECTORY / attempt_name(stage, number)
 
     def _termination(self, record: ChildRecord, index: int) -> Path:
         return self._logs(record.stage, record.number) / f"termination-node{index}.json"
@@ -166,7 +173,7 @@ class Children:
             self._save()
 
     def _said_done(self, record: ChildRecord) -> bool:
-        file = self._run / "reports" / f"{record.stage}-{record.number}.json"
+        file = self._run / REPORTS_DIRECTORY / f"{attempt_name(record.stage, record.number)}.json"
         try:
             report = Report.model_validate_json(file.read_text())
         except (OSError, ValueError):
