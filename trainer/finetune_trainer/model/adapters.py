@@ -51,7 +51,7 @@ def attach(model: PreTrainedModel, tuning: Tuning, adapter_directory: Path | Non
         config = lora_config(model, tuning.lora)
     elif tuning.method is Method.PROMPT:
         config = PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=_prompt_tokens(tuning), prompt_tuning_init="RANDOM"
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tuning.prompt.virtual_tokens, prompt_tuning_init="RANDOM"
         )
     else:
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tuning.prefix.virtual_tokens)
@@ -156,10 +156,6 @@ def _ends_with(module: str, name: str) -> bool:
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     return names[wanted]
-
-
-def _prompt_tokens(tuning: Tuning) -> int:
-    return tuning.prompt.virtual_tokens
 
 
 def _existing(directory: Path) -> LoraConfig:

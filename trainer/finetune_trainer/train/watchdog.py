@@ -48,12 +48,8 @@ class Watchdog:
         self._since, self._budget = time.monotonic(), float("inf")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
-        self._stacks = (self._prepared(logs) / f"stacks-rank{rank}.txt").open("w", encoding="utf-8")
-
-    @staticmethod
-    def _prepared(logs: Path) -> Path:
         logs.mkdir(parents=True, exist_ok=True)
-        return logs
+        self._stacks = (logs / f"stacks-rank{rank}.txt").open("w", encoding="utf-8")
 
     def start(self) -> None:
         """Start watching."""
@@ -98,12 +94,10 @@ class Watchdog:
             file.flush()
         time.sleep(2 * self._interval)  # the other ranks write their heartbeats and stacks within this time
         beats = read_heartbeats(self._logs, self._world_size)
-        what = "No progress for" if self._in_step else f"{self._activity[0].upper()}{self._activity[1:]} took over"
+        what = "No progress for"
+        if not (self._step or self._phase):
+            what = f"{self._activity[0].upper()}{self._activity[1:]} took over"
         self._on_hang(f"{what} {budget:.0f} s. {who_is_missing(beats, 4 * self._interval, time.time())}")
-
-    @property
-    def _in_step(self) -> bool:
-        return self._step > 0 or self._phase > 0
 
 
 def heartbeat_file(logs: Path, rank: int) -> Path:
