@@ -89,13 +89,13 @@ class Attempt(ApiModel):
     number: Annotated[int, Field(ge=1)] = 1
     """1 for the first try; rises over the job's life, for each stage on its own."""
     micro_batch_tokens: int | None = None
-    """Tokens a packed row at most, halved after an out-of-memory; the plan's when left out."""
+    """Maximum tokens per packed sequence, halved after an out-of-memory error. If not set, the plan's."""
     activation_checkpointing: bool | None = None
-    """Forced on by an out-of-memory at the longest document."""
+    """Enabled after an out-of-memory error at the longest document."""
     grace_seconds: int = 120
     """Seconds between SIGTERM and SIGKILL: a collective checkpoint must fit."""
     startup_seconds: int = 900
-    """Seconds for all ranks to meet."""
+    """Seconds for all ranks to connect."""
     hang_seconds: int = 1200
     """Seconds without a step after which a rank writes its stacks and exits."""
     report_to: Literal["file", "configmap"] = "file"

@@ -8,7 +8,7 @@
 {{- end -}}
 {{- end }}
 
-{{- /* Cluster-wide names carry the namespace: releases of one name in two namespaces do not meet. */ -}}
+{{- /* Cluster-wide names contain the namespace, so releases with the same name in two namespaces do not collide. */ -}}
 {{- define "finetune.clusterName" -}}
 {{ printf "%s-%s" .Release.Namespace (include "finetune.fullname" .) }}
 {{- end }}
@@ -42,15 +42,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end }}
 
-{{- /* finetune-trainer in the folder of the operator's image. */ -}}
+{{- /* finetune-trainer in the same registry path as the operator image. */ -}}
 {{- define "finetune.trainerImage" -}}
 {{- $folder := dir .Values.image.repository -}}
 {{- .Values.trainerImage | default (printf "%sfinetune-trainer:%s" (eq $folder "." | ternary "" (printf "%s/" $folder)) .Chart.AppVersion) -}}
 {{- end }}
 
-{{- /* What the operator may do in each namespace that it serves. */ -}}
+{{- /* Permissions of the operator in each namespace that it serves. */ -}}
 {{- define "finetune.rules" -}}
-# The jobs themselves: read. Status is the operator's alone to write; finalizers, for blockOwnerDeletion in children.
+# Jobs: read. Only the operator writes their status. finalizers is needed for blockOwnerDeletion in children.
 - apiGroups: [finetune.dev]
   resources: [finetunejobs]
   verbs: [list, watch]
@@ -60,7 +60,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/finalizers]
   verbs: [update]
-# The child of an attempt: made once, never changed, deleted when its end is recorded. get: whose it is, if it exists.
+# The child of an attempt: created once, never changed, deleted when its end is recorded. get: to see who owns it.
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
@@ -68,7 +68,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [trainer.kubeflow.org]
   resources: [trainjobs]
   verbs: [get, list, watch, create, delete]
-# The pods that a TrainJob runs: made before it, deleted with it.
+# The pod template of a TrainJob: created before it, deleted with it.
 - apiGroups: [trainer.kubeflow.org]
   resources: [trainingruntimes]
   verbs: [get, create, delete]
@@ -77,15 +77,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   resources: [pytorchjobs]
   verbs: [get, list, watch, create, delete]
 {{- end }}
-# Root causes are read from pods; they are made and ended by their controllers.
+# Root causes are read from pods. Their controllers create and delete them.
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch]
-# Run config and report. patch is held to be handed on: a job's pods may patch that job's report and nothing else.
+# Run config and report. patch is needed to grant it: a job's pods may patch that job's report and nothing else.
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, list, watch, create, patch]
-# Who a job's pods are, what they may do, who may reach them: made once, collected with the job.
+# ServiceAccount, permissions and NetworkPolicy of a job's pods: created once, garbage-collected with the job.
 - apiGroups: [""]
   resources: [serviceaccounts]
   verbs: [get, create]
@@ -95,11 +95,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
   verbs: [get, create]
-# Where the run is kept. Claims are never deleted by the operator.
+# Run volumes. The operator never deletes claims.
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [get, create]
-# One Secret by its name, to say that it or a key is missing. Never list or watch.
+# Single Secrets by name, to report that one or its key is missing. Never list or watch.
 - apiGroups: [""]
   resources: [secrets]
   verbs: [get]
@@ -108,18 +108,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [create]
 {{- end }}
 
-{{- /* What only a ClusterRole can give. */ -}}
+{{- /* Permissions that only a ClusterRole can grant. */ -}}
 {{- define "finetune.clusterRules" -}}
-# A node that carries the out-of-service taint cannot write any more.
+# Pods on a node with the out-of-service taint can no longer write.
 - apiGroups: [""]
   resources: [nodes]
   verbs: [get]
-# To notice that training-operator or Kubeflow Trainer was installed later.
+# To notice that the training-operator or Kubeflow Trainer is installed later.
 - apiGroups: [apiextensions.k8s.io]
   resources: [customresourcedefinitions]
   verbs: [list, watch]
 {{- if .Values.namespaces }}
-# To notice that a served namespace was deleted and made again.
+# To notice that a served namespace is deleted and created again.
 - apiGroups: [""]
   resources: [namespaces]
   verbs: [list, watch]

@@ -40,7 +40,9 @@ PAGES = sorted(
         *(ROOT / "tests").glob("*/README.md"),
         *(ROOT / "charts").glob("*/README.md"),
         *(ROOT / "charts").glob("*/values.yaml"),
-        *(ROOT / "charts").glob("*/templates/NOTES.txt"),
+        *(ROOT / "charts").glob("*/templates/*"),
+        *(ROOT / "charts").glob("*/files/*"),
+        *(ROOT / "images").glob("**/Containerfile"),
         *(ROOT / "examples").glob("*.yaml"),
     }
     - {ROOT / "docs" / "code-map.md"}  # docstrings: for those who read the code
