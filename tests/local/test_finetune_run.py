@@ -236,7 +236,7 @@ def test_a_second_run_of_the_same_job_is_refused_while_the_first_one_runs(place:
     until(lambda: (place.directory / ".lock").exists() and (place.directory / ".lock").read_text())
     second = place.finetune("run", "job.yaml")
     assert second.returncode == 1
-    assert f"is being run already (process {process.pid})" in second.stderr
+    assert f"is already running (process {process.pid})" in second.stderr
     process.terminate()
     assert process.wait(scaled(20)) == 130
 

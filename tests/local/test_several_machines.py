@@ -21,8 +21,15 @@ from finetune_operator.decision.model import PodPhase
 from finetune_operator.devices import Gpu, Machine
 from finetune_operator.errors import UserError
 from finetune_operator.local.machines import coordinator as machines
-from finetune_operator.local.machines.coordinator import Answer, Board, Lead, Machines, Order, read
-from finetune_operator.local.machines.worker import Follower
+from finetune_operator.local.machines.coordinator import (
+    Command,
+    Coordinator,
+    Machines,
+    SharedDirectory,
+    WorkerStatus,
+    read,
+)
+from finetune_operator.local.machines.worker import Worker
 from finetune_operator.local.processes.children import Children
 from finetune_operator.local.processes.placement import place_one_of
 from finetune_operator.local.processes.tokens import Tokens
@@ -124,11 +131,11 @@ def test_a_machine_that_is_stopped_is_waited_for_and_joins_again(place: Place) -
 
 def test_a_finished_job_ends_at_once_on_machine_0_and_the_others_learn_it(place: Place) -> None:
     assert ends(all_machines(place)) == [0, 0, 0]
-    followers = [machine(place, 1), machine(place, 2)]
-    for follower in followers:
-        assert follower.stderr is not None
-        assert "waits for machine 0" in follower.stderr.readline()
-    assert ends([machine(place, 0), *followers]) == [0, 0, 0]
+    workers = [machine(place, 1), machine(place, 2)]
+    for each in workers:
+        assert each.stderr is not None
+        assert "is waiting for machine 0" in each.stderr.readline()
+    assert ends([machine(place, 0), *workers]) == [0, 0, 0]
 
 
 # --- without processes -----------------------------------------------------------------------------------------------
@@ -153,95 +160,95 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def answer(board: Board, lead: Lead, index: int, beat: int, **fields: object) -> None:
-    session = read(board.orders, Order)
+def report(directory: SharedDirectory, coordinator: Coordinator, index: int, beat: int, **fields: object) -> None:
+    session = read(directory.command_file, Command)
     assert session is not None
-    wire = Answer.model_validate({"session": session.session, "beat": beat, "attempt": ATTEMPT.id} | fields)
-    write_json(board.answers(index), wire.to_wire())
-    lead.look()
+    wire = WorkerStatus.model_validate({"session": session.session, "beat": beat, "attempt": ATTEMPT.id} | fields)
+    write_json(directory.status_file(index), wire.to_wire())
+    coordinator.poll()
 
 
 def test_a_machine_that_is_no_longer_heard_of_is_lost_with_its_node(tmp_path: Path, clock: Clock) -> None:
-    board, lead = Board(tmp_path), Lead(Board(tmp_path), Rendezvous(nodes=3))
-    lead.order(ATTEMPT, tmp_path)
-    assert [pod.phase for pod in lead.pods(ATTEMPT)] == [PodPhase.PENDING, PodPhase.PENDING]
-    assert lead.pods(ATTEMPT)[1].waiting == "Machine 2 has not joined: start the same command there."
-    answer(board, lead, 1, 1)
-    answer(board, lead, 2, 1)
-    assert [pod.phase for pod in lead.pods(ATTEMPT)] == [PodPhase.RUNNING, PodPhase.RUNNING]
+    directory, coordinator = SharedDirectory(tmp_path), Coordinator(SharedDirectory(tmp_path), Rendezvous(nodes=3))
+    coordinator.command(ATTEMPT, tmp_path)
+    assert [pod.phase for pod in coordinator.pods(ATTEMPT)] == [PodPhase.PENDING, PodPhase.PENDING]
+    assert coordinator.pods(ATTEMPT)[1].waiting == "Machine 2 has not joined yet: run the same command there."
+    report(directory, coordinator, 1, 1)
+    report(directory, coordinator, 2, 1)
+    assert [pod.phase for pod in coordinator.pods(ATTEMPT)] == [PodPhase.RUNNING, PodPhase.RUNNING]
     clock.now += machines.LOST_SECONDS + 1
-    answer(board, lead, 1, 2)
-    assert [pod.node_lost for pod in lead.pods(ATTEMPT)] == [False, True]
-    answer(board, lead, 2, 2)
-    assert not lead.pods(ATTEMPT)[1].node_lost
+    report(directory, coordinator, 1, 2)
+    assert [pod.node_lost for pod in coordinator.pods(ATTEMPT)] == [False, True]
+    report(directory, coordinator, 2, 2)
+    assert not coordinator.pods(ATTEMPT)[1].node_lost
 
 
-def test_answers_of_an_earlier_session_mean_nothing(tmp_path: Path) -> None:
-    board = Board(tmp_path)
-    write_json(board.answers(1), Answer(session="old", beat=7, attempt=ATTEMPT.id, exit_code=0).to_wire())
-    lead = Lead(board, Rendezvous(nodes=2))
-    lead.order(ATTEMPT, tmp_path)
-    lead.look()
-    assert lead.pods(ATTEMPT)[0].waiting
+def test_status_of_an_earlier_session_is_ignored(tmp_path: Path) -> None:
+    directory = SharedDirectory(tmp_path)
+    write_json(directory.status_file(1), WorkerStatus(session="old", beat=7, attempt=ATTEMPT.id, exit_code=0).to_wire())
+    coordinator = Coordinator(directory, Rendezvous(nodes=2))
+    coordinator.command(ATTEMPT, tmp_path)
+    coordinator.poll()
+    assert coordinator.pods(ATTEMPT)[0].waiting
 
 
 def test_an_attempt_is_gone_only_when_every_machine_has_ended_it(tmp_path: Path) -> None:
-    board, lead = Board(tmp_path), Lead(Board(tmp_path), Rendezvous(nodes=2))
-    both = Machines(Children(tmp_path, "u", Tokens()), lead, tmp_path)
-    lead.order(ATTEMPT, tmp_path)
+    directory, coordinator = SharedDirectory(tmp_path), Coordinator(SharedDirectory(tmp_path), Rendezvous(nodes=2))
+    both = Machines(Children(tmp_path, "u", Tokens()), coordinator, tmp_path)
+    coordinator.command(ATTEMPT, tmp_path)
     both._shared = ATTEMPT
-    answer(board, lead, 1, 1)
+    report(directory, coordinator, 1, 1)
     both.delete(Stage.TRAIN, 1)
     (child,) = both.observe()
     assert child.deleting
     assert [pod.terminating for pod in child.pods] == [True]
     assert both.alive
-    answer(board, lead, 1, 2, exitCode=70)
+    report(directory, coordinator, 1, 2, exitCode=70)
     assert both.observe() == ()
     assert not both.alive
 
 
-def follower(tmp_path: Path, started: list[int], over: bool = False) -> Follower:
+def worker(tmp_path: Path, started: list[int], over: bool = False) -> Worker:
     def start(attempt: Attempt, run: Path) -> Children:
         started.append(attempt.number)
         return Children(run, "u", Tokens(), machine=1)
 
-    return Follower(Board(tmp_path), 1, start, lambda _: None, lambda: over)
+    return Worker(SharedDirectory(tmp_path), 1, start, lambda _: None, lambda: over)
 
 
-def test_an_order_that_nobody_renews_is_not_followed(tmp_path: Path, clock: Clock) -> None:
-    order = Order(session="old", beat=9, run=str(tmp_path), attempt=ATTEMPT)
-    write_json(Board(tmp_path).orders, order.to_wire())
+def test_a_command_without_a_heartbeat_is_not_carried_out(tmp_path: Path, clock: Clock) -> None:
+    command = Command(session="old", beat=9, run=str(tmp_path), attempt=ATTEMPT)
+    write_json(SharedDirectory(tmp_path).command_file, command.to_wire())
     started: list[int] = []
-    waiting = follower(tmp_path, started)
+    waiting = worker(tmp_path, started)
     assert waiting.step(900) is None
     assert waiting.step(900) is None
     assert started == []
     clock.now += 901
-    with pytest.raises(UserError, match=r"Machine 0 has written nothing to .* for 15 minutes"):
+    with pytest.raises(UserError, match=r"Machine 0 has not written to .* for 15 minutes"):
         waiting.step(900)
 
 
 def test_a_machine_that_comes_after_the_end_of_a_complete_job_ends_too(tmp_path: Path, clock: Clock) -> None:
-    order = Order(session="s", beat=9, run=str(tmp_path), ended=0)
-    write_json(Board(tmp_path).orders, order.to_wire())
-    late = follower(tmp_path, [], over=True)
+    command = Command(session="s", beat=9, run=str(tmp_path), ended=0)
+    write_json(SharedDirectory(tmp_path).command_file, command.to_wire())
+    late = worker(tmp_path, [], over=True)
     assert late.step(900) is None  # machine 0 may still come, to start over
     clock.now += 11
     assert late.step(900) == 0
 
 
 def test_an_attempt_is_not_begun_twice_by_a_machine_that_was_started_again(tmp_path: Path, clock: Clock) -> None:
-    board = Board(tmp_path)
-    order = Order(session="s", beat=9, run=str(tmp_path), attempt=ATTEMPT)
-    write_json(board.orders, order.to_wire())
-    write_json(board.answers(1), Answer(session="s", beat=3, attempt=ATTEMPT.id).to_wire())
+    directory = SharedDirectory(tmp_path)
+    command = Command(session="s", beat=9, run=str(tmp_path), attempt=ATTEMPT)
+    write_json(directory.command_file, command.to_wire())
+    write_json(directory.status_file(1), WorkerStatus(session="s", beat=3, attempt=ATTEMPT.id).to_wire())
     started: list[int] = []
-    again = follower(tmp_path, started)
+    again = worker(tmp_path, started)
     again.step(900)
-    write_json(board.orders, order.model_copy(update={"beat": 10}).to_wire())
+    write_json(directory.command_file, command.model_copy(update={"beat": 10}).to_wire())
     again.step(900)
-    said = read(board.answers(1), Answer)
+    said = read(directory.status_file(1), WorkerStatus)
     assert said is not None
     assert said.exit_code == 137
     assert started == []
@@ -250,10 +257,10 @@ def test_an_attempt_is_not_begun_twice_by_a_machine_that_was_started_again(tmp_p
 def test_a_machine_with_fewer_gpus_than_a_node_has_says_so() -> None:
     from finetune_api.spec import Topology
 
-    meeting = Rendezvous(nodes=3, node_rank=1)
-    with pytest.raises(UserError, match=r"gpusPerNode is 4 and machine 1 has 2 GPUs"):
-        place_one_of(meeting, Topology(gpus_per_node=4), Machine(gpus=(Gpu("0"), Gpu("1"))))
-    placed = place_one_of(meeting, Topology(nodes=2), Machine(gpus=(Gpu("0"), Gpu("1"))))
+    rendezvous = Rendezvous(nodes=3, node_rank=1)
+    with pytest.raises(UserError, match=r"gpusPerNode is 4, but machine 1 has 2 GPUs"):
+        place_one_of(rendezvous, Topology(gpus_per_node=4), Machine(gpus=(Gpu("0"), Gpu("1"))))
+    placed = place_one_of(rendezvous, Topology(nodes=2), Machine(gpus=(Gpu("0"), Gpu("1"))))
     assert placed.nodes == 3
     assert placed.gpu_ids(1) == ("0", "1")
-    assert "run on the 3 machines that there are" in placed.notes[0]
+    assert "but there are 3 machines: running on 3" in placed.notes[0]

@@ -21,8 +21,8 @@ from finetune_operator.decision.model import Environment, Event
 from finetune_operator.devices import Machine
 from finetune_operator.errors import UserError
 from finetune_operator.local.jobfile import record as records
-from finetune_operator.local.jobfile.begin import begin
 from finetune_operator.local.jobfile.record import Record
+from finetune_operator.local.jobfile.resume import find_or_create
 from finetune_operator.local.processes.children import Children
 from finetune_operator.local.processes.placement import place
 from finetune_operator.local.processes.tokens import tokens_of
@@ -111,7 +111,7 @@ class Place:
         """Run the job in this process, without waiting between attempts; returns the exit code."""
         resource = FineTuneJob.model_validate(yaml.safe_load((self.root / "job.yaml").read_text()))
         with records.locked(self.directory):
-            record = begin(resource, self.directory, fresh=fresh, retry=retry, tell=self.heard.note)
+            record = find_or_create(resource, self.directory, fresh=fresh, retry=retry, tell=self.heard.note)
             record.save()
             tokens = tokens_of(environ | {"HOME": str(self.root)})
             settings = RunSettings(

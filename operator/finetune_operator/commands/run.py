@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune_operator.decision.model import Event
     from finetune_operator.local.jobfile.job_file import JobFile
     from finetune_operator.local.jobfile.record import Record
-    from finetune_operator.local.machines.coordinator import Lead
+    from finetune_operator.local.machines.coordinator import Coordinator
     from finetune_operator.local.processes.placement import Placement
     from finetune_operator.view.outputs import Output
     from finetune_operator.view.scene import Scene
@@ -60,15 +60,15 @@ def run(
 
     loaded = job_file.load(file, overrides or [])
     directory = job_directory(workdir.expanduser().resolve(), loaded.job)
-    meeting = _meeting()
+    rendezvous = _rendezvous()
     try:
-        if meeting.node_rank > 0:
-            with locked(directory, f".lock-{meeting.node_rank}"):
-                raise typer.Exit(_follow(loaded, directory, meeting))
-        with locked(directory), _leading(directory, meeting) as lead:
-            code = _run(loaded, directory, output, lead, retry=retry, fresh=fresh)
-            if lead is not None:
-                lead.end(code)
+        if rendezvous.node_rank > 0:
+            with locked(directory, f".lock-{rendezvous.node_rank}"):
+                raise typer.Exit(_work(loaded, directory, rendezvous))
+        with locked(directory), _coordinating(directory, rendezvous) as coordinator:
+            code = _run(loaded, directory, output, coordinator, retry=retry, fresh=fresh)
+            if coordinator is not None:
+                coordinator.end(code)
     except OSError as error:
         raise UserError(
             f"{error.strerror or error}: {error.filename or directory}.{_way_out(error)}", EXIT_FAILED
@@ -76,7 +76,7 @@ def run(
     raise typer.Exit(code)
 
 
-def _meeting() -> Rendezvous:
+def _rendezvous() -> Rendezvous:
     from finetune_api.rendezvous import rendezvous_of
 
     try:
@@ -86,26 +86,26 @@ def _meeting() -> Rendezvous:
 
 
 @contextmanager
-def _leading(directory: Path, meeting: Rendezvous) -> Iterator[Lead | None]:
-    """Machine 0's lead over the others; None where there are no others."""
-    if meeting.nodes == 1:
+def _coordinating(directory: Path, rendezvous: Rendezvous) -> Iterator[Coordinator | None]:
+    """The coordinator of the other machines; None where there are none."""
+    if rendezvous.nodes == 1:
         yield None
         return
-    from finetune_operator.local.machines.coordinator import Board, Lead
+    from finetune_operator.local.machines.coordinator import Coordinator, SharedDirectory
 
-    lead = Lead(Board(directory), meeting)
-    with lead.leading():
-        yield lead
+    coordinator = Coordinator(SharedDirectory(directory), rendezvous)
+    with coordinator.session():
+        yield coordinator
 
 
-def _follow(loaded: JobFile, directory: Path, meeting: Rendezvous) -> int:
-    """What a machine does that is not the first."""
+def _work(loaded: JobFile, directory: Path, rendezvous: Rendezvous) -> int:
+    """What every machine but the first does."""
     from finetune_api.base import duration_seconds
     from finetune_operator.devices import this_machine
-    from finetune_operator.local.jobfile.begin import complete
     from finetune_operator.local.jobfile.record import find
-    from finetune_operator.local.machines.coordinator import Board
-    from finetune_operator.local.machines.worker import Follower, starter
+    from finetune_operator.local.jobfile.resume import complete
+    from finetune_operator.local.machines.coordinator import SharedDirectory
+    from finetune_operator.local.machines.worker import Worker, node_starter
     from finetune_operator.local.processes.tokens import tokens_of
 
     def tell(sentence: str) -> None:
@@ -116,9 +116,9 @@ def _follow(loaded: JobFile, directory: Path, meeting: Rendezvous) -> int:
         return earlier is not None and complete(earlier.status)
 
     need_the_trainer()
-    start = starter(meeting, this_machine(), tokens_of(os.environ), os.environ, tell)
+    start = node_starter(rendezvous, this_machine(), tokens_of(os.environ), os.environ, tell)
     patience = duration_seconds(loaded.job.spec.timeouts.startup)
-    return Follower(Board(directory), meeting.node_rank, start, tell, is_over).run(patience)
+    return Worker(SharedDirectory(directory), rendezvous.node_rank, start, tell, is_over).run(patience)
 
 
 def _way_out(error: OSError) -> str:
@@ -189,34 +189,45 @@ class Show:
 
 
 def _run(
-    loaded: JobFile, directory: Path, output_format: OutputFormat, lead: Lead | None, *, retry: bool, fresh: bool
+    loaded: JobFile,
+    directory: Path,
+    output_format: OutputFormat,
+    coordinator: Coordinator | None,
+    *,
+    retry: bool,
+    fresh: bool,
 ) -> int:
     from finetune_operator.devices import this_machine
-    from finetune_operator.local.jobfile.begin import begin, complete, failed
+    from finetune_operator.local.jobfile.resume import complete, failed, find_or_create
     from finetune_operator.local.processes.placement import place, place_one_of
     from finetune_operator.local.runner import exit_code
 
     early: list[str] = []
-    record = begin(loaded.job, directory, fresh=fresh, retry=retry, tell=early.append)
+    record = find_or_create(loaded.job, directory, fresh=fresh, retry=retry, tell=early.append)
     finished = complete(record.status) or (failed(record.status) and not retry)
     if not finished:
         need_the_trainer()
     topology, placement = record.job.spec.topology, None
     if not finished:
-        placement = place_one_of(lead.meeting, topology, this_machine()) if lead else place(topology, this_machine())
+        machine = this_machine()
+        placement = place_one_of(coordinator.rendezvous, topology, machine) if coordinator else place(topology, machine)
     record.save()
     with output_of(output_format, record.wire) as output:
         show = Show(record, output)
         for sentence in early:
             show.note(sentence)
-        code = exit_code(record.status) if placement is None else _carry_out(record, loaded, placement, lead, show)
+        code = (
+            exit_code(record.status) if placement is None else _carry_out(record, loaded, placement, coordinator, show)
+        )
         output.end(show.scene())
     told = output_format.live or (output_format is OutputFormat.TEXT and not finished and _one_place())
     _last_words(record, code, finished=finished, told=told)
     return code
 
 
-def _carry_out(record: Record, loaded: JobFile, placement: Placement, lead: Lead | None, show: Show) -> int:
+def _carry_out(
+    record: Record, loaded: JobFile, placement: Placement, coordinator: Coordinator | None, show: Show
+) -> int:
     from finetune_operator.decision.model import Environment
     from finetune_operator.devices import memory
     from finetune_operator.local.machines.coordinator import Machines
@@ -242,7 +253,7 @@ def _carry_out(record: Record, loaded: JobFile, placement: Placement, lead: Lead
         decisions=Environment(local=True, backoff_base_seconds=3.0, backoff_cap_seconds=60.0),
     )
     children = Children(record.run, record.uid, tokens, memory_limit=f"{memory() / 2**30:.0f}Gi")
-    carried_out_by = Machines(children, lead, record.run) if lead else children
+    carried_out_by = Machines(children, coordinator, record.run) if coordinator else children
     return Runner(record, settings, carried_out_by, show).run()
 
 

@@ -1,1 +1,1 @@
-"""The job's file, what a second run may change in it, and the record that `finetune run` keeps of it."""
+"""The job's file, which of its fields may change later, and the record that `finetune run` keeps of the job."""

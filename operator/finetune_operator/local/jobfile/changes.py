@@ -1,4 +1,4 @@
-"""What may change in a job that was begun, and the sentence for what may not. Pure."""
+"""Which fields of a job may change once it has started, and the error for those that may not. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Change:
         return f"{self.path} ({_short(self.before)} → {_short(self.after)})"
 
 
-def changes(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Change]:
+def changed_fields(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Change]:
     """The fields that differ, defaults filled in on both sides; list entries by their name."""
     old, new = dict(_leaves(before.to_wire())), dict(_leaves(after.to_wire()))
     paths = [*old, *(path for path in new if path not in old)]
@@ -39,27 +39,27 @@ def changes(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Change]:
     ]
 
 
-def forbidden(found: list[Change], status: JobStatus) -> list[Change]:
-    """Those changes that the job in this state does not admit."""
+def forbidden_changes(found: list[Change], status: JobStatus) -> list[Change]:
+    """The changes that a job in this state does not allow."""
     finished = status.is_true(ConditionType.COMPLETE) or status.is_true(ConditionType.FAILED)
     free = MUTABLE if finished else MUTABLE + MUTABLE_WHILE_STOPPED
     return [change for change in found if not any(_below(change.path, prefix) for prefix in free)]
 
 
-def begun_training(status: JobStatus) -> bool:
-    """Whether anything was computed that a new start would lose."""
+def has_trained(status: JobStatus) -> bool:
+    """Whether any training was started, whose results a new run would lose."""
     return status.attempts_started.get(Stage.TRAIN, 0) > 0
 
 
 def refusal(job: FineTuneJob, found: list[Change], status: JobStatus, run: str) -> str:
-    """The sentence for a job that was begun with another spec."""
+    """The error for a job that was started with a different spec."""
     named = ", ".join(str(change) for change in found[:3])
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     done = status.is_true(ConditionType.COMPLETE) or status.is_true(ConditionType.FAILED)
-    state = "is finished" if done else "was begun"
+    state = "has finished" if done else "has already started"
     return (
-        f"{job.metadata.name} {state} with another spec: {named}{more} changed. Undo the change to go on, give the "
-        f"job another metadata.name, or add --fresh to start over (what was done stays in {run})."
+        f"{job.metadata.name} {state} with a different spec: {named}{more} changed. Undo the change to resume, give "
+        f"the job a different metadata.name, or add --fresh to start over (what was done stays in {run})."
     )
 
 

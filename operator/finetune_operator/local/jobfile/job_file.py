@@ -1,4 +1,4 @@
-"""A job's file as the user gave it: read, changed by `--set`, checked, in that order."""
+"""A job's file as the user gave it: read, changed by `--set`, validated, in this order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(file: str, overrides: list[str]) -> JobFile:
     if len(checked.jobs) != 1:
         names = ", ".join(job.metadata.name for job in checked.jobs)
         found = f"{len(checked.jobs)} {KIND}s ({names})" if names else f"no {KIND}"
-        raise UserError(f"{file} holds {found}: give one file a job.")
+        raise UserError(f"{file} contains {found}: finetune run takes one job per file.")
     return JobFile(checked.jobs[0], source)
 
 

@@ -96,7 +96,7 @@ def _entry(holder: Any, key: str, above: str) -> int:
 
 
 def _value(text: str, annotation: Any, keys: list[str]) -> Any:
-    """`text` as YAML; as it stands where the field is a text, so that `revision=1234` stays one."""
+    """`text` read as YAML; unchanged where the field is a string, so that `revision=1234` stays one."""
     if text.strip() in ("", "null", "~"):
         return None
     kind, _ = unwrap(annotation)
@@ -105,4 +105,4 @@ def _value(text: str, annotation: Any, keys: list[str]) -> Any:
     try:
         return next(iter(read_documents(text))).data
     except (DocumentError, StopIteration) as error:
-        raise UserError(f"--set {'.'.join(keys)}: {text!r} is no YAML value.") from error
+        raise UserError(f"--set {'.'.join(keys)}: {text!r} is not valid YAML.") from error

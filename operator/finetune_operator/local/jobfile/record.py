@@ -1,6 +1,6 @@
-"""The job's record on this machine: `status.json` in the run directory, shaped as the resource.
+"""The job's record on this machine: `status.json` in the run directory, in the form of the resource.
 
-One directory a job and uid: `<workdir>/<namespace>/<name>/<uid>`. A lock beside it lets one run at a time in.
+One directory per job and uid: `<workdir>/<namespace>/<name>/<uid>`. A lock beside it admits one run at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STATUS_FILE = "status.json"
 
 @dataclass
 class Record:
-    """A job and its status as they lie in one run directory."""
+    """A job and its status in one run directory."""
 
     run: Path
     job: FineTuneJob
@@ -56,7 +56,7 @@ class Record:
 
 
 def job_directory(workdir: Path, job: FineTuneJob) -> Path:
-    """Where all runs of a job's name lie."""
+    """Directory of all runs of a job's name."""
     return workdir / job.metadata.namespace / job.metadata.name
 
 
@@ -75,7 +75,7 @@ def read(run: Path) -> Record:
     except (ValueError, ValidationError) as error:
         raise UserError(
             f"{run / STATUS_FILE} cannot be read ({type(error).__name__}): remove {run} to start over, "
-            "or use --fresh to keep it and start beside it.",
+            "or add --fresh to keep it and start a new run.",
             EXIT_FAILED,
         ) from error
 
@@ -91,9 +91,9 @@ def create(directory: Path, job: FineTuneJob) -> Record:
 
 @contextmanager
 def locked(directory: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold the job: no second `finetune run` of it may begin here. Raises UserError if another holds it.
+    """Hold the job's lock: no second `finetune run` of it may start. Raises UserError if another process holds it.
 
-    The kernel lets go of the lock when the process ends, however it ends.
+    The kernel releases the lock when the process ends, in whatever way.
     """
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -103,8 +103,8 @@ def locked(directory: Path, name: str = ".lock") -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             raise UserError(
-                f"{directory.parent.name}/{directory.name} is being run already (process {holder}): wait for it, "
-                "stop it with Ctrl-C, or give this job another name.",
+                f"{directory.parent.name}/{directory.name} is already running (process {holder}): wait for it, "
+                "stop it with Ctrl-C, or give this job a different name.",
                 EXIT_FAILED,
             ) from None
         os.ftruncate(descriptor, 0)

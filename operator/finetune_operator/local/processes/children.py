@@ -82,7 +82,7 @@ class _Live:
 
 
 class Children:
-    """Starts, watches and ends the processes of one job."""
+    """Starts, watches and stops the processes of one job."""
 
     def __init__(self, run: Path, uid: str, tokens: Tokens, memory_limit: str = "", machine: int = 0) -> None:
         self._run, self._uid, self._tokens, self._memory_limit = run, uid, tokens, memory_limit
@@ -102,7 +102,7 @@ class Children:
 
     @property
     def alive(self) -> bool:
-        """Whether any process of ours still runs."""
+        """Whether any of our processes is still running."""
         return bool(self._live)
 
     def _child(self, record: ChildRecord) -> Child:
@@ -145,7 +145,7 @@ class Children:
             return None
         return Failure(
             failure_class=FailureClass.PREEMPTED,
-            sentence="`finetune run` itself was ended while this attempt ran.",
+            sentence="`finetune run` itself was killed while this attempt was running.",
             time=process.finished or process.started,
         )
 
@@ -158,21 +158,21 @@ class Children:
     # What an earlier run left -------------------------------------------------------------------------
 
     def recover(self, tell: Callable[[str], None]) -> None:
-        """End the processes that a killed run left, and note how their attempts ended."""
+        """Stop the processes that a killed run left, and record how their attempts ended."""
         unfinished = [(r, p) for r in self._records for p in r.processes if p.exit_code is None and not p.lost]
         grace = max((record.grace_seconds for record, _ in unfinished), default=0)
         process_table.stop_orphans(self._mark, grace or 10, tell)
         for record, process in unfinished:
             _remove(process.tokens)
             process.finished = datetime.now(UTC)
-            if self._said_done(record):
+            if self._reported_done(record):
                 process.exit_code = 0
             else:
                 process.lost = True
         if unfinished:
             self._save()
 
-    def _said_done(self, record: ChildRecord) -> bool:
+    def _reported_done(self, record: ChildRecord) -> bool:
         file = self._run / REPORTS_DIRECTORY / f"{attempt_name(record.stage, record.number)}.json"
         try:
             report = Report.model_validate_json(file.read_text())
@@ -277,7 +277,7 @@ class Children:
     # Ending -------------------------------------------------------------------------------------------
 
     def delete(self, stage: Stage, number: int) -> None:
-        """Ask the processes of one attempt to end, within its grace period; forget the child once they have."""
+        """Ask the processes of one attempt to stop within its grace period; forget the child once they have."""
         record = next((r for r in self._records if r.stage is stage and r.number == number), None)
         if record is None or (stage, number) in self._deleting:
             return
@@ -296,7 +296,7 @@ class Children:
         self._save()
 
     def kill(self) -> None:
-        """End everything at once."""
+        """Kill all processes now."""
         for stage, number in {key[:2] for key in self._live}:
             self._kill(stage, number)
 
@@ -307,7 +307,7 @@ class Children:
                 live.process.kill()
 
     def close(self) -> None:
-        """End what still runs, wait for it, and leave no token behind."""
+        """Kill what is still running, wait for it, and leave no token behind."""
         self.kill()
         for live in self._live.values():
             live.process.wait()

@@ -1,6 +1,6 @@
-"""Where the ranks of a job go on this machine. Pure: from topology and machine to processes, or to a sentence.
+"""Where the ranks of a job run on this machine. Pure: from topology and machine to processes, or to an error.
 
-A node of the cluster becomes one launcher here. What differs from the file is said in `notes`.
+A node of the cluster becomes one launcher here. What differs from the job's file is said in `notes`.
 """
 
 from __future__ import annotations
@@ -102,18 +102,19 @@ def place(topology: Topology, machine: Machine) -> Placement:
 def place_one_of(rendezvous: Rendezvous, topology: Topology, machine: Machine) -> Placement:
     """The placement on one of several machines, each of which is one node.
 
-    Raises UserError if the machine has fewer GPUs than a node shall have.
+    Raises UserError if the machine has fewer GPUs than a node needs.
     """
     there = len(machine.gpus)
     wanted = there if topology.gpus_per_node is None else topology.gpus_per_node
     if wanted > there:
         raise UserError(
-            f"topology.gpusPerNode is {wanted} and machine {rendezvous.node_rank} has {_gpus(there)}: "
-            f"--set topology.gpusPerNode={there} on all machines uses what is there."
+            f"topology.gpusPerNode is {wanted}, but machine {rendezvous.node_rank} has {_gpus(there)}: "
+            f"add --set topology.gpusPerNode={there} on all machines to use what there is."
         )
     notes: tuple[str, ...] = ()
     if topology.nodes != rendezvous.nodes:
-        notes = (f"topology.nodes is {topology.nodes}: run on the {rendezvous.nodes} machines that there are.",)
+        count = rendezvous.nodes
+        notes = (f"topology.nodes is {topology.nodes}, but there are {count} machines: running on {count}.",)
     return Placement(rendezvous.nodes, wanted, machine.gpus[:wanted], machine.cores, notes, rendezvous)
 
 
@@ -122,13 +123,13 @@ def _on_what_is_there(nodes: int, machine: Machine) -> Placement:
     if there == 0:
         return Placement(nodes, 0, (), machine.cores)
     if there < nodes:
-        note = f"{_gpus(there)} for {nodes} nodes: run as one node with {_gpus(there)}."
+        note = f"{_gpus(there)} for {nodes} nodes: running as one node with {_gpus(there)}."
         return Placement(1, there, machine.gpus, machine.cores, (note,))
-    a_node = there // nodes
-    used = machine.gpus[: a_node * nodes]
+    per_node = there // nodes
+    used = machine.gpus[: per_node * nodes]
     idle = there - len(used)
-    notes = (f"{_gpus(idle)} of {there} left idle: {there} cannot be shared evenly by {nodes} nodes.",) if idle else ()
-    return Placement(nodes, a_node, used, machine.cores, notes)
+    notes = (f"{idle} of {_gpus(there)} idle: {there} cannot be divided evenly among {nodes} nodes.",) if idle else ()
+    return Placement(nodes, per_node, used, machine.cores, notes)
 
 
 def _gpus(count: int) -> str:
@@ -136,10 +137,10 @@ def _gpus(count: int) -> str:
 
 
 def _too_few(nodes: int, wanted: int, there: int) -> str:
-    asked = f"topology asks for {_gpus(wanted * nodes)} ({nodes} × {wanted}) and this machine has {there or 'none'}"
+    asked = f"topology asks for {_gpus(wanted * nodes)} ({nodes} × {wanted}), but this machine has {there or 'none'}"
     if there == 0:
-        return f"{asked}: --set topology.gpusPerNode=0 trains on the CPU, one process a node."
-    return f"{asked}: --set topology.nodes=1 --set topology.gpusPerNode={there} uses what is here."
+        return f"{asked}: add --set topology.gpusPerNode=0 to train on the CPU, with one process per node."
+    return f"{asked}: add --set topology.nodes=1 --set topology.gpusPerNode={there} to use what there is."
 
 
 def _refuse_too_many(processes: int, machine: Machine) -> None:
@@ -149,5 +150,6 @@ def _refuse_too_many(processes: int, machine: Machine) -> None:
         return
     scarce = f"{machine.cores} cores" if by_cores <= by_memory else f"{machine.memory_bytes / 2**30:.1f} GiB of memory"
     raise UserError(
-        f"topology.nodes: {processes} processes cannot be started with {scarce}: --set topology.nodes={most} at most."
+        f"topology.nodes: {processes} processes are too many for {scarce}: use at most {most} "
+        f"(--set topology.nodes={most})."
     )

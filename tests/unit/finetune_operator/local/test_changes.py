@@ -1,4 +1,4 @@
-"""What may change in a job that was begun."""
+"""Which fields of a job may change once it has started."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from finetune_api.spec import FineTuneJob, FineTuneJobSpec
 from finetune_api.status import Condition, ConditionType, JobStatus
-from finetune_operator.local.jobfile.changes import changes, forbidden, refusal
+from finetune_operator.local.jobfile.changes import changed_fields, forbidden_changes, refusal
 
 BASE: dict[str, Any] = {
     "model": {"path": "model"},
@@ -32,7 +32,7 @@ COMPLETE = status(ConditionType.COMPLETE)
 
 
 def test_a_default_that_is_written_out_is_no_change() -> None:
-    assert changes(spec(), spec(training={"epochs": 2})) == []
+    assert changed_fields(spec(), spec(training={"epochs": 2})) == []
 
 
 @pytest.mark.parametrize(
@@ -50,21 +50,21 @@ def test_a_default_that_is_written_out_is_no_change() -> None:
     ],
 )
 def test_fields_change_as_the_contract_allows(fields: dict[str, Any], stopped: bool, complete: bool) -> None:
-    found = changes(spec(), spec(**fields))
+    found = changed_fields(spec(), spec(**fields))
     assert found
-    assert (not forbidden(found, STOPPED)) is stopped
-    assert (not forbidden(found, COMPLETE)) is complete
+    assert (not forbidden_changes(found, STOPPED)) is stopped
+    assert (not forbidden_changes(found, COMPLETE)) is complete
 
 
 def test_datasets_in_another_order_are_the_same_but_a_renamed_one_is_not() -> None:
     first, second = BASE["datasets"]
-    assert changes(spec(), spec(datasets=[second, first])) == []
-    renamed = changes(spec(), spec(datasets=[first, {"name": "talks", "path": "chats.jsonl"}]))
+    assert changed_fields(spec(), spec(datasets=[second, first])) == []
+    renamed = changed_fields(spec(), spec(datasets=[first, {"name": "talks", "path": "chats.jsonl"}]))
     assert "datasets.talks.name" in [change.path for change in renamed]
 
 
 def test_the_refusal_names_the_field_both_values_and_the_ways_on() -> None:
-    found = changes(spec(), spec(training={"epochs": 3}))
+    found = changed_fields(spec(), spec(training={"epochs": 3}))
     job = FineTuneJob.model_validate({"metadata": {"name": "tiny"}, "spec": BASE})
     sentence = refusal(job, found, STOPPED, "/runs/x")
     for part in ("training.epochs (2.0 → 3.0)", "metadata.name", "--fresh", "/runs/x"):

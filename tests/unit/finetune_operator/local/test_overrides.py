@@ -73,7 +73,7 @@ def test_the_spec_that_was_given_stays_as_it_was() -> None:
         ("training.epochs.more=1", "training.epochs is a single value"),
         ("training.epochs", "write it as path=value"),
         ("=3", "write it as path=value"),
-        ("training.betas=[1,", "is no YAML value"),
+        ("training.betas=[1,", "is not valid YAML"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_refused_with_the_nearest(override: str, sentence: str) -> None:

@@ -42,7 +42,7 @@ def test_nodes_and_gpus_are_shared_out(
 
 
 @pytest.mark.parametrize(
-    ("nodes", "there", "note"), [(3, 2, "run as one node with 2 GPUs"), (3, 4, "1 GPU of 4 left idle")]
+    ("nodes", "there", "note"), [(3, 2, "running as one node with 2 GPUs"), (3, 4, "1 of 4 GPUs idle")]
 )
 def test_what_differs_from_the_file_is_said(nodes: int, there: int, note: str) -> None:
     assert note in place(Topology(nodes=nodes), machine(there)).notes[0]

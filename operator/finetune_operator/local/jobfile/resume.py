@@ -1,4 +1,4 @@
-"""Where a `finetune run` begins: a new run, or the one that was begun under this name before."""
+"""What a `finetune run` works on: a new run, or the earlier one of the same name."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from finetune_api.status import ConditionType, JobStatus
 from finetune_operator.decision.model import RETRY_ANNOTATION
 from finetune_operator.errors import UserError
 from finetune_operator.local.jobfile import record as records
-from finetune_operator.local.jobfile.changes import begun_training, changes, forbidden, refusal
+from finetune_operator.local.jobfile.changes import changed_fields, forbidden_changes, has_trained, refusal
 from finetune_operator.local.jobfile.record import Record
 
 
-def begin(job: FineTuneJob, directory: Path, *, fresh: bool, retry: bool, tell: Callable[[str], None]) -> Record:
-    """The record to go on with, not saved yet. The job's lock must be held.
+def find_or_create(
+    job: FineTuneJob, directory: Path, *, fresh: bool, retry: bool, tell: Callable[[str], None]
+) -> Record:
+    """The record of the run to resume or to start, not saved yet. The job's lock must be held.
 
-    Raises UserError if the job was begun with another spec in a field that may not change.
+    Raises UserError if the earlier run has a different spec in a field that may not change.
     """
     earlier = None if fresh else records.find(directory)
     if earlier is not None:
-        earlier = _go_on(earlier, job, tell)
+        earlier = _update(earlier, job, tell)
     record = earlier or records.create(directory, job)
     if retry:
         stamp = datetime.now(UTC).isoformat()
@@ -32,13 +34,13 @@ def begin(job: FineTuneJob, directory: Path, *, fresh: bool, retry: bool, tell: 
     return record
 
 
-def _go_on(earlier: Record, job: FineTuneJob, tell: Callable[[str], None]) -> Record | None:
-    """The earlier run with what may change brought up to date; None where a new one should begin."""
-    found = changes(earlier.job.spec, job.spec)
-    wrong = forbidden(found, earlier.status)
-    if wrong and failed(earlier.status) and not begun_training(earlier.status):
+def _update(earlier: Record, job: FineTuneJob, tell: Callable[[str], None]) -> Record | None:
+    """The earlier run with the fields that may change brought up to date; None if a new one should start."""
+    found = changed_fields(earlier.job.spec, job.spec)
+    wrong = forbidden_changes(found, earlier.status)
+    if wrong and failed(earlier.status) and not has_trained(earlier.status):
         named = ", ".join(change.path for change in wrong[:3])
-        tell(f"The last run failed before any training; with {named} changed, this is a new one.")
+        tell(f"The last run failed before training started, and {named} changed: starting a new run.")
         return None
     if wrong:
         raise UserError(refusal(job, wrong, earlier.status, str(earlier.run)))
