@@ -1,4 +1,4 @@
-"""What this machine has: GPUs (without torch), cores, memory. Reads only; decides nothing."""
+"""What this machine has: GPUs (without torch), cores, memory. Only reads; decides nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def this_machine() -> Machine:
 
 
 def visible(gpus: tuple[Gpu, ...], allowed: str | None) -> tuple[Gpu, ...]:
-    """The GPUs named by a CUDA_VISIBLE_DEVICES value, in its order; an unknown name hides it and all after it."""
+    """The GPUs that a CUDA_VISIBLE_DEVICES value names, in its order; an unknown one ends the list."""
     if allowed is None:
         return gpus
     chosen: list[Gpu] = []

@@ -1,4 +1,4 @@
-"""What a stage needs of its namespace before it can start: Secrets and claims. Asked by name, only when it matters."""
+"""What a stage needs in its namespace before it can start: Secrets and claims. Read by name, only when needed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from finetune_operator.decision.model import Missing
 from finetune_operator.programs import programs_of, secret_of
 
 FRESH = timedelta(seconds=2)
-"""So long after it was seen something is taken to be there still: many jobs ask for the same Secret and claim."""
+"""For this long an object that was found counts as existing: many jobs need the same Secret and claim."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What is missing, and a word that changes when a Secret does."""
+    """What is missing, and a digest that changes when a Secret does."""
 
     missing: tuple[Missing, ...] = ()
     credentials_version: str = ""
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """Something that was there; of a Secret, which keys it had and nothing of what they hold."""
+class _Found:
+    """An object that was found; of a Secret, the names of its keys but no values."""
 
     seen: datetime
     version: str
@@ -35,13 +35,13 @@ class _Sight:
 
 @dataclass
 class Prerequisites:
-    """Asks for Secrets and claims by name; what is not there is asked for again each time."""
+    """Reads Secrets and claims by name; what is missing is read again each time."""
 
     api: Api
-    _sights: dict[tuple[str, str, str], _Sight] = field(default_factory=dict)
+    _known: dict[tuple[str, str, str], _Found] = field(default_factory=dict)
 
     async def look(self, namespace: str, spec: FineTuneJobSpec, stage: Stage, now: datetime) -> Needs:
-        """Ask for every Secret and claim that the stage's pods would mount."""
+        """Look up every Secret and claim that the stage's pods would mount."""
         missing: list[Missing] = []
         versions: list[str] = []
         for where, secret in secrets_of(spec, stage).items():
@@ -57,16 +57,16 @@ class Prerequisites:
         version = hashlib.sha256("/".join(versions).encode()).hexdigest()[:16] if versions else ""
         return Needs(tuple(missing), version)
 
-    async def _find(self, kind: str, namespace: str, name: str, now: datetime) -> _Sight | None:
-        known = self._sights.get((kind, namespace, name))
+    async def _find(self, kind: str, namespace: str, name: str, now: datetime) -> _Found | None:
+        known = self._known.get((kind, namespace, name))
         if known is not None and now - known.seen < FRESH:
             return known
         body = await self.api.find(kind, namespace, name)
-        self._sights = {thing: sight for thing, sight in self._sights.items() if now - sight.seen < FRESH}
+        self._known = {thing: sight for thing, sight in self._known.items() if now - sight.seen < FRESH}
         if body is None:
             return None
-        sight = _Sight(now, body["metadata"]["resourceVersion"], frozenset(body.get("data") or {}))
-        self._sights[kind, namespace, name] = sight
+        sight = _Found(now, body["metadata"]["resourceVersion"], frozenset(body.get("data") or {}))
+        self._known[kind, namespace, name] = sight
         return sight
 
 
@@ -77,7 +77,7 @@ def secrets_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, SecretKey]:
 
 
 def claims_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
-    """Claims that must be there already, by the field that names them."""
+    """Claims that must exist already, by the field that names them."""
     resume_from = spec.training.resume_from
     wanted = {
         "storage.cache.claimName": spec.storage.cache.claim_name,
@@ -88,11 +88,11 @@ def claims_of(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
     return {field: claim for field, claim in wanted.items() if claim}
 
 
-def _lacking(where: str, secret: SecretKey, sight: _Sight | None) -> Missing | None:
+def _lacking(where: str, secret: SecretKey, sight: _Found | None) -> Missing | None:
     if sight is None:
         sentence = f"Secret {secret.name} ({where}) does not exist: create it with the key {secret.key}."
         return Missing("Secret", secret.name, sentence)
     if secret.key not in sight.keys:
-        sentence = f"Secret {secret.name} ({where}) has no key {secret.key}."
+        sentence = f"Secret {secret.name} ({where}) has no key {secret.key}: add it."
         return Missing("Secret", secret.name, sentence)
     return None

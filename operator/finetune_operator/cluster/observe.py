@@ -17,7 +17,7 @@ from finetune_api.status import AttemptRecord, JobStatus
 from finetune_api.traits import Method
 from finetune_operator.cluster.api import Object
 from finetune_operator.decision.model import Child, Environment, Missing, Observation, Pod, PodPhase
-from finetune_operator.manifests.backend import Backend, ChildState, condition_of, words
+from finetune_operator.manifests.backend import Backend, ChildState, condition_of, describe
 from finetune_operator.manifests.backends import BACKENDS
 from finetune_operator.manifests.job import UID_LABEL
 from finetune_operator.manifests.labels import ATTEMPT, STAGE, node_rank
@@ -198,7 +198,7 @@ def batch_state(body: Object) -> ChildState:
         succeeded=condition_of(body, "Complete") is not None,
         failed=failed is not None,
         queued=bool(body["spec"].get("suspend")),
-        message=words(failed),
+        message=describe(failed),
     )
 
 

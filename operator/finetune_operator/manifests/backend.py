@@ -1,4 +1,4 @@
-"""What carries a gang of training pods: a PyTorchJob or a TrainJob. Made and read, never changed."""
+"""The objects that run a gang of training pods: PyTorchJob or TrainJob. Created and read, never updated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_operator.manifests.job import Job, Manifest
 
 @dataclass(frozen=True)
 class ChildState:
-    """What the object that carries an attempt says of itself."""
+    """The state of the object that runs an attempt."""
 
     succeeded: bool = False
     failed: bool = False
@@ -21,20 +21,20 @@ class ChildState:
 
 
 class Backend(Protocol):
-    """Makes the child of one training attempt and reads its state."""
+    """Builds the child of one training attempt and reads its state."""
 
     api_version: str
     kind: str
     plural: str
     provider: str
-    """Who has to be installed for these objects to be known and worked on."""
+    """What must be installed on the cluster to serve and reconcile these objects."""
     owns_pods: str
-    """Kind of the object that the pods belong to: the child itself, or what its controller makes of it."""
+    """Kind of the object that owns the pods: the child itself, or one that its controller creates."""
     companions: tuple[str, ...]
-    """Kinds of what is made before the child, under its name, and deleted after it."""
+    """Kinds of the objects that are created before the child, under its name, and deleted after it."""
 
     def before(self, job: Job, attempt: Attempt) -> list[Manifest]:
-        """What the child of one attempt refers to."""
+        """The objects that the child of one attempt refers to."""
         ...
 
     def manifest(self, job: Job, attempt: Attempt) -> Manifest:
@@ -42,7 +42,7 @@ class Backend(Protocol):
         ...
 
     def state(self, child: dict[str, Any]) -> ChildState:
-        """What a child's spec and status say."""
+        """The state in a child's spec and status."""
         ...
 
 
@@ -52,8 +52,8 @@ def condition_of(child: dict[str, Any], kind: str) -> dict[str, Any] | None:
     return next((c for c in conditions if c.get("type") == kind and c.get("status") == "True"), None)
 
 
-def words(condition: dict[str, Any] | None) -> str:
-    """Reason and message of a condition in a sentence."""
+def describe(condition: dict[str, Any] | None) -> str:
+    """Reason and message of a condition in one line; empty for None."""
     if condition is None:
         return ""
     return ": ".join(part for part in (condition.get("reason"), condition.get("message")) if part)

@@ -1,4 +1,4 @@
-"""The child of any attempt, and everything that a job would make: what `finetune render` prints."""
+"""The child of any attempt, and everything that the operator would create for a job: what `finetune render` prints."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from finetune_operator.manifests.shared import shared_manifests
 
 
 def child_manifests(job: Job, attempt: Attempt, backend: Backend) -> list[Manifest]:
-    """The object that carries one attempt, the last, after what it refers to."""
+    """The object that runs one attempt comes last, after what it refers to."""
     if attempt.stage is Stage.TRAIN:
         return [*backend.before(job, attempt), backend.manifest(job, attempt)]
     return [batch_child(job, attempt)]
 
 
 def all_manifests(job: Job, backend: Backend) -> list[Manifest]:
-    """What the operator makes for a job whose every stage succeeds at once."""
+    """What the operator creates for a job whose stages all succeed at the first attempt."""
     wanted = [stage for stage in STAGES if stage is not Stage.PUBLISH or job.spec.publish is not None]
     children = [child_manifests(job, first_attempt(job, stage), backend) for stage in wanted]
     return [*shared_manifests(job), *(manifest for made in children for manifest in made)]

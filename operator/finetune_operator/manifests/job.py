@@ -1,4 +1,4 @@
-"""What every manifest of a job is made from, and the metadata that all of them carry."""
+"""The job that every manifest is built from, and the metadata that all manifests carry."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CACHE_VOLUME = "/cache"
 
 @dataclass(frozen=True)
 class Job:
-    """A FineTuneJob on a cluster, as manifests see it."""
+    """A FineTuneJob on a cluster, as the manifests need it."""
 
     namespace: str
     name: str
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        """Processes of a training pod: one a GPU, one on the CPU."""
+        """Ranks of a training pod: one per GPU, or one on the CPU."""
         return max(self.gpus_per_node, 1)
 
     @property
@@ -67,7 +67,7 @@ class Job:
         return shared_name(self.name, "trainer")
 
     def run_config(self) -> RunConfig:
-        """The snapshot that decides what the trainer computes."""
+        """The snapshot that determines what the trainer computes."""
         return RunConfig(
             job=JobRef(namespace=self.namespace, name=self.name, uid=self.uid),
             spec=resolve(self.spec),
@@ -80,7 +80,7 @@ class Job:
 
 
 def labels(job: Job, stage: Stage | None = None, number: int | None = None) -> dict[str, str]:
-    """Labels of an object of the job, by which it is watched, selected and found."""
+    """Labels of an object of the job, by which it is watched and selected."""
     common = {
         "app.kubernetes.io/name": "finetune-trainer",
         INSTANCE_LABEL: label_value(job.name),
@@ -98,7 +98,7 @@ def labels(job: Job, stage: Stage | None = None, number: int | None = None) -> d
 
 
 def owned(job: Job) -> list[Manifest]:
-    """The ownerReferences by which the garbage collector ends what belongs to the job."""
+    """The ownerReferences by which the garbage collector deletes what belongs to the job."""
     return [
         {
             "apiVersion": API_VERSION,
@@ -122,7 +122,7 @@ def metadata(job: Job, name: str, stage: Stage | None = None, number: int | None
 
 
 def attempt_metadata(job: Job, attempt: Attempt, *, queued: bool = False) -> Manifest:
-    """Metadata of the child of one attempt; `queued` where it asks for GPUs and a queue hands them out."""
+    """Metadata of the child of one attempt; `queued` if it requests GPUs, which a queue may admit."""
     made = metadata(job, child_name(job.name, attempt.stage, attempt.number), attempt.stage, attempt.number)
     if queued and job.spec.pod_template.queue_name:
         made["labels"] |= {QUEUE_LABEL: job.spec.pod_template.queue_name}

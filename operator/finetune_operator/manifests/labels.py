@@ -1,4 +1,4 @@
-"""Labels by which a job's children are found: on everything that one attempt consists of, its pods included."""
+"""Labels by which a job's children are found, on all objects of an attempt, its pods included."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 def node_rank(labels: Mapping[str, str]) -> int:
-    """The node rank of a pod with these labels, whoever carries it; 0 for the only pod of a stage."""
+    """The node rank of a pod with these labels, of any backend; 0 for the only pod of a stage."""
     index = labels.get(REPLICA_INDEX) or labels.get(COMPLETION_INDEX) or "0"
     return int(index) if index.isdigit() else 0

@@ -11,9 +11,9 @@ WORKER_SUFFIX_LENGTH = len("-worker-4095")
 
 
 def bounded(name: str, suffix: str, limit: int = MAX_LENGTH) -> str:
-    """`name` + `suffix` in at most `limit` characters, beginning with a letter; a cut name carries a digest of itself.
+    """`name` + `suffix` in at most `limit` characters, starting with a letter; a shortened name carries its digest.
 
-    PyTorchJobs are DNS-1035 labels, so that a name which begins with a digit gets a prefix and dots become hyphens.
+    Names of PyTorchJobs are DNS-1035 labels: one that starts with a digit gets a prefix, and dots become hyphens.
     """
     plain = name.replace(".", "-")
     stem = plain if plain[:1].isalpha() else f"ft-{plain}"
@@ -35,5 +35,5 @@ def child_name(job: str, stage: Stage, number: int) -> str:
 
 
 def shared_name(job: str, what: str) -> str:
-    """Name of something that all stages share: `config`, `report`, `run`, `trainer`, …"""
+    """Name of an object that all stages share: `config`, `report`, `run`, `trainer`, …"""
     return bounded(job, f"-{what}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_api.rendezvous import DEFAULT_PORT, TORCHRUN
 from finetune_api.runconfig import Attempt
-from finetune_operator.manifests.backend import ChildState, condition_of, words
+from finetune_operator.manifests.backend import ChildState, condition_of, describe
 from finetune_operator.manifests.job import Job, Manifest, attempt_metadata
 from finetune_operator.manifests.labels import REPLICA_INDEX
 from finetune_operator.manifests.training import training_template
@@ -20,7 +20,7 @@ CONTAINER = "pytorch"
 
 
 class PyTorchJobBackend:
-    """One PyTorchJob an attempt."""
+    """One PyTorchJob per attempt."""
 
     api_version = "kubeflow.org/v1"
     kind = "PyTorchJob"
@@ -30,11 +30,11 @@ class PyTorchJobBackend:
     companions: tuple[str, ...] = ()
 
     def before(self, job: Job, attempt: Attempt) -> list[Manifest]:
-        """Nothing: a PyTorchJob says all."""
+        """Nothing: a PyTorchJob is complete in itself."""
         return []
 
     def manifest(self, job: Job, attempt: Attempt) -> Manifest:
-        """The gang of one attempt: ranks equal pod indices, worker 0 is where they meet."""
+        """The gang of one attempt: node ranks equal pod indices, and worker 0 is the rendezvous."""
         made = attempt_metadata(job, attempt, queued=job.gpus_per_node > 0)
         nodes = job.spec.topology.nodes
         template = training_template(job, attempt, CONTAINER, _rendezvous(made["name"]))
@@ -55,14 +55,14 @@ class PyTorchJobBackend:
         }
 
     def state(self, child: dict[str, Any]) -> ChildState:
-        """Success and failure as its conditions say; suspended by another means queued."""
+        """Success and failure from its conditions; suspended by another controller means queued."""
         spec = child["spec"]
         succeeded, failed = condition_of(child, "Succeeded"), condition_of(child, "Failed")
         return ChildState(
             succeeded=succeeded is not None,
             failed=failed is not None,
             queued=bool(spec.get("runPolicy", {}).get("suspend")),
-            message=words(failed),
+            message=describe(failed),
             pods_expected=spec["pytorchReplicaSpecs"]["Worker"].get("replicas", 1),
         )
 

@@ -9,7 +9,7 @@ from finetune_operator.manifests.job import INSTANCE_LABEL, UID_LABEL, Job, Mani
 
 
 def shared_manifests(job: Job) -> list[Manifest]:
-    """Every shared object, in the order in which they are made."""
+    """Every shared object, in the order of creation."""
     claim = [run_claim(job)] if job.spec.storage.run.claim_name is None else []
     return [*claim, run_config(job), report(job), service_account(job), role(job), role_binding(job), isolation(job)]
 
@@ -27,12 +27,12 @@ def run_config(job: Job) -> Manifest:
 
 
 def report(job: Job) -> Manifest:
-    """What the pods write into: one key a stage."""
+    """The ConfigMap that the pods write their reports to: one key per stage."""
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(job, job.report_name)}
 
 
 def service_account(job: Job) -> Manifest:
-    """Who the pods are; the token that proves it is mounted only where a pod reports."""
+    """The identity of the pods; its token is mounted only where a pod reports."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
@@ -54,7 +54,7 @@ def role(job: Job) -> Manifest:
 
 
 def role_binding(job: Job) -> Manifest:
-    """Gives the pods that role."""
+    """Binds the role to the pods' ServiceAccount."""
     return {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "RoleBinding",
@@ -65,12 +65,12 @@ def role_binding(job: Job) -> Manifest:
 
 
 def run_claim(job: Job) -> Manifest:
-    """The claim of the run directory. One that is kept has no owner, so that nothing collects it."""
+    """The claim of the run directory. One that is kept has no owner, so that it is not garbage-collected."""
     run = resolve(job.spec).storage.run
     made = metadata(job, job.run_claim)
     if run.keep:
         del made["ownerReferences"]
-        # By this label Argo CD takes the claim for its own, and would prune it with the job.
+        # By this label Argo CD would take the claim for its own, and prune it with the job.
         del made["labels"][INSTANCE_LABEL]
     storage = {} if run.storage_class_name is None else {"storageClassName": run.storage_class_name}
     return {
@@ -86,7 +86,7 @@ def run_claim(job: Job) -> Manifest:
 
 
 def isolation(job: Job) -> Manifest:
-    """Only pods of the same job may reach its pods: NCCL, gloo and the store ask nobody who he is."""
+    """Only pods of the same job may reach its pods: NCCL, gloo and the store authenticate no one."""
     pods = {"matchLabels": {UID_LABEL: labels(job)[UID_LABEL]}}
     return {
         "apiVersion": "networking.k8s.io/v1",

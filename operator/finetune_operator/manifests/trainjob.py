@@ -1,7 +1,7 @@
 """Kubeflow Trainer's TrainJob (v2, JobSet underneath): a TrainingRuntime with our pods, and a TrainJob that runs it.
 
-A TrainJob can patch only some fields of a runtime's pods, other ones in each version, and neither the containers'
-securityContext nor the grace period. So each attempt brings a runtime of its own, with the whole pod in it.
+A TrainJob can patch only some fields of a runtime's pods, different ones in each version, and neither the containers'
+securityContext nor the grace period. So each attempt brings a runtime of its own that contains the whole pod.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.runconfig import Attempt
-from finetune_operator.manifests.backend import ChildState, condition_of, words
+from finetune_operator.manifests.backend import ChildState, condition_of, describe
 from finetune_operator.manifests.job import Job, Manifest, attempt_metadata
 from finetune_operator.manifests.training import training_template
 
 REPLICATED_JOB = CONTAINER = "node"
-"""The names by which Kubeflow Trainer finds what it has to give `PET_*` variables to."""
+"""The names by which Kubeflow Trainer finds the container that gets its `PET_*` variables."""
 ANCESTOR = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
 
 
 class TrainJobBackend:
-    """One TrainJob an attempt, and its runtime of the same name."""
+    """One TrainJob per attempt, and its runtime of the same name."""
 
     api_version = "trainer.kubeflow.org/v1alpha1"
     kind = "TrainJob"
@@ -34,7 +34,7 @@ class TrainJobBackend:
             "mlPolicy": {"numNodes": job.spec.topology.nodes, "torch": {}},
             "template": {
                 "spec": {
-                    # Rank 0 is looked up before it is ready.
+                    # The other ranks look up rank 0 before it is ready.
                     "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
                     "failurePolicy": {"maxRestarts": 0},
                     "replicatedJobs": [_replicated_job(job, attempt)],
@@ -47,7 +47,7 @@ class TrainJobBackend:
         return [{"apiVersion": self.api_version, "kind": "TrainingRuntime", "metadata": metadata, "spec": spec}]
 
     def manifest(self, job: Job, attempt: Attempt) -> Manifest:
-        """The gang of one attempt: ranks equal completion indices; the `PET_*` variables are Kubeflow Trainer's."""
+        """The gang of one attempt: node ranks equal completion indices; Kubeflow Trainer sets the `PET_*` variables."""
         made = attempt_metadata(job, attempt, queued=job.gpus_per_node > 0)
         return {
             "apiVersion": self.api_version,
@@ -60,14 +60,14 @@ class TrainJobBackend:
         }
 
     def state(self, child: dict[str, Any]) -> ChildState:
-        """Success and failure as its conditions say; suspended by another means queued."""
+        """Success and failure from its conditions; suspended by another controller means queued."""
         spec = child["spec"]
         complete, failed = condition_of(child, "Complete"), condition_of(child, "Failed")
         return ChildState(
             succeeded=complete is not None,
             failed=failed is not None,
             queued=bool(spec.get("suspend")),
-            message=words(failed),
+            message=describe(failed),
             pods_expected=spec["trainer"].get("numNodes", 1),
         )
 
@@ -83,8 +83,8 @@ def _replicated_job(job: Job, attempt: Attempt) -> Manifest:
                 "completionMode": "Indexed",
                 "completions": nodes,
                 "parallelism": nodes,
-                # A failed rank is not made again, and the others stay until they have said what they know: with a
-                # limit for all, the Job would delete them, and with them the root cause.
+                # A failed pod is not replaced, and the others stay until they have reported: with a limit for all
+                # pods, the Job would delete them, and with them the root cause.
                 "backoffLimitPerIndex": 0,
                 "podReplacementPolicy": "Failed",
                 "template": training_template(job, attempt, CONTAINER),

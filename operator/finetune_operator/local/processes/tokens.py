@@ -1,6 +1,6 @@
-"""Tokens of this user for the stages: read from the environment here, given on as files, one stage at a time.
+"""The user's tokens for the stages: read from the environment, passed on as files, to one program at a time.
 
-They never stand on a command line, in a child's environment, in a log or in the run directory.
+They never appear on a command line, in a child's environment, in a log or in the run directory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SECRET_VARIABLES = (
     "HF_TOKEN_PATH",
     "WANDB_API_KEY",
 )
-"""Taken out of every child's environment."""
+"""Removed from every child's environment."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tokens:
     """`publish` is the read token, because there was no HF_PUBLISH_TOKEN."""
 
     def version(self, uid: str) -> str:
-        """Changes when a token changes, and says nothing about it: salted with the job's uid, cut short."""
+        """Changes when a token changes, and reveals nothing of it: salted with the job's uid, and truncated."""
         text = "\n".join(f"{kind}={value}" for kind, value in sorted(self.values.items()))
         return hashlib.sha256(f"{uid}\n{text}".encode()).hexdigest()[:12]
 

@@ -80,7 +80,7 @@ async def test_what_is_missing_is_named_with_its_field() -> None:
     needs = await prerequisites.look("ml", spec(), Stage.PREPARE, NOON)
     sentences = [missing.sentence for missing in needs.missing]
     assert sentences == [
-        "Secret read (credentials.hub) has no key token.",
+        "Secret read (credentials.hub) has no key token: add it.",
         "Secret write (credentials.publish) does not exist: create it with the key token.",
         "PersistentVolumeClaim finetune-cache (storage.cache.claimName) does not exist in ml: create it.",
     ]
