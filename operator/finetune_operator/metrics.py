@@ -34,21 +34,21 @@ class Metrics:
         self.gpu_hours = Counter("finetune_gpu_hours_total", "GPU-hours used.", ["namespace"], registry=self.registry)
         self.stage_seconds = Histogram(
             "finetune_stage_duration_seconds",
-            "Time of attempts that succeeded, from start to end.",
+            "Duration of attempts that succeeded.",
             ["stage"],
             buckets=STAGE_BUCKETS,
             registry=self.registry,
         )
         self.reconcile_seconds = Histogram(
             "finetune_reconcile_duration_seconds",
-            "Time of one reconcile of one job.",
+            "Duration of one reconcile of one job.",
             buckets=RECONCILE_BUCKETS,
             registry=self.registry,
         )
         self.reconcile_errors = Counter(
-            "finetune_reconcile_errors_total", "Reconciles that failed and are tried again.", registry=self.registry
+            "finetune_reconcile_errors_total", "Reconciles that failed and are retried.", registry=self.registry
         )
-        self.queue_depth = Gauge("finetune_queue_depth", "Jobs that wait to be reconciled.", registry=self.registry)
+        self.queue_depth = Gauge("finetune_queue_depth", "Jobs waiting to be reconciled.", registry=self.registry)
         self.leader = Gauge("finetune_leader", "1 while this replica holds the Lease.", registry=self.registry)
 
     def count_request(self, verb: str, code: int) -> None:
@@ -68,7 +68,7 @@ class Metrics:
 
 
 class _Jobs:
-    """Jobs by namespace and phase, counted when it is asked."""
+    """Jobs by namespace and phase, counted on each scrape."""
 
     def __init__(self, phases: Callable[[], Phases]) -> None:
         self._phases = phases
@@ -78,10 +78,10 @@ class _Jobs:
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """One sample a namespace and phase."""
+        """One sample per namespace and phase."""
         family = GaugeMetricFamily("finetune_jobs", "FineTuneJobs by phase.", labels=["namespace", "phase"])
-        found = self._phases()
-        for namespace in {namespace for namespace, _ in found}:
+        counts = self._phases()
+        for namespace in {namespace for namespace, _ in counts}:
             for phase in Phase:
-                family.add_metric([namespace, phase], found.get((namespace, phase), 0))
+                family.add_metric([namespace, phase], counts.get((namespace, phase), 0))
         yield family

@@ -1,7 +1,7 @@
-"""One queue of keys: each at most once in it, one worker a key at a time, delays, and a backoff for each key.
+"""One queue of keys: each at most once in it, one worker per key at a time, delays, and a backoff per key.
 
-What is at work goes before what is new, so that under load jobs are finished rather than all begun: then the time
-from a child's event to its job's status does not grow with the number of jobs.
+Jobs in progress go before new ones, so that under load jobs are finished rather than all started: the time from a
+child's event to its job's status then does not grow with the number of jobs.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ K = TypeVar("K", bound=Hashable)
 BASE_SECONDS = 0.2
 CAP_SECONDS = 60.0
 FAIR = 64
-"""Every so many keys the least urgent one is served first: none waits for ever. More often, and new jobs would be
-begun faster than those at work, some thirty keys each, are finished."""
+"""Once per so many keys the least urgent one is served first: none waits forever. More often, and new jobs would
+be started faster than those in progress, some thirty keys each, are finished."""
 
 
 class Urgency(IntEnum):
     """Which key comes first; among equals, the one that was added first."""
 
     NOW = 0
-    """Something happened to a job that is at work."""
+    """Something happened to a job in progress."""
     NEW = 1
-    """A new job, or one that was there when the process started."""
+    """A new job, or one that existed when the process started."""
     LAST = 2
     """A job that had ended when the process started."""
 
 
 class WorkQueue(Generic[K]):
-    """A key that is added while it is worked on comes again afterwards; the earliest of several delays counts."""
+    """A key that is added while it is being served comes again afterwards; of several delays the earliest counts."""
 
     def __init__(self) -> None:
         self._ready: dict[Urgency, deque[K]] = {urgency: deque() for urgency in Urgency}
@@ -48,22 +48,22 @@ class WorkQueue(Generic[K]):
 
     @property
     def depth(self) -> int:
-        """Keys that are ready to be worked on."""
+        """Keys that are ready to be served."""
         return len(self._waiting)
 
     def add(self, key: K, urgency: Urgency = Urgency.NOW) -> None:
-        """Have a key worked on as soon as possible."""
+        """Serve a key as soon as possible."""
         self._forget_timer(key)
         if key in self._working:
             self._again.add(key)
         elif urgency < self._waiting.get(key, len(Urgency)):
-            # If it waits already, less urgently, then its older place is passed over.
+            # If it waits already, less urgently, its older place is skipped.
             self._waiting[key] = urgency
             self._ready[urgency].append(key)
             self._wake.set()
 
     def add_after(self, key: K, seconds: float) -> None:
-        """Have a key worked on after a while, unless it is earlier anyway."""
+        """Serve a key after a delay, unless it comes earlier anyway."""
         if seconds <= 0:
             self.add(key)
             return
@@ -75,7 +75,7 @@ class WorkQueue(Generic[K]):
         self._timers[key] = loop.call_later(seconds, self.add, key)
 
     def add_failed(self, key: K, at_least: float = 0.0) -> None:
-        """Have a key worked on again after its backoff, exponential in its failures in a row."""
+        """Serve a key again after its backoff, exponential in its failures in a row."""
         count = self._failures[key] = self._failures.get(key, 0) + 1
         seconds = min(BASE_SECONDS * 2.0 ** (count - 1), CAP_SECONDS) * random.uniform(0.75, 1.25)
         self.add_after(key, max(seconds, at_least))

@@ -1,30 +1,22 @@
-"""A table of decisions: what the world looks like, and what is said and done about it."""
+"""A table of decisions: what is observed, and what is recorded and done about it."""
 
 from dataclasses import replace
 
 import pytest
-from tests.unit.finetune_operator.decision.world import UID, World, checkpoint, job, plan, steps
+from tests.unit.finetune_operator.decision.world import (
+    ROWS,
+    STAGE_KINDS,
+    UID,
+    checkpoint,
+    job,
+    steps,
+    true_conditions,
+)
 
 from finetune_api.base import STAGES, Stage
-from finetune_api.report import LengthFacts, ModelFacts, Plan
-from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import STAGE_CONDITION, ConditionType, Phase
+from finetune_api.status import ConditionType, Phase
 from finetune_operator.decision import deadlines
-from finetune_operator.decision.model import Child, Environment, Missing, Pod, PodPhase, StartAttempt
-
-ROWS: dict[str, set[ConditionType]] = {
-    "progressing": {ConditionType.RECONCILING},
-    "suspended": {ConditionType.SUSPENDED},
-    "complete": {ConditionType.READY, ConditionType.COMPLETE},
-    "failed": {ConditionType.STALLED, ConditionType.FAILED},
-}
-STAGE_KINDS = set(STAGE_CONDITION.values())
-GPU_STAGES = (Stage.TRAIN, Stage.EVALUATE)
-
-
-def true_conditions(world: World) -> set[ConditionType]:
-    return {c.type for c in world.status.conditions if c.status == "True"} - STAGE_KINDS
-
+from finetune_operator.decision.model import Child, Environment, Pod, PodPhase, StartAttempt
 
 # The way to the end
 
@@ -111,100 +103,6 @@ def test_a_report_of_another_attempt_is_not_listened_to() -> None:
     del world.reports[Stage.TRAIN, 2]
     world.change(succeeded=True).settled()
     assert not world.is_true(ConditionType.TRAINED)
-
-
-# Failures
-
-
-FATAL = ["bad-spec", "bad-data", "no-access", "does-not-fit", "storage-full", "diverged", "config-changed"]
-
-
-@pytest.mark.parametrize("kind", FATAL)
-def test_a_failure_that_trying_again_cannot_mend_ends_the_job(kind: str) -> None:
-    world = job().training().failed_for_good(kind, rank=2)
-    assert true_conditions(world) == ROWS["failed"]
-    assert f"rank 2: {kind}" in world.message
-    assert len(world.status.attempts) == 2
-    assert sum(f"rank 2: {kind}" in event.message for event in world.events) == 1
-
-
-UNCOUNTED = ["preempted", "hub-unavailable"]
-COUNTED = ["crash", "hang", "host-oom", "cuda-oom", "fenced"]
-
-
-@pytest.mark.parametrize("kind", UNCOUNTED + COUNTED)
-def test_other_failures_are_followed_by_the_next_attempt_after_a_backoff(kind: str) -> None:
-    world = job().training().with_pod_failed(kind, rank=3).all_ended().settled().gone().settled()
-    record = world.attempt(Stage.TRAIN, 1)
-    assert (record.outcome, record.reason, record.rank) == ("failed", kind, 3)
-    assert record.counted is (kind in COUNTED)
-    assert (world.status.phase, world.reason) == (Phase.BACKING_OFF, "BackingOff")
-    wait = world.wakes()
-    assert wait is not None
-    assert 5 <= wait <= 16
-    world.later(wait).settled()
-    assert world.current == (Stage.TRAIN, 2)
-
-
-@pytest.mark.parametrize("limit", [0, 1, 3])
-def test_counted_failures_end_the_job_when_the_limit_is_used_up(limit: int) -> None:
-    world = job(retry={"limit": limit}).training()
-    for _ in range(limit):
-        world.failed_for_good("crash").gone().later(500).settled().running().settled()
-    assert world.current == (Stage.TRAIN, limit + 1)
-    world.failed_for_good("crash")
-    assert true_conditions(world) == ROWS["failed"]
-    assert f"retry.limit {limit}" in world.message
-
-
-def test_uncounted_failures_never_use_up_the_limit() -> None:
-    world = job(retry={"limit": 0}).training()
-    for _ in range(60):
-        world.with_pod_silent(1, evicted=True).all_ended().settled().gone().later(500).settled().running().settled()
-    assert world.current == (Stage.TRAIN, 61)
-    assert len(world.status.attempts) == 50
-
-
-def test_the_backoff_doubles_up_to_a_cap_for_the_same_failure_in_a_row() -> None:
-    world = job(retry={"limit": 20}).training()
-    waits = []
-    for _ in range(8):
-        world.failed_for_good("crash").gone().settled()
-        waits.append(world.wakes() or 0)
-        world.later(waits[-1]).settled().running().settled()
-    assert all(
-        low <= wait <= high + 1 for wait, low, high in zip(waits, (5, 10, 20, 40), (15, 30, 60, 120), strict=False)
-    )
-    assert max(waits) <= 451
-
-
-def test_the_root_cause_on_another_rank_is_told_with_its_rank() -> None:
-    world = job().training()
-    world.with_pod_failed("peer", rank=0).with_pod_failed("cuda-oom", rank=3).all_ended().settled()
-    assert (world.attempt(Stage.TRAIN, 1).reason, world.attempt(Stage.TRAIN, 1).rank) == ("cuda-oom", 3)
-
-
-def test_peers_alone_are_waited_for_until_the_cause_speaks() -> None:
-    world = job().training().with_pod_failed("peer", rank=0).settled()
-    assert world.attempt(Stage.TRAIN, 1).outcome == "running"
-    world.later(20).with_pod_failed("bad-data", rank=2).settled()
-    assert world.attempt(Stage.TRAIN, 1).outcome == "running"
-    world.all_ended().settled()
-    assert world.attempt(Stage.TRAIN, 1).reason == "bad-data"
-
-
-def test_pods_that_never_end_are_not_waited_for_longer_than_their_grace() -> None:
-    world = job().training().with_pod_failed("peer", rank=0).settled()
-    wait = world.wakes()
-    assert wait == 120 + 30
-    world.later(wait).settled()
-    assert world.attempt(Stage.TRAIN, 1).reason == "peer"
-
-
-def test_a_named_cause_is_concluded_soon_although_others_still_run() -> None:
-    world = job().training().with_pod_failed("crash", rank=1).settled()
-    assert world.wakes() == 10
-    assert world.later(10).settled().attempt(Stage.TRAIN, 1).reason == "crash"
 
 
 # Never two attempts
@@ -316,148 +214,6 @@ def test_a_child_deleted_from_outside_is_recorded_and_tried_again_uncounted() ->
     record = world.attempt(Stage.TRAIN, 1)
     assert (record.reason, record.counted) == ("deleted", False)
     assert world.gone().later(60).settled().current == (Stage.TRAIN, 2)
-
-
-# Out of memory
-
-
-def test_an_out_of_memory_halves_the_rows_then_recomputes_then_does_not_fit() -> None:
-    world = job(retry={"limit": 10}).training()
-    told = [world.started[-1].attempt.micro_batch_tokens]
-    while not world.is_true(ConditionType.FAILED):
-        world.failed_for_good("cuda-oom", rank=1).gone().later(500).settled()
-        if not world.is_true(ConditionType.FAILED):
-            world.running().settled()
-            told.append(world.started[-1].attempt.micro_batch_tokens)
-    assert told == [8192, 4096, 2048, 1500, 1500]
-    assert [r.activation_checkpointing for r in world.status.attempts[-2:]] == [None, True]
-    assert world.reason == "DoesNotFit"
-
-
-def test_a_crash_after_an_out_of_memory_keeps_the_smaller_rows() -> None:
-    world = job().training().failed_for_good("cuda-oom").gone().later(500).settled().running().settled()
-    world.failed_for_good("crash").gone().later(500).settled()
-    assert world.started[-1].attempt.micro_batch_tokens == 4096
-
-
-def test_a_plan_that_does_not_fit_ends_the_job_before_a_gpu_is_taken() -> None:
-    def planner(spec: FineTuneJobSpec, model: ModelFacts, lengths: LengthFacts) -> Plan:
-        return plan(fits=False, warnings=("Use qlora.",))
-
-    world = job().preparing()
-    world.planner = planner
-    world.finishes().settled()
-    assert true_conditions(world) == ROWS["failed"]
-    assert (world.reason, world.condition(ConditionType.TRAINED).reason) == ("DoesNotFit", "DoesNotFit")
-    assert "Use qlora." in world.message
-    assert world.is_true(ConditionType.PREPARED)
-    assert [start.attempt.stage for start in world.started] == [Stage.PREPARE]
-
-
-def test_the_plan_is_made_again_after_the_topology_was_changed() -> None:
-    def planner(spec: FineTuneJobSpec, model: ModelFacts, lengths: LengthFacts) -> Plan:
-        return plan(fits=spec.topology.nodes > 4, micro_batch_tokens=spec.topology.nodes * 1000)
-
-    world = job().preparing()
-    world.planner = planner
-    world.finishes().settled().with_spec(lambda wire: wire.update(topology={"nodes": 6})).retried("1").settled()
-    assert world.current == (Stage.TRAIN, 1)
-    assert world.started[-1].attempt.micro_batch_tokens == 6000
-
-
-# Waiting
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"), [("Secret", "WaitingForSecret"), ("PersistentVolumeClaim", "WaitingForClaim")]
-)
-def test_what_is_missing_is_said_and_waited_for(kind: str, reason: str) -> None:
-    world = job()
-    world.missing["x"] = Missing(kind, "hf-read", "Secret hf-read does not exist.")  # type: ignore[arg-type]
-    world.settled()
-    assert (world.reason, world.message) == (reason, "Secret hf-read does not exist.")
-    assert true_conditions(world) == ROWS["progressing"]
-    assert world.started == []
-    world.missing.clear()
-    assert world.settled().current == (Stage.PREPARE, 1)
-
-
-def test_a_start_that_quota_refuses_is_said_and_tried_again() -> None:
-    world = job()
-    world.refuse_starts = True
-    world.settled().settled()
-    assert world.reason == "WaitingForQuota"
-    assert world.decide().requeue_after == 15
-    world.refuse_starts = False
-    world.settled()
-    assert world.child.pods
-    assert [record.number for record in world.status.attempts] == [1]
-
-
-def test_pods_that_cannot_start_say_why() -> None:
-    world = job().settled().pod(0, waiting="Image x:y cannot be pulled: not found.").settled()
-    assert (world.reason, world.status.phase) == ("WaitingForPods", Phase.WAITING)
-    assert "cannot be pulled" in world.message
-    assert world.running().settled().reason == "Preparing"
-
-
-def test_pods_that_a_quota_keeps_from_being_made_are_missed_after_half_a_minute() -> None:
-    world = job().until(Stage.PREPARE).finishes().settled()
-    pods = world.child.pods
-    world.change(pods=pods[:1]).settled()
-    assert (world.reason, world.wakes()) == ("Starting", 30)
-    world.later(30).settled()
-    assert (world.reason, world.message.startswith("1 of 4 pods have been created.")) == ("WaitingForPods", True)
-    assert world.change(pods=pods).running().settled().reason == "Training"
-
-
-def test_a_child_that_kueue_holds_back_is_queued() -> None:
-    world = job(podTemplate={"queueName": "research"}).settled().change(queued=True).settled()
-    assert (world.reason, world.status.phase) == ("Queued", Phase.QUEUED)
-    assert "research" in world.message
-
-
-def test_a_gang_that_never_becomes_whole_is_tried_again_uncounted() -> None:
-    world = job().training()
-    world = job().until(Stage.PREPARE).finishes().settled().running(0, 2).pod(1, waiting="0/9 nodes.").settled()
-    wait = world.wakes()
-    assert wait == 900
-    record = world.later(wait).settled().attempt(Stage.TRAIN, 1)
-    assert (record.reason, record.counted) == ("partial-gang", False)
-    assert "2 of 4 pods" in record.message
-    assert world.gone().later(60).settled().current == (Stage.TRAIN, 2)
-
-
-def test_pods_that_all_wait_are_no_partial_gang() -> None:
-    world = job().preparing().finishes().settled().later(90_000).settled()
-    assert world.current == (Stage.TRAIN, 1)
-    assert world.wakes() is None
-
-
-# Hang
-
-
-def silence(world: World) -> float:
-    wait = world.wakes()
-    assert wait is not None
-    return wait
-
-
-@pytest.mark.parametrize("stage", GPU_STAGES)
-def test_reports_that_stop_are_a_hang_well_after_the_ranks_own_watchdogs(stage: Stage) -> None:
-    world = job().until(stage).says(progress=steps(5)).settled()
-    assert silence(world) == 2 * 1200 + 900
-    record = world.later(silence(world)).settled().attempt(stage, 1)
-    assert (record.reason, record.counted) == ("hang", True)
-
-
-def test_no_report_at_all_means_that_the_channel_is_broken_and_kills_nothing() -> None:
-    world = job().training()
-    world.later(silence(world)).settled().later(90_000).settled()
-    assert world.reason == "ReportChannelBroken"
-    assert world.current == (Stage.TRAIN, 1)
-    assert world.deleted == []
-    assert [e.reason for e in world.events].count("ReportChannelBroken") == 1
 
 
 # Suspension
@@ -591,61 +347,6 @@ def test_after_a_refused_gate_a_retry_evaluates_again() -> None:
     world.complete()
     world.gate_passes = True
     assert true_conditions(world.retried("a").complete()) == ROWS["complete"]
-
-
-# Clocks
-
-
-def test_running_time_counts_only_while_all_pods_run() -> None:
-    world = job().preparing().finishes().settled()
-    before = world.status.active_seconds
-    world.later(500).running(0, 1, 2).settled().later(100).settled()
-    assert world.status.active_seconds == before
-    world.running().settled().later(30).settled().later(30).settled()
-    assert world.status.active_seconds == before + 60
-    assert world.status.gpu_hours == pytest.approx(60 * 8 / 3600)
-    assert world.status.price == pytest.approx(60 * 8 / 3600 * 2, abs=0.01)
-
-
-def test_running_time_ends_with_the_pods_even_if_nobody_looked() -> None:
-    world = job().training().later(100).finishes().later(5000).settled()
-    assert world.status.active_seconds == 100
-
-
-def test_running_time_adds_up_over_attempts() -> None:
-    world = job().training().later(100).failed_for_good("crash").gone().later(500).settled().running().settled()
-    assert world.later(50).settled().status.active_seconds == 150
-
-
-def test_the_deadline_ends_the_job_and_frees_its_gpus() -> None:
-    world = job(timeouts={"activeDeadlineSeconds": 600}).training()
-    wait = world.wakes()
-    assert wait == 600
-    world.later(wait).settled()
-    assert (true_conditions(world), world.reason) == (ROWS["failed"], "DeadlineExceeded")
-    assert [(d.stage, d.number) for d in world.deleted] == [(Stage.TRAIN, 1)]
-
-
-def test_a_longer_deadline_and_a_retry_go_on() -> None:
-    world = job(timeouts={"activeDeadlineSeconds": 600}).training().later(600).settled().gone()
-    world.with_spec(lambda wire: wire.update(timeouts={"activeDeadlineSeconds": 6000})).retried("a").settled()
-    assert world.current == (Stage.TRAIN, 2)
-
-
-def test_children_of_a_finished_job_are_removed_after_its_ttl() -> None:
-    world = job(cleanup={"ttlSecondsAfterFinished": 3600}).complete()
-    assert world.wakes() == 3600
-    world.later(3599).settled()
-    assert world.cleaned == 0
-    world.later(1).settled().later(100).settled()
-    assert world.cleaned == 1
-    assert true_conditions(world) == ROWS["complete"]
-
-
-def test_a_finished_job_without_a_ttl_keeps_its_children() -> None:
-    world = job().complete()
-    assert world.wakes() is None
-    assert len(world.children) == 4
 
 
 # The status

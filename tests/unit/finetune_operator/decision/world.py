@@ -27,7 +27,7 @@ from finetune_api.report import (
     attempt_id,
 )
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import AttemptRecord, Condition, ConditionType, JobStatus
+from finetune_api.status import STAGE_CONDITION, AttemptRecord, Condition, ConditionType, JobStatus
 from finetune_operator.decision.decide import decide
 from finetune_operator.decision.model import (
     RETRY_ANNOTATION,
@@ -380,3 +380,16 @@ def checkpoint(step: int, now: datetime) -> CheckpointRef:
 
 def steps(done: int, total: int = 450) -> Progress:
     return Progress(step=done, total=total, loss=1.5)
+
+
+ROWS: dict[str, set[ConditionType]] = {
+    "progressing": {ConditionType.RECONCILING},
+    "suspended": {ConditionType.SUSPENDED},
+    "complete": {ConditionType.READY, ConditionType.COMPLETE},
+    "failed": {ConditionType.STALLED, ConditionType.FAILED},
+}
+STAGE_KINDS = set(STAGE_CONDITION.values())
+
+
+def true_conditions(world: World) -> set[ConditionType]:
+    return {c.type for c in world.status.conditions if c.status == "True"} - STAGE_KINDS
