@@ -170,12 +170,11 @@ class Reconciler:
         await self._catch_up(key, job, status, pods)
         needs = Needs() if invalid else await self._needs(key, job, status, spec)
         refused = (cache.refused,) if cache.refused is not None else ()
-        carriers = [*self.store.of("Job", key), *self.store.of(self.backend.kind, key)]
         seen = Seen(
             job=job,
             spec=spec,
             invalid=invalid,
-            carriers=tuple(carriers),
+            carriers=(*self.store.of("Job", key), *self.store.of(self.backend.kind, key)),
             pods=pods,
             report=self.store.named("ConfigMap", key, shared_name(name, "report")),
             out_of_service=await self._out_of_service(pods),

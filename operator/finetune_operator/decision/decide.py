@@ -53,8 +53,7 @@ def decide(observation: Observation, planner: Planner | None = None) -> Decision
     conditions.set_conditions(draft.status, condition, observation.spec, observation.now)
     wire = draft.status.to_wire()
     if progress.conclusions(wire) != progress.conclusions(persisted):
-        told = events.between(observation.status, draft.status)
-        return Decision(draft.status, wire, events=told, settled=False)
+        return Decision(draft.status, wire, events=events.between(observation.status, draft.status), settled=False)
     return Decision(
         draft.status,
         wire,
