@@ -17,7 +17,7 @@ from tests.support.scripts import load_script
 from finetune_api.base import Stage
 from finetune_api.runconfig import ATTEMPT_VARIABLE, Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.spec import FineTuneJobSpec
-from finetune_operator.sizing.plan import CPU_ROW
+from finetune_operator.sizing.planner import CPU_ROW
 
 UID = "benchmark"
 CHAT_CHARACTERS = (100, 2500)

@@ -7,6 +7,7 @@ trainer choose, the description says so; the report has what was chosen, and why
 from __future__ import annotations
 
 from enum import StrEnum
+from math import ceil, floor
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
@@ -260,6 +261,14 @@ class Lora(ApiModel):
     b_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: learning rate of B as a multiple of that of A (https://arxiv.org/abs/2402.12354)."""
 
+    @property
+    def layer_numbers(self) -> list[int] | None:
+        """The layers that `layers` names: `12-14,20` is [12, 13, 14, 20]. None: all."""
+        if self.layers is None:
+            return None
+        ends = [part.partition("-") for part in self.layers.split(",")]
+        return sorted({number for first, _, last in ends for number in range(int(first), int(last or first) + 1)})
+
 
 class PromptTuning(ApiModel):
     """Soft prompt (https://arxiv.org/abs/2104.08691)."""
@@ -448,6 +457,17 @@ class Training(ApiModel):
             ".minLearningRateRatio",
         ),
     )
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of the whole run, at least 1; `examples` are those of one epoch of the mixture.
+
+        Each epoch begins with a new step: whole ones take ceil(examples / batch) steps, and a last part of one
+        ceil(round(part * examples) / batch).
+        """
+        whole = floor(self.epochs)
+        part = round((self.epochs - whole) * examples)
+        batch = self.global_batch_size
+        return self.max_steps or max(1, whole * ceil(examples / batch) + ceil(part / batch))
 
 
 class Topology(ApiModel):

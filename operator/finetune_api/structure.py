@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -101,6 +101,18 @@ def show_path(path: PathParts) -> str:
         else:
             text += f"[{json.dumps(part)}]"
     return text
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Paths and values of nested data: `training.epochs`, `datasets[0].task`; lists of anything but maps are values."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        for index, entry in enumerate(value):
+            yield from leaves(entry, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -13,7 +13,7 @@ from finetune_operator.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJobSpec
-    from finetune_operator.sizing.gpus import Gpu
+    from finetune_operator.sizing.gpus import GpuType
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Place:
     """Where the plan lets the job run: the topology is in the spec."""
 
     spec: FineTuneJobSpec
-    gpu: Gpu | None
+    gpu: GpuType | None
     notes: tuple[str, ...] = ()
 
 
@@ -50,7 +50,9 @@ def plan(
     from finetune_api.runconfig import resolve
     from finetune_operator.commands.run import cache_directory
     from finetune_operator.local.jobfile import job_file
-    from finetune_operator.sizing.estimate import cpu_has_bf16, data_estimate, model_estimate
+    from finetune_operator.sizing.data_estimate import data_estimate
+    from finetune_operator.sizing.gpus import cpu_has_bf16
+    from finetune_operator.sizing.model_estimate import model_estimate
     from finetune_operator.sizing.plan import plan_run
 
     changes = [*(overrides or []), *([f"topology.gpuType={gpu}"] if gpu else [])]
@@ -82,7 +84,7 @@ def place_job(spec: FineTuneJobSpec) -> Place:
     """The GPUs that the file names; where it names none, those of this machine as `finetune run` would use them."""
     from finetune_operator.devices import this_machine
     from finetune_operator.local.processes.placement import place
-    from finetune_operator.sizing.estimate import gpu_here
+    from finetune_operator.sizing.gpus import gpu_here
 
     topology = spec.topology
     if topology.gpu_type is not None or topology.gpus_per_node:

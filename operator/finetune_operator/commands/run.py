@@ -234,7 +234,7 @@ def _carry_out(
     from finetune_operator.local.processes.children import Children
     from finetune_operator.local.processes.tokens import tokens_of
     from finetune_operator.local.runner import Runner, RunSettings
-    from finetune_operator.sizing.estimate import cpu_has_bf16, gpu_here
+    from finetune_operator.sizing.gpus import cpu_has_bf16, gpu_here
     from finetune_operator.sizing.plan import planner_for
 
     tokens = tokens_of(os.environ)

@@ -1,4 +1,4 @@
-"""GPUs by name: memory, speed, and whether they compute bf16. From the vendor's data sheets; nothing is asked here.
+"""Types of GPU by name: memory, speed and whether they compute bf16, from the vendor's data sheets.
 
 Memory is what a program sees (`torch.cuda.mem_get_info`), which is less than the name says; speed is the dense
 matrix rate with float32 accumulation, without sparsity.
@@ -7,27 +7,30 @@ matrix rate with float32 accumulation, without sparsity.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune_operator import devices
 
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One kind of GPU."""
+class GpuType:
+    """One type of GPU."""
 
     name: str
     memory_bytes: int
     flops: float
-    """Dense matrix operations a second: bf16, or fp32 where there is no bf16."""
+    """Dense matrix operations per second: bf16, or fp32 where there is no bf16."""
     bf16: bool = True
 
 
-def _gpu(name: str, memory_gib: float, teraflops: float, *, bf16: bool = True) -> Gpu:
-    return Gpu(name, int(memory_gib * GIB), teraflops * 1e12, bf16)
+def _gpu(name: str, memory_gib: float, teraflops: float, *, bf16: bool = True) -> GpuType:
+    return GpuType(name, int(memory_gib * GIB), teraflops * 1e12, bf16)
 
 
-GPUS: tuple[Gpu, ...] = (
+GPUS: tuple[GpuType, ...] = (
     _gpu("A100-40GB", 39.4, 312),
     _gpu("A100-80GB", 79.2, 312),
     _gpu("H100-80GB", 79.1, 989),
@@ -56,8 +59,8 @@ GPUS: tuple[Gpu, ...] = (
 _NOISE = {"NVIDIA", "TESLA", "GEFORCE", "QUADRO", "SXM", "SXM2", "SXM3", "SXM4", "SXM5", "HBM3", "HBM2E", "GENERATION"}
 
 
-def find_gpu(text: str) -> Gpu | None:
-    """The GPU that a name means: `A100-80GB`, `NVIDIA-A100-SXM4-80GB`, `nvidia-h100`, `NVIDIA L4`. None: unknown.
+def find_gpu(text: str) -> GpuType | None:
+    """The type that a name means: `A100-80GB`, `NVIDIA-A100-SXM4-80GB`, `nvidia-h100`, `NVIDIA L4`. None if unknown.
 
     A name without a size means the smallest of that model, so that a plan never promises too much.
     """
@@ -70,12 +73,29 @@ def find_gpu(text: str) -> Gpu | None:
     return min(found, key=lambda gpu: gpu.memory_bytes, default=None)
 
 
+def gpu_here(gpu: devices.Gpu) -> GpuType | None:
+    """The type of a GPU of this machine, with no more memory than its driver reports. None if unknown."""
+    known = find_gpu(gpu.name)
+    if known is None or gpu.memory_bytes is None:
+        return known
+    return replace(known, memory_bytes=min(known.memory_bytes, gpu.memory_bytes))
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU has instructions for bf16 products, in which the trainer then computes."""
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
 def _words(text: str) -> frozenset[str]:
     words = [word for word in re.split(r"[^A-Z0-9]+", text.upper()) if word and word not in _NOISE]
     return frozenset(re.sub(r"^(\d+)G(I?B)?$", r"\1GB", word) for word in words)
 
 
-def _model(gpu: Gpu) -> frozenset[str]:
+def _model(gpu: GpuType) -> frozenset[str]:
     return frozenset(word for word in _words(gpu.name) if not _is_size(word))
 
 

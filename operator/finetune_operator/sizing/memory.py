@@ -18,19 +18,19 @@ from typing import Literal
 from finetune_api.report import MemoryComponent
 from finetune_api.spec import Lora, Tuning
 from finetune_api.traits import Method, MethodTraits
+from finetune_operator.sizing.gpus import GIB
 from finetune_operator.sizing.model_shapes import Dims, Matrix, Shape
 
-GIB = 1 << 30
 MIB = 1 << 20
 
 LOGITS_PER_CHUNK = 1 << 25
-"""Positions times vocabulary whose logits exist at once (model/loss.py)."""
+"""Logits (positions times vocabulary) that exist at once (model/loss.py)."""
 LOGITS_PER_BLOCK = 1 << 22
-"""Those that a GPU looks at in float32 at a time, with as much again for what comes of them (model/loss.py)."""
+"""Those converted to float32 at a time, with as much again for their results (model/loss.py)."""
 QUANTISED_BLOCK = 64
 """Weights that share one 4-bit quantisation constant; 256 constants share one of the second level."""
 CUDA_CONTEXT_BYTES = 640 * MIB
-"""CUDA's own context, its libraries' workspaces."""
+"""CUDA context and workspaces of its libraries."""
 NCCL_BYTES = 512 * MIB
 """Buffers of one communicator."""
 FRAGMENTATION = 0.04
@@ -38,11 +38,11 @@ FRAGMENTATION = 0.04
 PROCESS_BYTES = 768 * MIB
 """A CPU rank before it holds a model: interpreter, torch, gloo."""
 HOST_PROCESS_BYTES = 3 * GIB
-"""Main memory of a rank that computes on a GPU: interpreter, torch, CUDA's libraries."""
+"""Host memory of a rank that computes on a GPU: interpreter, torch, CUDA libraries."""
 
 Group = int
 ROOT: Group = -1
-"""Final norm, head, tied embeddings, soft prompts: gathered once a pass and kept to its end."""
+"""Final norm, head, tied embeddings, soft prompts: gathered once per pass and kept to its end."""
 EMBEDDING: Group = -2
 """Input embeddings of their own: gathered for the first operation only."""
 
@@ -53,18 +53,18 @@ class Run:
 
     tuning: Tuning
     compute_bytes: Literal[2, 4] = 2
-    """Bytes of a product: bf16 or fp32."""
+    """Bytes of an element in matrix products: bf16 or fp32."""
     cuda: bool = True
     ranks: int = 1
-    """Ranks in all."""
+    """The world size."""
     shard_ranks: int = 1
     """Ranks over which parameters are sharded: all, or those of a node."""
     checkpointing: bool = False
     compiled: bool = False
     accumulates: bool = False
-    """More than one micro-batch a step."""
+    """More than one micro-batch per step."""
     labelled_share: float = 1.0
-    """Share of the tokens that carry a label."""
+    """Share of the tokens in the loss."""
     longest: int = 1
     """Tokens of the longest document: an attention matrix is as wide, where one exists."""
 
@@ -103,7 +103,7 @@ class Tensor:
     group: Group
     trained: bool = False
     packed: bool = False
-    """4-bit values, two a byte: never cast when gathered."""
+    """4-bit values, two per byte: never cast when gathered."""
 
     @property
     def elements(self) -> int:
@@ -118,19 +118,8 @@ class Tensor:
 # --- which modules get adapters --------------------------------------------------------------------------------------
 
 
-def layer_numbers(text: str) -> list[int]:
-    """`12-14,20` is [12, 13, 14, 20]."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return sorted(found)
-
-
 def _selects(lora: Lora, layer: int, matrix: Matrix) -> bool:
     """Whether LoRA adapts this matrix of this layer."""
-    if lora.layers is not None and layer not in layer_numbers(lora.layers):
-        return False
     target = lora.target_modules
     if target == "all-linear":
         return True
@@ -143,9 +132,11 @@ def adapted(shape: Shape, tuning: Tuning) -> dict[int, tuple[Matrix, ...]]:
     """The matrices of each layer that get a LoRA adapter; layers without any are left out."""
     if not tuning.method.traits.low_rank:
         return {}
+    chosen = tuning.lora.layer_numbers
     by_layer = {
         layer: tuple(matrix for matrix in shape.matrices if _selects(tuning.lora, layer, matrix))
         for layer in range(shape.facts.num_hidden_layers)
+        if chosen is None or layer in chosen
     }
     return {layer: matrices for layer, matrices in by_layer.items() if matrices}
 
@@ -245,7 +236,7 @@ def constants_bytes(shape: Shape, tuning: Tuning) -> int:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Bytes a token that one layer keeps for the backward pass."""
+    """Bytes per token that one layer keeps for the backward pass."""
 
     shape: Shape
     run: Run
@@ -396,7 +387,7 @@ class Memory:
 
     @cached_property
     def optimizer(self) -> int:
-        """AdamW's two moments, and a counter a tensor."""
+        """AdamW's two moments, and one counter per tensor."""
         return 8 * self._trained_local + 4 * sum(tensor.trained for tensor in self._tensors)
 
     @cached_property
@@ -457,7 +448,7 @@ class Memory:
 
     @cached_property
     def _one_layer(self) -> int:
-        """Bytes a token that the layer with the most keeps."""
+        """Bytes per token of the layer that keeps the most."""
         return max((self._layer_bytes(layer, False) for layer in self.layers_with_backward), default=0)
 
     def _logits(self, tokens: int) -> tuple[int, int]:
@@ -486,25 +477,25 @@ class Memory:
         at_the_loss = max(logits + 2 * head_gradient, 3 * head_gradient) if chunks > 1 else logits + head_gradient
         layer, embedded = (self._largest_layer, self._gathered(EMBEDDING)) if run.sharded else (0, 0)
         in_a_layer = [
-            ("gradients on their way", self._in_backward(tokens) + (head_gradient if run.sharded else 0)),
-            ("dequantised matrices", self._dequantised),
+            ("gradients being reduced", self._in_backward(tokens) + (head_gradient if run.sharded else 0)),
+            ("dequantised weights", self._dequantised),
         ]
         computed_again = tokens * self._one_layer if run.checkpointing else 0
         in_layers = self._in_layers(tokens) + computed_again
         moments = [
-            [("activations", activations), ("logits of one chunk", at_the_loss), ("gathered layers", root)],
-            [("activations", in_layers), ("gathered layers", root + 2 * layer), *in_a_layer],
+            [("activations", activations), ("logits (one chunk)", at_the_loss), ("all-gathered layers", root)],
+            [("activations", in_layers), ("all-gathered layers", root + 2 * layer), *in_a_layer],
         ]
         if embedded:
             first = tokens * (self._one_layer + run.compute_bytes * facts.hidden_size)
-            moments.append([("activations", first), ("gathered layers", root + layer + embedded), *in_a_layer])
-            moments.append([("gathered layers", root + 2 * embedded)])
+            moments.append([("activations", first), ("all-gathered layers", root + layer + embedded), *in_a_layer])
+            moments.append([("all-gathered layers", root + 2 * embedded)])
         if run.sharded and run.trains_base:
             embedding = 0 if facts.tie_word_embeddings else head
             exchanged = 4 * facts.vocab_size * facts.hidden_size
             share = ceil(exchanged / run.shard_ranks)
-            way = ("gradients on their way", head + embedding + exchanged + share)
-            moments.append([way, ("gathered layers", root)])
+            way = ("gradients being reduced", head + embedding + exchanged + share)
+            moments.append([way, ("all-gathered layers", root)])
         return moments
 
     def _in_backward(self, tokens: int) -> int:
@@ -536,7 +527,7 @@ class Memory:
             ("weights", self.weights),
             ("quantisation constants", self.constants),
             ("adapters", self.adapters),
-            ("weights cast for products", self._casts),
+            ("bf16 copies of weights", self._casts),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
         ]
@@ -559,7 +550,7 @@ class Memory:
         return sum(component.bytes for component in self.components(tokens))
 
     def host(self, tokens: int, ranks_per_node: int) -> int:
-        """Main memory of a pod: its processes, the largest tensor while loading, a copy of what is being saved.
+        """Host memory per node: its processes, the largest tensor while loading, a copy of what is being saved.
 
         A checkpoint copies the rank's share of trained parameters and moments before it is written.
         """

@@ -11,9 +11,9 @@ from rich.text import Text
 from finetune_api.cel import own_violations
 from finetune_api.report import Plan
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.sizing.plan import gib
 from finetune_operator.view.words import count, duration
 
-GIB = 1 << 30
 BAR_CELLS = 24
 
 
@@ -73,8 +73,8 @@ def _memory(spec: FineTuneJobSpec, plan: Plan) -> Table:
     for component in plan.memory:
         cells = component.bytes / max(1, whole) * BAR_CELLS
         bar = "█" * int(cells) + ("▌" if cells - int(cells) >= 0.5 else "")
-        table.add_row(f"  {component.name}", _gib(component.bytes), Text(bar, style="cyan"))
-    table.add_row(Text("  in all", style="bold"), Text(_gib(plan.memory_bytes), style="bold"), _verdict(plan))
+        table.add_row(f"  {component.name}", gib(component.bytes), Text(bar, style="cyan"))
+    table.add_row(Text("  in all", style="bold"), Text(gib(plan.memory_bytes), style="bold"), _verdict(plan))
     return table
 
 
@@ -82,12 +82,8 @@ def _verdict(plan: Plan) -> Text:
     if plan.device_bytes is None:
         return Text("")
     share = plan.memory_bytes / plan.device_bytes
-    of = f"{share:.0%} of {_gib(plan.device_bytes)}: "
+    of = f"{share:.0%} of {gib(plan.device_bytes)}: "
     return Text.assemble(of, ("it fits", "bold green") if plan.fits else ("it does not fit", "bold red"))
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size < GIB else f"{size / GIB:.1f} GiB"
 
 
 def _figures(spec: FineTuneJobSpec, plan: Plan, price_per_gpu_hour: float | None) -> Table:
@@ -111,7 +107,7 @@ def _rows(spec: FineTuneJobSpec, plan: Plan, price_per_gpu_hour: float | None) -
         ),
         ("Tokens", f"{count(plan.tokens)} in all, {plan.tokens_per_rank_step:,} a {holder} and step"),
         ("Rows", _row_words(plan, holder)),
-        ("Main memory", f"{_gib(plan.host_bytes)} a node"),
+        ("Main memory", f"{gib(plan.host_bytes)} a node"),
         ("Compute", f"{plan.flops:.2g} FLOPs ({_formula(spec, plan)})"),
     ]
     if plan.hours is not None and plan.utilisation is not None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune_api.spec import Training
 from finetune_trainer.data.mixing import examples_per_epoch
-from finetune_trainer.data.order import ExampleSampler, steps_per_epoch, total_steps
+from finetune_trainer.data.order import ExampleSampler, steps_per_epoch
 
 
 def order_of(sizes: list[int], weights: list[float], batch: int = 4, seed: int = 1) -> ExampleSampler:
@@ -96,7 +97,8 @@ def test_another_seed_gives_another_order() -> None:
     ],
 )
 def test_steps_in_all(examples: int, batch: int, epochs: float, max_steps: int | None, steps: int) -> None:
-    assert total_steps(examples, batch, epochs, max_steps) == steps
+    training = Training(global_batch_size=batch, epochs=epochs, max_steps=max_steps)
+    assert training.total_steps(examples) == steps
 
 
 def test_epochs_are_counted_by_examples() -> None:

@@ -16,10 +16,9 @@ from tests.support.tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from finetune_api.spec import Tuning
+from finetune_api.spec import Lora, Tuning
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import adapters
-from finetune_trainer.model.adapters import parse_layers
 
 
 def adapted(directory: Path, how: Tuning) -> set[str]:
@@ -31,7 +30,7 @@ def adapted(directory: Path, how: Tuning) -> set[str]:
 
 @pytest.mark.parametrize(("text", "layers"), [("3", [3]), ("0-2", [0, 1, 2]), ("8,0-1,1-2", [0, 1, 2, 8])])
 def test_layers_are_numbers_and_ranges(text: str, layers: list[int]) -> None:
-    assert parse_layers(text) == layers
+    assert Lora(layers=text).layer_numbers == layers
 
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -91,6 +91,6 @@ def test_the_peak_is_what_the_memory_tracker_sees(name: str) -> None:
     resting = tracked["Sharded Param"] + tracked["OptState"] + tracked["Sharded Grad"]
     assert total - resting == pytest.approx(tracked["Total"] - resting, rel=0.06)
     if case.tuning.method is not Method.FULL:  # there two moments are nearly the same, and share it out otherwise
-        passing = planned.get("gradients on their way", 0) + planned.get("logits of one chunk", 0)
-        computed = planned["activations"] + passing + planned.get("dequantised matrices", 0)
+        passing = planned.get("gradients being reduced", 0) + planned.get("logits (one chunk)", 0)
+        computed = planned["activations"] + passing + planned.get("dequantised weights", 0)
         assert computed == pytest.approx(tracked["Activation"] + tracked["Temp"], rel=0.05)

@@ -13,7 +13,6 @@ from finetune_api.spec import Quantization, Tuning
 from finetune_api.traits import Method
 from finetune_operator.sizing.memory import Memory, Run, constants_bytes
 from finetune_operator.sizing.model_shapes import FAMILIES, model_facts, shape_of
-from finetune_trainer.data.order import total_steps
 from finetune_trainer.model import adapters, build, nf4
 from finetune_trainer.model.sharding import shard
 from finetune_trainer.model.weights import empty_model
@@ -169,17 +168,3 @@ def test_a_trained_model_is_built_from_the_same_configs() -> None:
     root, base = Case(llama_3_8b(layers=1), Tuning(method=Method.QLORA)).empty()
     assert len(nf4.linear_4bit(base)) == 7
     assert {p.dtype for p in root.parameters() if p.requires_grad} == {torch.float32}
-
-
-@pytest.mark.parametrize("examples", [1, 99, 100, 101, 1000])
-@pytest.mark.parametrize(("epochs", "max_steps"), [(2, None), (0.5, None), (1.3, None), (3, 7)])
-def test_steps_are_those_of_the_order(examples: int, epochs: float, max_steps: int | None) -> None:
-    from tests.support.jobs import job
-
-    from finetune_api.report import LengthFacts
-    from finetune_operator.sizing.plan import Planner
-
-    spec = job({"spec.training": {"epochs": epochs, "maxSteps": max_steps, "globalBatchSize": 16}}).spec
-    lengths = LengthFacts(documents=examples, tokens=100 * examples, longest=100, labelled=examples)
-    planner = Planner(spec, shape_of(model_facts(config_json(llama_3_8b()))), lengths, None, None)
-    assert planner.steps == total_steps(examples, 16, epochs, max_steps)

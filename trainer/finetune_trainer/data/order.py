@@ -4,7 +4,6 @@ ranks, size of micro-batch and attempt. Nothing about it needs to be stored in a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,19 +17,6 @@ from finetune_trainer.data.mixing import Int64, epoch_examples, examples_per_epo
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """`ceil(examples / batch_size)`: the last step of an epoch takes what is left, and is a mean over that."""
     return -(-examples // batch_size)
-
-
-def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
-    """Optimiser steps in all; `examples` are those of one epoch of the mixture.
-
-    `max_steps` if given; else whole epochs give `ceil(examples / batch_size)` each, and a last part of an epoch
-    gives `ceil(round(part * examples) / batch_size)`. At least 1.
-    """
-    if max_steps is not None:
-        return max_steps
-    whole = math.floor(epochs)
-    part = round((epochs - whole) * examples)
-    return max(1, whole * steps_per_epoch(examples, batch_size) + steps_per_epoch(part, batch_size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +47,6 @@ class ExampleSampler:
     def steps_per_epoch(self) -> int:
         """Steps of one epoch."""
         return steps_per_epoch(self.examples, self.batch_size)
-
-    def total_steps(self, epochs: float, max_steps: int | None) -> int:
-        """Steps in all; `max_steps` may reach beyond the epochs."""
-        return total_steps(self.examples, self.batch_size, epochs, max_steps)
 
     def step(self, step: int) -> Int64:
         """Indices in the store int64[<= batch_size] of the examples of optimiser step `step`, counted from 0."""

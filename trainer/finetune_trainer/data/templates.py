@@ -8,9 +8,9 @@ from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from rapidfuzz.process import extractOne
 
 from finetune_api.report import FailureClass
+from finetune_api.structure import nearest
 from finetune_trainer.failures import TrainerError
 
 Render = Callable[[Mapping[str, Any]], str]
@@ -79,8 +79,8 @@ def check_template(source: str, known: Sequence[str], field: str, *, expression:
 
 def near_match(given: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """` Did you mean '…'?`, or nothing where no known name is near."""
-    best = extractOne(given.lower(), {name: name.lower() for name in known}, score_cutoff=70)
-    return f" Did you mean {best[2]!r}?" if best else ""
+    near = nearest(given, known)
+    return f" Did you mean {near!r}?" if near else ""
 
 
 def _first_line(error: BaseException) -> str:

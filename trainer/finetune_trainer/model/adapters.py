@@ -81,15 +81,6 @@ def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
     )
 
 
-def parse_layers(text: str) -> list[int]:
-    """`12-14,20` -> [12, 13, 14, 20]."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return sorted(found)
-
-
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The repeated layers of the decoder."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == _layer_count(model)]
@@ -104,7 +95,7 @@ def _layer_count(model: PreTrainedModel) -> int:
 
 def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[int] | None]:
     """`target_modules` and `layers_to_transform` of PEFT; explicit names where PEFT ignores the layers."""
-    layers = parse_layers(lora.layers) if lora.layers is not None else None
+    layers = lora.layer_numbers
     count = _layer_count(model)
     if layers and layers[-1] >= count:
         raise TrainerError(

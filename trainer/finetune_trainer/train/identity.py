@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.structure import leaves
 from finetune_trainer.failures import TrainerError
 
 Identity = dict[str, Any]
@@ -40,7 +41,7 @@ def training_identity(spec: FineTuneJobSpec, model_digest: str, data_digest: str
         "tuning": {k: v for k, v in tuning.items() if k in ("method", *spec.tuning.method.traits.blocks)},
         "training": {k: v for k, v in training.items() if k not in FREE_TRAINING_FIELDS},
     }
-    return {**dict(_flat(kept)), "model": model_digest, "prepared data": data_digest}
+    return {**dict(leaves(kept)), "model": model_digest, "prepared data": data_digest}
 
 
 def refuse_other(stored: Identity, current: Identity, where: str) -> None:
@@ -68,17 +69,6 @@ def refuse_other_weights(stored: Identity, current: Identity, where: str) -> Non
 def _of_weights(identity: Identity, also: set[str]) -> Identity:
     fields = {k for k in identity if k == "model" or k.startswith("tuning.")} - STARTING_FIELDS
     return {k: v for k, v in identity.items() if k in fields | also}
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else key)
-    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-        for index, item in enumerate(value):
-            yield from _flat(item, f"{path}[{index}]")
-    else:
-        yield path, value
 
 
 def _shown(value: object) -> str:

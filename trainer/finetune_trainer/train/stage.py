@@ -108,7 +108,7 @@ def build_loop(
 
     objective = CrossEntropy()
     sampler, batcher, validator = _build_data(context, manifest, device, objective, model.shares_prefixes)
-    total = sampler.total_steps(training.epochs, training.max_steps)
+    total = training.total_steps(sampler.examples)
     identity = training_identity(spec, manifest.model.digest, manifest.digest)
     checkpoints = Checkpoints(
         context.checkpoints,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.base import Stage
 from finetune_api.spec import MUTABILITY, FineTuneJob, FineTuneJobSpec, Mutability
 from finetune_api.status import ConditionType, JobStatus
+from finetune_api.structure import leaves
 
 MUTABLE = tuple(name for name, when in MUTABILITY.items() if when is Mutability.ALWAYS)
 """May change at any time."""
@@ -31,8 +31,8 @@ class Change:
 
 
 def changed_fields(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Change]:
-    """The fields that differ, defaults filled in on both sides; list entries by their name."""
-    old, new = dict(_leaves(before.to_wire())), dict(_leaves(after.to_wire()))
+    """The fields that differ, defaults filled in on both sides; datasets by their name."""
+    old, new = _fields(before), _fields(after)
     paths = [*old, *(path for path in new if path not in old)]
     return [
         Change(path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in paths if old.get(path) != new.get(path)
@@ -67,15 +67,8 @@ def _below(path: str, prefix: str) -> bool:
     return path == prefix or path.startswith(f"{prefix}.")
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-        for number, entry in enumerate(value):
-            yield from _leaves(entry, f"{path}.{entry.get('name', number)}")
-    elif value not in ({}, []):
-        yield path, value
+def _fields(spec: FineTuneJobSpec) -> dict[str, Any]:
+    return dict(leaves({**spec.to_wire(), "datasets": {dataset.name: dataset.to_wire() for dataset in spec.datasets}}))
 
 
 def _short(value: Any) -> str:

@@ -13,9 +13,10 @@ from tests.support.jobs import job
 from finetune_api.report import LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.traits import Method
-from finetune_operator.sizing.gpus import GIB, Gpu, find_gpu
+from finetune_operator.sizing.gpus import GIB, GpuType, find_gpu
 from finetune_operator.sizing.model_shapes import known_model
-from finetune_operator.sizing.plan import CPU_ROW, ROW_BUDGET, _smaller_batch, plan_run, planner_for
+from finetune_operator.sizing.plan import _smaller_batch, plan_run, planner_for
+from finetune_operator.sizing.planner import CPU_ROW, ROW_BUDGET
 
 LLAMA_8B = known_model("meta-llama/Meta-Llama-3-8B-Instruct")
 LLAMA_70B = known_model("meta-llama/Llama-3.3-70B-Instruct")
@@ -51,7 +52,7 @@ def test_components_add_up_to_the_peak() -> None:
 def test_the_reference_case_fits_with_room_and_says_that_twelve_gpus_are_many() -> None:
     plan = _plan(_spec("qlora", **_on("A100-80GB", 4, 3)), lengths=SHORT)
     assert plan.memory_bytes < 20 * GIB
-    assert any(warning.startswith("The GPUs starve") for warning in plan.warnings)
+    assert any(warning.startswith("GPUs would be mostly idle") for warning in plan.warnings)
 
 
 @settings(deadline=None, max_examples=60)
@@ -153,7 +154,7 @@ def test_each_way_to_make_it_fit_does_make_it_fit(spec: FineTuneJobSpec, model: 
     plan = _plan(spec, model)
     assert plan.fits is False
     advice = plan.warnings[0]
-    assert advice.startswith(f"It does not fit: a GPU needs {plan.memory_bytes / GIB:.1f} GiB and ")
+    assert advice.startswith(f"Does not fit: each GPU needs {plan.memory_bytes / GIB:.1f} GiB, and ")
     ways = re.findall(r"(t[a-z]+\.[a-zA-Z]+): ([A-Za-z0-9-]+) \(([0-9.]+) GiB\)", advice)
     assert 1 <= len(ways) <= 3
     for path, value, size in ways:
@@ -165,21 +166,21 @@ def test_each_way_to_make_it_fit_does_make_it_fit(spec: FineTuneJobSpec, model: 
 
 
 def test_where_nothing_helps_it_is_said() -> None:
-    tiny = Gpu("Tiny-1GB", 1 * GIB, 1e12)
+    tiny = GpuType("Tiny-1GB", 1 * GIB, 1e12)
     plan = _plan(_spec("qlora", topology={"gpusPerNode": 8, "nodes": 4096}), LLAMA_70B, LONG, gpu=tiny)
     assert plan.fits is False
-    assert "to make it fit" in plan.warnings[0] or "choose a smaller model" in plan.warnings[0]
+    assert "it fit:" in plan.warnings[0] or "choose a smaller model" in plan.warnings[0]
 
 
 def test_few_steps_are_said_with_a_batch_that_gives_more() -> None:
     lengths = LengthFacts(documents=600, tokens=60_000_000, longest=200_000, labelled=600_000)
     plan = _plan(_spec("lora", training__globalBatchSize=100, **_on("B200", 8)), SMOL, lengths)
     assert plan.steps == 12
-    [warning] = [sentence for sentence in plan.warnings if "12 steps in all" in sentence]
-    assert "training.globalBatchSize 24" in warning
+    [warning] = [sentence for sentence in plan.warnings if "Only 12 optimizer steps" in sentence]
+    assert "Lower training.globalBatchSize to 24, or raise training.epochs." in warning
     enough = _plan(_spec("lora", training__globalBatchSize=24, **_on("B200", 8)), SMOL, lengths)
     assert enough.steps == 50
-    assert not any("steps in all" in sentence for sentence in enough.warnings)
+    assert not any("optimizer steps" in sentence for sentence in enough.warnings)
 
 
 @pytest.mark.parametrize(("batch", "steps", "ranks", "advised"), [(16, 49, 1, 8), (100, 12, 8, 24), (8, 5, 8, 8)])
@@ -192,10 +193,10 @@ def test_the_batch_that_gives_more_steps_gives_many_more_and_is_shared_alike(
 
 def test_more_parameters_than_tokens_can_fill_are_said_with_a_rank_that_is_filled_better() -> None:
     few = LengthFacts(documents=1000, tokens=100_000, longest=300, labelled=4000)
-    [warning] = [w for w in _plan(_spec("lora", **_on("H100")), lengths=few).warnings if "can fill" in w]
-    assert "41.9 M" in warning
-    assert "tuning.lora.rank 4 trains 10.5 M" in warning
-    assert not any("can fill" in w for w in _plan(_spec("lora", **_on("H100"))).warnings)
+    [warning] = [w for w in _plan(_spec("lora", **_on("H100")), lengths=few).warnings if "overfitting" in w]
+    assert "41.9 M trained parameters for 100 k training tokens" in warning
+    assert "tuning.lora.rank: 4 would train 10.5 M." in warning
+    assert not any("overfitting" in w for w in _plan(_spec("lora", **_on("H100"))).warnings)
 
 
 def test_ranks_without_an_example_are_said() -> None:
@@ -206,7 +207,7 @@ def test_ranks_without_an_example_are_said() -> None:
 def test_documents_beyond_the_models_context_are_said() -> None:
     lengths = LONG.model_copy(update={"longest": 16_384})
     plan = _plan(_spec("lora", **_on("B200")), lengths=lengths)
-    assert any("context 8,192" in warning and "maxSequenceLength to 8192" in warning for warning in plan.warnings)
+    assert any("context of 8,192" in warning and "maxSequenceLength to 8192" in warning for warning in plan.warnings)
 
 
 def test_an_unknown_gpu_is_said_with_a_near_match_and_nothing_is_promised() -> None:
@@ -214,12 +215,12 @@ def test_an_unknown_gpu_is_said_with_a_near_match_and_nothing_is_promised() -> N
     assert plan.fits is None
     assert plan.hours is None
     [warning] = [sentence for sentence in plan.warnings if "gpuType" in sentence]
-    assert "did you mean A100-80GB?" in warning
+    assert "Did you mean A100-80GB?" in warning
 
 
 def test_an_unknown_architecture_is_said() -> None:
     other = LLAMA_8B.model_copy(update={"architecture": "NewForCausalLM"})  # type: ignore[union-attr]
-    assert any("NewForCausalLM is not known here" in warning for warning in _plan(_spec(), other).warnings)
+    assert any("Unknown architecture NewForCausalLM" in warning for warning in _plan(_spec(), other).warnings)
 
 
 def test_a_deadline_that_is_too_short_is_said() -> None:

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from finetune_api.base import Stage
 from finetune_api.report import Plan, Report, Results
 from finetune_api.runconfig import RunConfig
+from finetune_api.structure import leaves
 from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest
 from finetune_trainer.evaluate.baselines import WORDS
@@ -124,7 +125,7 @@ def _view(story: Story) -> dict[str, Any]:
         "attempts": [
             _attempt_line(number, report) for number, report in story.reports if report.stage != Stage.EVALUATE
         ],
-        "origin": list(flat(story.origin)),
+        "origin": [(name, str(value)) for name, value in leaves(story.origin) if value not in (None, "", [])],
         "spec": yaml.safe_dump(spec.to_wire(), sort_keys=False, allow_unicode=True, width=100),
     }
 
@@ -382,13 +383,6 @@ def _attempt_line(number: int, report: Report) -> dict[str, Any]:
     if report.resumed_from_step is not None:
         end = f"went on from step {report.resumed_from_step}; {end}"
     return {"stage": report.stage.value, "number": number, "end": end}
-
-
-def flat(value_: Any, name: str = "") -> list[tuple[str, str]]:
-    """Nested values as lines: `model.commit`, `abc`. Empty ones are left out."""
-    if isinstance(value_, dict):
-        return [line for key, inner in value_.items() for line in flat(inner, f"{name}.{key}" if name else str(key))]
-    return [(name, str(value_))] if value_ not in (None, "", []) else []
 
 
 def _distinct(sentences: Any) -> list[str]:
