@@ -24,7 +24,7 @@ from tests.support.tiny import schooled_llama
 
 from .clusters import KEEP_VARIABLE, OF_TESTS, Cluster, OwnNode
 from .given import CRD, SYSTEM, GivenCluster
-from .place import Place
+from .tenant import Tenant
 
 EVIDENCE = Path(__file__).parents[2] / "build" / "e2e"
 REQUIRE_VARIABLE = "FINETUNE_REQUIRE_CLUSTER"
@@ -154,7 +154,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return schooled_llama(tmp_path_factory.mktemp("base"))
 
 
-Furnish = Callable[[str, Callable[[], bool]], AbstractContextManager[Place]]
+Furnish = Callable[[str, Callable[[], bool]], AbstractContextManager[Tenant]]
 
 
 @pytest.fixture(scope="session")
@@ -162,41 +162,41 @@ def furnish(cluster: Cluster, api: Api, release: Helm, base_model: Path) -> Furn
     """Makes a furnished namespace that enforces `restricted`; if what it is for failed, the evidence is kept."""
 
     @contextlib.contextmanager
-    def furnished(name: str, failed: Callable[[], bool]) -> Iterator[Place]:
+    def furnished(name: str, failed: Callable[[], bool]) -> Iterator[Tenant]:
         namespace = f"e2e-{next(_serial)}-{secrets.token_hex(2)}"
         cluster.namespace(namespace)
         with HubServer(host=cluster.address) as hub:
-            place, broken = Place(api, cluster, namespace, hub), True
+            tenant, broken = Tenant(api, cluster, namespace, hub), True
             try:
-                place.furnish(base_model)
-                with place.watched():
-                    yield place
+                tenant.furnish(base_model)
+                with tenant.watched():
+                    yield tenant
                 broken = failed()
             finally:
                 try:
-                    _keep_evidence(place, name, broken)
+                    _keep_evidence(tenant, name, broken)
                 finally:
-                    place.clear()
+                    tenant.clear()
 
     return furnished
 
 
-def _keep_evidence(place: Place, name: str, broken: bool) -> None:
+def _keep_evidence(tenant: Tenant, name: str, broken: bool) -> None:
     EVIDENCE.mkdir(parents=True, exist_ok=True)
-    (EVIDENCE / f"{name}.timeline.txt").write_text("\n".join(place.told()) + "\n")
+    (EVIDENCE / f"{name}.timeline.txt").write_text("\n".join(tenant.told()) + "\n")
     if not broken:
         return
     folder = EVIDENCE / name
-    place.keep_evidence(folder)
+    tenant.keep_evidence(folder)
     with contextlib.suppress(ApiError):  # a pod may just end
-        logs = [place.api.request("GET", place.api.path_of(pod, "log")) for pod in place.api.objects("Pod", SYSTEM)]
+        logs = [tenant.api.request("GET", tenant.api.path_of(pod, "log")) for pod in tenant.api.objects("Pod", SYSTEM)]
         (folder / "operator.log").write_text("\n".join(str(log.get("message", log)) for log in logs))
     print(f"logs, events and timeline are kept in {folder}")
-    print("\n".join(place.timeline[-40:]))
+    print("\n".join(tenant.timeline[-40:]))
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, furnish: Furnish) -> Iterator[Place]:
+def tenant(request: pytest.FixtureRequest, furnish: Furnish) -> Iterator[Tenant]:
     """A furnished namespace for one test."""
 
     def failed() -> bool:

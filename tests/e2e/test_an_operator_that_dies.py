@@ -16,18 +16,18 @@ from finetune_api.base import STAGES, Stage
 
 from .conftest import values, wait_for_operator
 from .given import SYSTEM
-from .place import AFTER_EVERY_STEP, TRAIN_SECONDS, Place
+from .tenant import AFTER_EVERY_STEP, TRAIN_SECONDS, Tenant
 
 pytestmark = pytest.mark.timeout(1200)
 TWO = {"replicas": 2}
 
 
 @pytest.fixture
-def chart(release: Helm, place: Place) -> Iterator[Helm]:
+def chart(release: Helm, tenant: Tenant) -> Iterator[Helm]:
     """The release, put back afterwards as it was."""
     yield release
-    release.install(SYSTEM, values(place.cluster))
-    wait_for_operator(place.api)
+    release.install(SYSTEM, values(tenant.cluster))
+    wait_for_operator(tenant.api)
 
 
 @pytest.fixture
@@ -41,58 +41,58 @@ def newer(tmp_path: Path) -> Path:
     return folder
 
 
-def kill_leader(place: Place, stage: Stage) -> str:
+def kill_leader(tenant: Tenant, stage: Stage) -> str:
     """Kill the operator's pod that holds the Lease, once a pod of the stage is there."""
-    wait_until(lambda: place.pods(stage), f"a pod of {stage}", TRAIN_SECONDS)
+    wait_until(lambda: tenant.pods(stage), f"a pod of {stage}", TRAIN_SECONDS)
 
     def holder() -> str:
-        lease = place.api.get("Lease", ACCOUNT, SYSTEM)["spec"].get("holderIdentity") or ""
+        lease = tenant.api.get("Lease", ACCOUNT, SYSTEM)["spec"].get("holderIdentity") or ""
         return str(lease.rpartition("_")[0])
 
     name = wait_until(holder, "a leader")
-    place.api.delete({"kind": "Pod", "metadata": {"name": name, "namespace": SYSTEM}}, grace_seconds=0)
+    tenant.api.delete({"kind": "Pod", "metadata": {"name": name, "namespace": SYSTEM}}, grace_seconds=0)
     return name
 
 
 def test_an_operator_killed_in_every_stage_upgraded_removed_and_installed_again_disturbs_no_stage(
-    place: Place, chart: Helm, newer: Path
+    tenant: Tenant, chart: Helm, newer: Path
 ) -> None:
-    chart.install(SYSTEM, values(place.cluster) | TWO)
-    wait_for_operator(place.api, replicas=2)
+    chart.install(SYSTEM, values(tenant.cluster) | TWO)
+    wait_for_operator(tenant.api, replicas=2)
     full = {"method": "full"}
-    place.apply(
+    tenant.apply(
         topology={"nodes": 2, "gpusPerNode": 0},
         tuning=full,
         training__learningRate=2.0e-3,
         checkpoint=AFTER_EVERY_STEP,
     )
-    killed = [kill_leader(place, Stage.PREPARE), kill_leader(place, Stage.TRAIN)]
-    place.trained_to(1)
-    before = [pod["metadata"]["uid"] for pod in place.pods()]
+    killed = [kill_leader(tenant, Stage.PREPARE), kill_leader(tenant, Stage.TRAIN)]
+    tenant.trained_to(1)
+    before = [pod["metadata"]["uid"] for pod in tenant.pods()]
 
-    with place.held(place.pods()[1]):
-        chart.install(SYSTEM, values(place.cluster) | TWO, chart=newer)
-        wait_for_operator(place.api, replicas=2)
-        assert [pod["metadata"]["uid"] for pod in place.pods()] == before
+    with tenant.held(tenant.pods()[1]):
+        chart.install(SYSTEM, values(tenant.cluster) | TWO, chart=newer)
+        wait_for_operator(tenant.api, replicas=2)
+        assert [pod["metadata"]["uid"] for pod in tenant.pods()] == before
 
         chart.uninstall(SYSTEM)
-        wait_until(lambda: not place.api.objects("Pod", SYSTEM), "the operator to end")
-        assert {pod["status"]["phase"] for pod in place.pods()} == {"Running"}
+        wait_until(lambda: not tenant.api.objects("Pod", SYSTEM), "the operator to end")
+        assert {pod["status"]["phase"] for pod in tenant.pods()} == {"Running"}
 
     def ended() -> bool:
-        return all(pod["status"]["phase"] == "Succeeded" for pod in place.pods())
+        return all(pod["status"]["phase"] == "Succeeded" for pod in tenant.pods())
 
     wait_until(ended, "the pods to succeed without an operator", TRAIN_SECONDS)
-    assert [pod["metadata"]["uid"] for pod in place.pods()] == before
-    assert place.pods(Stage.EVALUATE) == []
+    assert [pod["metadata"]["uid"] for pod in tenant.pods()] == before
+    assert tenant.pods(Stage.EVALUATE) == []
 
-    chart.install(SYSTEM, values(place.cluster) | TWO)
-    killed += [kill_leader(place, Stage.EVALUATE), kill_leader(place, Stage.PUBLISH)]
-    status = place.complete()
+    chart.install(SYSTEM, values(tenant.cluster) | TWO)
+    killed += [kill_leader(tenant, Stage.EVALUATE), kill_leader(tenant, Stage.PUBLISH)]
+    status = tenant.complete()
     assert len(set(killed)) > 1
     assert [(a["stage"], a["number"], a["outcome"]) for a in status["attempts"]] == [
         (stage, 1, "succeeded") for stage in STAGES
     ]
-    assert len(place.hub.seen("POST", r"/commit/")) == 1
+    assert len(tenant.hub.seen("POST", r"/commit/")) == 1
     (metric,) = [m for m in status["results"]["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]
     assert metric["difference"]["low"] > 0

@@ -12,7 +12,7 @@ import pytest
 
 from .clusters import JOB, Cluster
 from .conftest import UNDISTURBED, Furnish
-from .place import Place, accuracy
+from .tenant import Tenant, accuracy
 from .wandb_server import API_KEY, UnavailableError, WandbServer
 
 pytestmark = pytest.mark.timeout(1200)
@@ -23,7 +23,7 @@ PROJECT = "days"
 class Trained:
     """A job that nobody disturbed, and the W&B server that it told, or why there is none."""
 
-    place: Place
+    tenant: Tenant
     status: dict[str, Any]
     wandb: WandbServer | str
 
@@ -44,19 +44,19 @@ def wandb(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def trained(request: pytest.FixtureRequest, furnish: Furnish, wandb: WandbServer | str) -> Iterator[Trained]:
     """Three pods, two tasks, LoRA: applied, and complete."""
     failed_before = request.session.testsfailed
-    with furnish("undisturbed", lambda: request.session.testsfailed > failed_before) as place:
+    with furnish("undisturbed", lambda: request.session.testsfailed > failed_before) as tenant:
         if isinstance(wandb, str):
-            place.apply()
+            tenant.apply()
         else:
-            place.create("Secret", "wandb", stringData={"key": API_KEY})
-            place.apply(
+            tenant.create("Secret", "wandb", stringData={"key": API_KEY})
+            tenant.apply(
                 {"WANDB_BASE_URL": wandb.url, "WANDB_ERROR_REPORTING": "false"},
                 tracking={"wandb": {"project": PROJECT}},
                 credentials__wandb={"name": "wandb", "key": "key"},
             )
-        status = place.complete()
-        request.config.cache.set(UNDISTURBED, {place.cluster.built("trainer"): place.losses()})
-        yield Trained(place, status, wandb)
+        status = tenant.complete()
+        request.config.cache.set(UNDISTURBED, {tenant.cluster.built("trainer"): tenant.losses()})
+        yield Trained(tenant, status, wandb)
 
 
 def test_a_job_that_is_applied_goes_through_every_stage_once_and_is_better_at_both_tasks(trained: Trained) -> None:
@@ -69,15 +69,15 @@ def test_a_job_that_is_applied_goes_through_every_stage_once_and_is_better_at_bo
 
 
 def test_what_is_published_is_as_good_as_the_status_says(trained: Trained, tmp_path: Path) -> None:
-    place, status = trained.place, trained.status
-    repo = place.hub.repo("acme/days-tuned")
+    tenant, status = trained.tenant, trained.status
+    repo = tenant.hub.repo("acme/days-tuned")
     assert repo.head.id == status["published"]["commit"]
     assert repo.private
     for path, content in repo.files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(content)
-    base, tuned, tokenizer = loaded(place, tmp_path)
-    lines = place.read("evaluation/predictions.jsonl").splitlines()
+    base, tuned, tokenizer = loaded(tenant, tmp_path)
+    lines = tenant.read("evaluation/predictions.jsonl").splitlines()
     held_out = [row for row in map(json.loads, lines) if row["dataset"] == "days"]
     rows = [(row["prompt"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0], row["gold"]) for row in held_out]
     (metric,) = [m for m in status["results"]["metrics"] if (m["dataset"], m["metric"]) == ("days", "accuracy")]
@@ -89,25 +89,25 @@ def test_what_is_published_is_as_good_as_the_status_says(trained: Trained, tmp_p
 def test_wandb_shows_the_run_that_the_status_links_to(trained: Trained) -> None:
     if isinstance(trained.wandb, str):
         pytest.skip(trained.wandb)
-    uid = trained.place.job()["metadata"]["uid"]
+    uid = trained.tenant.job()["metadata"]["uid"]
     *_, entity, project, _, run = trained.status["wandbUrl"].split("/")
     assert (trained.status["wandbUrl"].startswith(trained.wandb.url), project, run) == (True, PROJECT, uid)
     shown = trained.wandb.run(entity, project, run)
-    losses = trained.place.losses()
+    losses = trained.tenant.losses()
     assert shown["state"] == "finished"
-    assert shown["displayName"] == f"{trained.place.namespace}/{JOB}"
+    assert shown["displayName"] == f"{trained.tenant.namespace}/{JOB}"
     assert shown["summaryMetrics"]["exported/step"] == max(losses)
     curve = {r["train/step"]: r["train/loss"] for r in trained.wandb.history(entity, project, run) if "train/loss" in r}
     assert curve == pytest.approx(losses)
 
 
-def loaded(place: Place, adapter: Path) -> tuple[Any, Any, Any]:
+def loaded(tenant: Tenant, adapter: Path) -> tuple[Any, Any, Any]:
     """The base model, the published adapter on top of it, and its tokenizer, as a user would load them."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = adapter.parent / "base"
-    for path, content in place.hub.repo("acme/base").files.items():
+    for path, content in tenant.hub.repo("acme/base").files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     base, under = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))

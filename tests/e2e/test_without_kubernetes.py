@@ -25,7 +25,7 @@ from finetune_operator.manifests.pod import NODE_LOSS_SECONDS, USER
 
 from .another_node import AnotherNode
 from .conftest import Furnish
-from .place import AFTER_EVERY_STEP, DATASETS, DAYS, GREETINGS, Place, job_spec
+from .tenant import AFTER_EVERY_STEP, DATASETS, DAYS, GREETINGS, Tenant, job_spec
 
 pytestmark = pytest.mark.timeout(1200)
 MACHINES = 3
@@ -37,7 +37,7 @@ UNREACHABLE = "node.kubernetes.io/unreachable"
 class Alone:
     """A job that trains on while its node's kubelet is away."""
 
-    place: Place
+    tenant: Tenant
     pods: list[str]
     since: float
     step: int
@@ -48,23 +48,23 @@ def alone(request: pytest.FixtureRequest, furnish: Furnish, places: Places) -> I
     """A job trains, and the kubelet is stopped; started again at the end, if the test has not."""
     failed_before = request.session.testsfailed
     with (
-        furnish("kubelet-away", lambda: request.session.testsfailed > failed_before) as place,
-        AnotherNode(place.api),
+        furnish("kubelet-away", lambda: request.session.testsfailed > failed_before) as tenant,
+        AnotherNode(tenant.api),
     ):
         one = {"nodes": 1, "gpusPerNode": 0}
-        place.apply(publish=None, topology=one, training__epochs=1000, checkpoint=AFTER_EVERY_STEP)
-        place.trained_to(1)
-        pods = [pod["metadata"]["uid"] for pod in place.pods()]
+        tenant.apply(publish=None, topology=one, training__epochs=1000, checkpoint=AFTER_EVERY_STEP)
+        tenant.trained_to(1)
+        pods = [pod["metadata"]["uid"] for pod in tenant.pods()]
         places.kubelet_away_file.touch()
         try:
-            yield Alone(place, pods, time.monotonic(), max(place.losses()))
+            yield Alone(tenant, pods, time.monotonic(), max(tenant.losses()))
         finally:
             places.kubelet_away_file.unlink(missing_ok=True)
-            wait_until(lambda: node_is(place, "True"), "the node to be ready again", 120)
+            wait_until(lambda: node_is(tenant, "True"), "the node to be ready again", 120)
 
 
-def node_is(place: Place, ready: str) -> bool:
-    conditions = place.api.get("Node", NODE_NAME)["status"]["conditions"]
+def node_is(tenant: Tenant, ready: str) -> bool:
+    conditions = tenant.api.get("Node", NODE_NAME)["status"]["conditions"]
     return any(c["type"] == "Ready" and c["status"] == ready for c in conditions)
 
 
@@ -137,20 +137,20 @@ def test_three_rented_machines_run_the_same_command_and_publish_a_better_model(
 def test_a_kubelet_that_is_away_for_two_minutes_disturbs_no_training_and_uses_no_attempt(
     places: Places, alone: Alone
 ) -> None:
-    place = alone.place
+    tenant = alone.tenant
     wait_until(lambda: time.monotonic() - alone.since > AWAY_SECONDS, "two minutes to pass", AWAY_SECONDS + 30)
-    assert node_is(place, "Unknown")
-    taints = place.api.get("Node", NODE_NAME)["spec"].get("taints", [])
+    assert node_is(tenant, "Unknown")
+    taints = tenant.api.get("Node", NODE_NAME)["spec"].get("taints", [])
     assert (UNREACHABLE, "NoExecute") in {(taint["key"], taint["effect"]) for taint in taints}
     assert AWAY_SECONDS <= NODE_LOSS_SECONDS
-    meanwhile = max(place.losses())
+    meanwhile = max(tenant.losses())
     assert meanwhile > alone.step
 
     places.kubelet_away_file.unlink()
-    wait_until(lambda: node_is(place, "True"), "the node to be ready again", 120)
-    place.trained_to(max(place.losses()) + 2)
-    (pod,) = place.pods()
+    wait_until(lambda: node_is(tenant, "True"), "the node to be ready again", 120)
+    tenant.trained_to(max(tenant.losses()) + 2)
+    (pod,) = tenant.pods()
     assert [pod["metadata"]["uid"]] == alone.pods
     assert "deletionTimestamp" not in pod["metadata"]
-    attempts = [a for a in place.status()["attempts"] if a["stage"] == Stage.TRAIN]
+    attempts = [a for a in tenant.status()["attempts"] if a["stage"] == Stage.TRAIN]
     assert [(a["number"], a.get("outcome", "running")) for a in attempts] == [(1, "running")]

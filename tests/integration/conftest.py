@@ -15,8 +15,8 @@ from .harness import binaries
 from .harness.control_plane import ControlPlane, is_given
 from .harness.fake_kubelet import FAKE_NODE_LABEL, FakeKubelet
 from .harness.helm import Helm
+from .harness.job_scenario import JobScenario
 from .harness.operator import OperatorProcess
-from .harness.story import Story
 
 NEEDED = (*binaries.CONTROL_PLANE, "helm", "jobset", "kubeflow-trainer")
 LONG_FIRST = ("test_killed_between_calls", "test_trainjob", "test_disturbances", "test_failures")
@@ -131,6 +131,8 @@ def operator(
 
 
 @pytest.fixture
-def story(control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess) -> Story:
+def scenario(
+    control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess
+) -> JobScenario:
     """A furnished namespace that our operator serves."""
-    return Story(control_plane, namespace, kubelet)
+    return JobScenario(control_plane, namespace, kubelet)

@@ -309,12 +309,12 @@ def test_watch_tells_the_story_and_ends_with_the_results(submitted: Shell) -> No
     world = job().training()
     submitted.says(world)
 
-    def story() -> None:
+    def scenario() -> None:
         for progress in (steps(120), steps(450)):
             submitted.says(world.says(progress=progress).settled())
         submitted.says(world.complete())
 
-    timer = threading.Timer(0.3, story)
+    timer = threading.Timer(0.3, scenario)
     timer.start()
     submitted("watch", "support")
     timer.join()

@@ -16,8 +16,8 @@ from finetune_api.base import Stage
 
 from .harness.api import Resource
 from .harness.control_plane import ControlPlane
+from .harness.job_scenario import NAME, JobScenario, failing
 from .harness.processes import wait_until
-from .harness.story import NAME, Story, failing
 
 SUMMARY = ("Ready", "Reconciling", "Stalled", "Complete", "Failed", "Suspended")
 STATES = {
@@ -29,7 +29,7 @@ STATES = {
 
 
 class Kubectl:
-    """`kubectl` about the story's job."""
+    """`kubectl` about the scenario's job."""
 
     def __init__(self, kubeconfig: Path, namespace: str, folder: Path) -> None:
         self._command = ["kubectl", f"--kubeconfig={kubeconfig}", f"--namespace={namespace}"]
@@ -61,41 +61,43 @@ def kubectl(control_plane: ControlPlane, namespace: str, tmp_path: Path) -> Kube
     return Kubectl(control_plane.kubeconfig, namespace, tmp_path)
 
 
-def test_kubectl_waits_for_every_state(story: Story, kubectl: Kubectl) -> None:
-    story.apply(retry={"limit": 0})
+def test_kubectl_waits_for_every_state(scenario: JobScenario, kubectl: Kubectl) -> None:
+    scenario.apply(retry={"limit": 0})
     for condition in ("Reconciling", "Ready=false", "Failed=false", "Published=false"):
         kubectl.wait(condition)
-    story.patch({"spec": {"suspend": True}})
-    for pod in story.api.objects("Pod", story.namespace):
-        story.api.delete(pod, grace_seconds=0)
+    scenario.patch({"spec": {"suspend": True}})
+    for pod in scenario.api.objects("Pod", scenario.namespace):
+        scenario.api.delete(pod, grace_seconds=0)
     kubectl.wait("Suspended")
-    story.patch({"spec": {"suspend": False}})
-    (pod,) = story.pods(1, Stage.PREPARE, number=2)
-    story.kubelet.end(story.kubelet.run(pod), failing("bad-data", 0, "claims.csv, row 7: no label."))
+    scenario.patch({"spec": {"suspend": False}})
+    (pod,) = scenario.pods(1, Stage.PREPARE, number=2)
+    scenario.kubelet.end(scenario.kubelet.run(pod), failing("bad-data", 0, "claims.csv, row 7: no label."))
     for condition in ("Failed", "Stalled", "Reconciling=false"):
         kubectl.wait(condition)
-    story.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
+    scenario.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
     kubectl.wait("Failed=false")
-    story.carry_on()
+    scenario.carry_on()
     for condition in ("Complete", "Ready", "Prepared", "Trained", "Evaluated", "Published", "Stalled=false"):
         kubectl.wait(condition)
 
 
-def test_every_write_is_a_row_of_the_table_and_kstatus_never_speaks_too_early(story: Story, kubectl: Kubectl) -> None:
+def test_every_write_is_a_row_of_the_table_and_kstatus_never_speaks_too_early(
+    scenario: JobScenario, kubectl: Kubectl
+) -> None:
     with kubectl.watching() as path:
         wait_until(lambda: path.exists(), "the watch")
-        story.apply(retry={"limit": 0})
-        story.until_train()
-        story.patch({"spec": {"suspend": True}})
-        for pod in story.pods_terminating():
-            story.kubelet.finish_termination(pod, failing("preempted", 0))
-        story.reason("Suspended")
-        story.patch({"spec": {"suspend": False}})
-        for pod in story.pods(3, Stage.TRAIN, number=2):
-            story.kubelet.end(story.kubelet.run(pod), failing("crash", 0))
-        story.reason("Crash")
-        story.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
-        last = story.carry_on()
+        scenario.apply(retry={"limit": 0})
+        scenario.until_train()
+        scenario.patch({"spec": {"suspend": True}})
+        for pod in scenario.pods_terminating():
+            scenario.kubelet.finish_termination(pod, failing("preempted", 0))
+        scenario.reason("Suspended")
+        scenario.patch({"spec": {"suspend": False}})
+        for pod in scenario.pods(3, Stage.TRAIN, number=2):
+            scenario.kubelet.end(scenario.kubelet.run(pod), failing("crash", 0))
+        scenario.reason("Crash")
+        scenario.patch({"metadata": {"annotations": {"finetune.dev/retry": "1"}}})
+        last = scenario.carry_on()
         versions = wait_until(lambda: seen_up_to(path, last), "the watch to have seen the end")
     told = [kstatus(version) for version in versions]
     # Suspended is not done: it is InProgress to kstatus, as it stands on Ready=False.

@@ -170,7 +170,7 @@ class Place:
 
     def carry(
         self, name: str, plan: Plan, *, fresh: bool = False, to_the_last_word: bool = False, **options: object
-    ) -> Story:
+    ) -> JobOutcome:
         """Have a job carried to its end under a plan; if the operator is killed, by another one without a plan.
 
         The Event of the end follows its status: `to_the_last_word` waits for it.
@@ -190,7 +190,7 @@ class Place:
         broken, self._script.broken = self._script.broken, []
         self._script.plan = lambda call: None
         self.api.delete(job)
-        return Story(name, status, history, killed, broken)
+        return JobOutcome(name, status, history, killed, broken)
 
     def finished(self, names: list[str], status: Resource) -> None:
         """Jobs that ended long ago, with the status of one that did."""
@@ -229,7 +229,7 @@ class Place:
 
 
 @dataclass
-class Story:
+class JobOutcome:
     """How one job was carried."""
 
     name: str
@@ -255,7 +255,7 @@ class Story:
             for done in self.history
         )
 
-    def complaints(self, other: Story | None = None) -> list[str]:
+    def complaints(self, other: JobOutcome | None = None) -> list[str]:
         """What is wrong with it, compared with an undisturbed one."""
         wanted = RETRIED if self.name.startswith("retried") else HAPPY
         attempts = [(a["stage"], a["number"], a["outcome"]) for a in self.status["attempts"]]
@@ -308,10 +308,10 @@ class Arena:
     nursery: Nursery
     places: queue.Queue[Place] = field(default_factory=queue.Queue)
 
-    def each(self, tasks: list[Task]) -> list[Story]:
+    def each(self, tasks: list[Task]) -> list[JobOutcome]:
         """Tell stories in all places at a time."""
 
-        def one(task: Task) -> Story:
+        def one(task: Task) -> JobOutcome:
             place = self.places.get()
             try:
                 return task[1](place, task[0])
@@ -343,14 +343,14 @@ def arena(control_plane: ControlPlane) -> Iterator[Arena]:
         control_plane.delete_namespace(namespace)
 
 
-def undisturbed(arena: Arena, name: str) -> Story:
+def undisturbed(arena: Arena, name: str) -> JobOutcome:
     """A job to compare with."""
-    (story,) = arena.each([(name, lambda place, name: place.carry(name, lambda call: None, to_the_last_word=True))])
-    assert story.complaints() == []
-    return story
+    (outcome,) = arena.each([(name, lambda place, name: place.carry(name, lambda call: None, to_the_last_word=True))])
+    assert outcome.complaints() == []
+    return outcome
 
 
-Task = tuple[str, Callable[[Place, str], Story]]
+Task = tuple[str, Callable[[Place, str], JobOutcome]]
 
 
 def killed(name: str, count: int, acted: bool, matches: Callable[[Call], bool]) -> Task:
@@ -371,7 +371,7 @@ def test_a_fresh_operator_goes_on_wherever_the_last_one_was_killed(arena: Arena,
     )
     assert {s.name: found for s in stories if (found := s.complaints(pattern))} == {}
     # A run may need a write less, when two things are seen at once: then the last kills have nothing to hit.
-    assert sum(story.killed for story in stories) >= 0.9 * len(stories)
+    assert sum(outcome.killed for outcome in stories) >= 0.9 * len(stories)
 
 
 def test_reads_and_the_lease_are_no_better_places_to_be_killed_at(arena: Arena) -> None:
@@ -379,14 +379,14 @@ def test_reads_and_the_lease_are_no_better_places_to_be_killed_at(arena: Arena) 
     counts = range(1, len(pattern.history), 7)
     stories = arena.each([killed(f"happy-any-{count}", count, True, anything) for count in counts])
     assert {s.name: found for s in stories if (found := s.complaints(pattern))} == {}
-    assert any(story.killed for story in stories)
+    assert any(outcome.killed for outcome in stories)
 
 
 def test_a_job_costs_at_most_thirty_writes_its_events_counted(arena: Arena) -> None:
-    story = undisturbed(arena, "happy-counted")
-    counted = Counter((done.call.method, done.call.resource) for done in story.writes)
+    outcome = undisturbed(arena, "happy-counted")
+    counted = Counter((done.call.method, done.call.resource) for done in outcome.writes)
     assert counted.total() <= 30, counted
-    assert told(story.name, story.history) == TOLD
+    assert told(outcome.name, outcome.history) == TOLD
 
 
 class Once:

@@ -13,10 +13,10 @@ from .harness import binaries
 from .harness.api import Resource
 from .harness.control_plane import ControlPlane
 from .harness.helm import Helm
+from .harness.job_scenario import NAME, JobScenario, failing
 from .harness.kubeflow_trainer import KubeflowTrainer
 from .harness.operator import OperatorProcess, is_true, rights
 from .harness.processes import wait_until
-from .harness.story import NAME, Story, failing
 
 GROUP = "trainer.kubeflow.org"
 
@@ -56,10 +56,10 @@ def variables(pod: Resource) -> dict[str, object]:
 
 
 def test_a_job_is_carried_to_complete_by_trainjobs_with_the_rights_that_the_chart_gives(
-    control_plane: ControlPlane, story: Story, operator: OperatorProcess
+    control_plane: ControlPlane, scenario: JobScenario, operator: OperatorProcess
 ) -> None:
-    story.apply(podTemplate={"resources": {"requests": {"cpu": "2"}}})
-    pods = story.until_train()
+    scenario.apply(podTemplate={"resources": {"requests": {"cpu": "2"}}})
+    pods = scenario.until_train()
     ranks = {pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]: pod for pod in pods}
     assert sorted(ranks) == ["0", "1", "2"]
     for pod in pods:
@@ -71,76 +71,78 @@ def test_a_job_is_carried_to_complete_by_trainjobs_with_the_rights_that_the_char
             "-0-0.", f"-0-{pod['metadata']['labels']['batch.kubernetes.io/job-completion-index']}."
         )
         assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
-    done = story.carry_on()
+    done = scenario.carry_on()
     assert [a["outcome"] for a in done["attempts"]] == ["succeeded"] * 4
-    assert not story.api.objects("PyTorchJob", story.namespace)
+    assert not scenario.api.objects("PyTorchJob", scenario.namespace)
     user = f"system:serviceaccount:{operator.ops}:{operator.account}"
-    granted = rights(story.api.get("Role", operator.account, story.namespace))
-    granted |= rights(story.api.get("Role", f"{operator.account}-lease", operator.ops))
+    granted = rights(scenario.api.get("Role", operator.account, scenario.namespace))
+    granted |= rights(scenario.api.get("Role", f"{operator.account}-lease", operator.ops))
     used = {right for right in control_plane.permissions_used(user) if right[0] == GROUP}
     assert used <= granted
     assert {(GROUP, "trainjobs", "create"), (GROUP, "trainingruntimes", "create")} <= used
     assert not [right for right in granted if right[0] == "kubeflow.org"]
 
 
-def test_the_root_cause_on_another_rank_is_recorded_and_the_next_attempt_follows(story: Story) -> None:
-    story.apply()
-    first, second, third = story.until_train()
-    story.reason("Training")
-    story.kubelet.end(first, failing("peer", 0))
-    story.kubelet.end(third, failing("cuda-oom", 2))
-    assert not [p for p in story.api.objects("Pod", story.namespace) if "deletionTimestamp" in p["metadata"]]
-    story.kubelet.end(second, failing("peer", 1))
-    status = story.wait(lambda s: any(a.get("reason") == "cuda-oom" for a in s["attempts"]), "recorded")
+def test_the_root_cause_on_another_rank_is_recorded_and_the_next_attempt_follows(scenario: JobScenario) -> None:
+    scenario.apply()
+    first, second, third = scenario.until_train()
+    scenario.reason("Training")
+    scenario.kubelet.end(first, failing("peer", 0))
+    scenario.kubelet.end(third, failing("cuda-oom", 2))
+    assert not [p for p in scenario.api.objects("Pod", scenario.namespace) if "deletionTimestamp" in p["metadata"]]
+    scenario.kubelet.end(second, failing("peer", 1))
+    status = scenario.wait(lambda s: any(a.get("reason") == "cuda-oom" for a in s["attempts"]), "recorded")
     (record,) = [a for a in status["attempts"] if (a["stage"], a["number"]) == ("train", 1)]
     assert (record["rank"], record["counted"]) == (2, True)
-    done = story.carry_on()
-    assert story.attempts(done, Stage.TRAIN) == ["cuda-oom", "succeeded"]
-    kept = {kind: [o["metadata"]["name"] for o in story.api.objects(kind, story.namespace)] for kind in KINDS}
+    done = scenario.carry_on()
+    assert scenario.attempts(done, Stage.TRAIN) == ["cuda-oom", "succeeded"]
+    kept = {kind: [o["metadata"]["name"] for o in scenario.api.objects(kind, scenario.namespace)] for kind in KINDS}
     assert kept == {kind: [f"{NAME}-train-2"] for kind in KINDS}
 
 
 KINDS = ("TrainJob", "TrainingRuntime", "JobSet")
 
 
-def test_a_pod_that_is_preempted_is_waited_for_and_not_made_again(story: Story) -> None:
-    story.apply(retry={"limit": 0})
-    first, second, third = story.until_train()
-    story.reason("Training")
-    story.kubelet.preempt(second)
-    story.kubelet.end(first, failing("peer", 0))
-    story.kubelet.end(third, failing("peer", 2))
+def test_a_pod_that_is_preempted_is_waited_for_and_not_made_again(scenario: JobScenario) -> None:
+    scenario.apply(retry={"limit": 0})
+    first, second, third = scenario.until_train()
+    scenario.reason("Training")
+    scenario.kubelet.preempt(second)
+    scenario.kubelet.end(first, failing("peer", 0))
+    scenario.kubelet.end(third, failing("peer", 2))
 
     def failed_ranks() -> str:
-        (job,) = story.api.objects("Job", story.namespace, {"jobset.sigs.k8s.io/jobset-name": f"{NAME}-train-1"})
+        (job,) = scenario.api.objects("Job", scenario.namespace, {"jobset.sigs.k8s.io/jobset-name": f"{NAME}-train-1"})
         return str(job["status"].get("failedIndexes"))
 
     wait_until(lambda: failed_ranks() == "0,2", "both failures to be seen by the Job")
-    pods = story.api.objects("Pod", story.namespace, {"finetune.dev/stage": "train"})
+    pods = scenario.api.objects("Pod", scenario.namespace, {"finetune.dev/stage": "train"})
     assert {pod["metadata"]["uid"] for pod in pods} == {pod["metadata"]["uid"] for pod in (first, second, third)}
-    story.kubelet.finish_termination(second, failing("preempted", 1))
-    done = story.carry_on()
-    assert story.attempts(done, Stage.TRAIN) == ["evicted", "succeeded"]
+    scenario.kubelet.finish_termination(second, failing("preempted", 1))
+    done = scenario.carry_on()
+    assert scenario.attempts(done, Stage.TRAIN) == ["evicted", "succeeded"]
 
 
-def test_what_a_queue_takes_back_goes_on_as_the_same_attempt_and_what_a_user_suspends_as_the_next(story: Story) -> None:
-    story.apply(podTemplate={"queueName": "team"}, retry={"limit": 0})
-    story.until(Stage.TRAIN)
-    story.reason("Training")
-    child = story.api.get("TrainJob", f"{NAME}-train-1", story.namespace)
+def test_what_a_queue_takes_back_goes_on_as_the_same_attempt_and_what_a_user_suspends_as_the_next(
+    scenario: JobScenario,
+) -> None:
+    scenario.apply(podTemplate={"queueName": "team"}, retry={"limit": 0})
+    scenario.until(Stage.TRAIN)
+    scenario.reason("Training")
+    child = scenario.api.get("TrainJob", f"{NAME}-train-1", scenario.namespace)
     assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
-    story.api.patch(child, {"spec": {"suspend": True}})
-    for pod in story.pods_terminating():
-        story.kubelet.finish_termination(pod, failing("preempted", 0))
-    story.reason("Queued")
-    story.api.patch(child, {"spec": {"suspend": False}})
-    for pod in story.pods(3, Stage.TRAIN):
-        story.kubelet.run(pod)
-    story.reason("Training")
-    story.patch({"spec": {"suspend": True}})
-    with story.kubelet.playing(story.namespace, lambda _: None):
-        story.wait(is_true("Suspended"), "Suspended")
-    wait_until(lambda: not story.api.objects("TrainJob", story.namespace), "the TrainJob to be gone")
-    story.patch({"spec": {"suspend": False}})
-    done = story.carry_on()
-    assert story.attempts(done, Stage.TRAIN) == ["suspended", "succeeded"]
+    scenario.api.patch(child, {"spec": {"suspend": True}})
+    for pod in scenario.pods_terminating():
+        scenario.kubelet.finish_termination(pod, failing("preempted", 0))
+    scenario.reason("Queued")
+    scenario.api.patch(child, {"spec": {"suspend": False}})
+    for pod in scenario.pods(3, Stage.TRAIN):
+        scenario.kubelet.run(pod)
+    scenario.reason("Training")
+    scenario.patch({"spec": {"suspend": True}})
+    with scenario.kubelet.playing(scenario.namespace, lambda _: None):
+        scenario.wait(is_true("Suspended"), "Suspended")
+    wait_until(lambda: not scenario.api.objects("TrainJob", scenario.namespace), "the TrainJob to be gone")
+    scenario.patch({"spec": {"suspend": False}})
+    done = scenario.carry_on()
+    assert scenario.attempts(done, Stage.TRAIN) == ["suspended", "succeeded"]

@@ -42,7 +42,7 @@ JOB: dict[str, Any] = {
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def workspace(tmp_path: Path) -> Path:
     tiny_llama(tmp_path / "model")
     chance = random.Random(0)
     with (tmp_path / "days.csv").open("w", newline="") as file:
@@ -56,28 +56,30 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(workspace: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from finetune_operator.cli import main; main()", "run", "job.yaml", *arguments]
-    environ = os.environ | {"FINETUNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=place, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environ = os.environ | {"FINETUNE_CACHE": str(workspace / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=workspace, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def trained_to(place: Path, step: int) -> bool:
-    files = list(place.glob("runs/default/days/*/metrics/train.jsonl"))
+def trained_to(workspace: Path, step: int) -> bool:
+    files = list(workspace.glob("runs/default/days/*/metrics/train.jsonl"))
     return bool(files) and f'"step": {step},' in files[0].read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_job_is_trained_stopped_resumed_evaluated_and_published(place: Path) -> None:
-    first = start(place)
-    until(lambda: trained_to(place, 10) or first.poll() is not None, seconds=400)
+def test_a_job_is_trained_stopped_resumed_evaluated_and_published(workspace: Path) -> None:
+    first = start(workspace)
+    until(lambda: trained_to(workspace, 10) or first.poll() is not None, seconds=400)
     first.send_signal(signal.SIGINT)
     said, errors = first.communicate(timeout=scaled(200))
     assert first.returncode == 130, said + errors
     assert "the same command goes on from step" in errors
 
-    second = start(place, "--output", "json")
+    second = start(workspace, "--output", "json")
     said, errors = second.communicate(timeout=scaled(400))
     assert second.returncode == 0, said[-2000:] + errors
     resource = json.loads(said.splitlines()[-1])["resource"]
@@ -91,9 +93,9 @@ def test_a_job_is_trained_stopped_resumed_evaluated_and_published(place: Path) -
     assert tuned["difference"]["low"] > 0
     assert set(tuned["baselines"]) >= {"majority", "tfidf-logreg"}
     assert status["results"]["exportDigest"] == status["export"]["digest"] == status["published"]["digest"]
-    run = place / "runs" / "default" / "days" / resource["metadata"]["uid"]
+    run = workspace / "runs" / "default" / "days" / resource["metadata"]["uid"]
     assert (run / status["results"]["report"]).is_file()
-    assert (place / "published" / "README.md").is_file()
+    assert (workspace / "published" / "README.md").is_file()
     steps = [
         json.loads(line)["step"]
         for line in (run / "metrics" / "train.jsonl").read_text().splitlines()

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.local_runs import Place, until
-from tests.support.rented import runpod_variables
+from tests.support.local_runs import Workspace, until
+from tests.support.runpod_env import runpod_variables
 from tests.support.time_limits import scaled
 
 from finetune_api.base import Stage
@@ -38,10 +38,10 @@ COUNT = 3
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
+def workspace(tmp_path: Path) -> Iterator[Workspace]:
+    workspace = Workspace(tmp_path)
     (tmp_path / "cache").mkdir()
-    yield place
+    yield workspace
     for process in STARTED:
         if process.poll() is None:
             process.kill()
@@ -52,19 +52,19 @@ def place(tmp_path: Path) -> Iterator[Place]:
 STARTED: list[subprocess.Popen[str]] = []
 
 
-def machine(place: Place, index: int, *arguments: str) -> subprocess.Popen[str]:
+def machine(workspace: Workspace, index: int, *arguments: str) -> subprocess.Popen[str]:
     """One machine's `finetune run`."""
     command = [sys.executable, "-c", "from finetune_operator.cli import main; main()", "run", "job.yaml", *arguments]
-    environ = place.environ | runpod_variables(index, COUNT, 29500)
+    environ = workspace.environ | runpod_variables(index, COUNT, 29500)
     process = subprocess.Popen(
-        command, env=environ, cwd=place.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environ, cwd=workspace.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     STARTED.append(process)
     return process
 
 
-def all_machines(place: Place) -> list[subprocess.Popen[str]]:
-    return [machine(place, index) for index in range(COUNT)]
+def all_machines(workspace: Workspace) -> list[subprocess.Popen[str]]:
+    return [machine(workspace, index) for index in range(COUNT)]
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[int]:
@@ -73,69 +73,71 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[int]:
     return [process.returncode for process in processes]
 
 
-def all_train(place: Place) -> None:
+def all_train(workspace: Workspace) -> None:
     """Wait until every machine has joined: who comes when machine 0 has gone waits for it to come again."""
-    until(lambda: [entry["program"] for entry in place.trace()].count("train") == COUNT, 60)
+    until(lambda: [entry["program"] for entry in workspace.trace()].count("train") == COUNT, 60)
 
 
-def training(place: Place) -> list[tuple[str, str | None]]:
-    return [(r.outcome, r.reason) for r in place.record.status.attempts if r.stage is Stage.TRAIN]
+def training(workspace: Workspace) -> list[tuple[str, str | None]]:
+    return [(r.outcome, r.reason) for r in workspace.record.status.attempts if r.stage is Stage.TRAIN]
 
 
-def test_machine_0_does_every_stage_and_the_others_train_with_it(place: Place) -> None:
+def test_machine_0_does_every_stage_and_the_others_train_with_it(workspace: Workspace) -> None:
     # The others may come first: nothing of machine 0 is there yet.
-    later = [machine(place, 2), machine(place, 1)]
-    assert ends([machine(place, 0), *later]) == [0, 0, 0]
-    ran = [(entry["program"], entry["environ"].get("PET_NODE_RANK")) for entry in place.trace()]
+    later = [machine(workspace, 2), machine(workspace, 1)]
+    assert ends([machine(workspace, 0), *later]) == [0, 0, 0]
+    ran = [(entry["program"], entry["environ"].get("PET_NODE_RANK")) for entry in workspace.trace()]
     assert sorted(ran[2:5]) == [("train", "0"), ("train", "1"), ("train", "2")]
     assert [program for program, _ in ran[:2] + ran[5:]] == ["check-publish", "prepare", "evaluate", "publish"]
-    trained = [entry["environ"] for entry in place.trace() if entry["program"] == "train"]
+    trained = [entry["environ"] for entry in workspace.trace() if entry["program"] == "train"]
     assert {environ["PET_MASTER_PORT"] for environ in trained} == {"29500"}
     assert {environ["PET_NNODES"] for environ in trained} == {"3"}
     assert not any("GLOO_SOCKET_IFNAME" in environ for environ in trained)  # the launcher knows the machine's own
-    (evaluated,) = [entry["environ"] for entry in place.trace() if entry["program"] == "evaluate"]
+    (evaluated,) = [entry["environ"] for entry in workspace.trace() if entry["program"] == "evaluate"]
     assert (evaluated["PET_NNODES"], evaluated["PET_MASTER_ADDR"]) == ("1", "127.0.0.1")
-    assert place.record.status.phase == "Complete"
+    assert workspace.record.status.phase == "Complete"
 
 
-def test_a_rank_that_dies_on_another_machine_is_named_and_the_attempt_is_tried_again(place: Place) -> None:
-    place.script(train=[{"steps": 4, "fail": "crash", "at": 2, "sentence": "A GPU fell off the bus."}, {"steps": 4}])
-    assert ends(all_machines(place)) == [0, 0, 0]
-    assert training(place) == [("failed", "crash"), ("succeeded", None)]
-    assert "A GPU fell off the bus." in str(place.record.status.attempts)
+def test_a_rank_that_dies_on_another_machine_is_named_and_the_attempt_is_tried_again(workspace: Workspace) -> None:
+    workspace.script(
+        train=[{"steps": 4, "fail": "crash", "at": 2, "sentence": "A GPU fell off the bus."}, {"steps": 4}]
+    )
+    assert ends(all_machines(workspace)) == [0, 0, 0]
+    assert training(workspace) == [("failed", "crash"), ("succeeded", None)]
+    assert "A GPU fell off the bus." in str(workspace.record.status.attempts)
 
 
-def test_ctrl_c_on_machine_0_stops_all_after_a_checkpoint_and_the_same_commands_go_on(place: Place) -> None:
-    place.script(train=[{"endless": True}, {"steps": 40}])
-    running = all_machines(place)
-    place.wait_for_step(5)
-    all_train(place)
+def test_ctrl_c_on_machine_0_stops_all_after_a_checkpoint_and_the_same_commands_go_on(workspace: Workspace) -> None:
+    workspace.script(train=[{"endless": True}, {"steps": 40}])
+    running = all_machines(workspace)
+    workspace.wait_for_step(5)
+    all_train(workspace)
     running[0].send_signal(signal.SIGINT)
     assert ends(running) == [130, 130, 130]
-    assert training(place) == [("suspended", "suspended")]
-    assert ends(all_machines(place)) == [0, 0, 0]
-    assert place.record.status.attempts[-3].resumed_from_step
+    assert training(workspace) == [("suspended", "suspended")]
+    assert ends(all_machines(workspace)) == [0, 0, 0]
+    assert workspace.record.status.attempts[-3].resumed_from_step
 
 
-def test_a_machine_that_is_stopped_is_waited_for_and_joins_again(place: Place) -> None:
-    place.script(train=[{"endless": True}, {"steps": 5}])
-    running = all_machines(place)
-    place.wait_for_step(3)
-    all_train(place)
+def test_a_machine_that_is_stopped_is_waited_for_and_joins_again(workspace: Workspace) -> None:
+    workspace.script(train=[{"endless": True}, {"steps": 5}])
+    running = all_machines(workspace)
+    workspace.wait_for_step(3)
+    all_train(workspace)
     running[2].send_signal(signal.SIGINT)
     assert ends(running[2:]) == [130]
-    until(lambda: len(training(place)) == 2, 30)
-    assert training(place)[0] == ("failed", "preempted")
-    assert ends([*running[:2], machine(place, 2)]) == [0, 0, 0]
+    until(lambda: len(training(workspace)) == 2, 30)
+    assert training(workspace)[0] == ("failed", "preempted")
+    assert ends([*running[:2], machine(workspace, 2)]) == [0, 0, 0]
 
 
-def test_a_finished_job_ends_at_once_on_machine_0_and_the_others_learn_it(place: Place) -> None:
-    assert ends(all_machines(place)) == [0, 0, 0]
-    workers = [machine(place, 1), machine(place, 2)]
+def test_a_finished_job_ends_at_once_on_machine_0_and_the_others_learn_it(workspace: Workspace) -> None:
+    assert ends(all_machines(workspace)) == [0, 0, 0]
+    workers = [machine(workspace, 1), machine(workspace, 2)]
     for each in workers:
         assert each.stderr is not None
         assert "is waiting for machine 0" in each.stderr.readline()
-    assert ends([machine(place, 0), *workers]) == [0, 0, 0]
+    assert ends([machine(workspace, 0), *workers]) == [0, 0, 0]
 
 
 # --- without processes -----------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Heard:
 
 
 @dataclass
-class Place:
+class Workspace:
     """A directory with a job's file, the trainer's script and the runs."""
 
     root: Path
@@ -160,7 +160,7 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(Place(Path(sys.argv[1])).run(grace=int(sys.argv[2])) if len(sys.argv) == 3 else 64)
+        sys.exit(Workspace(Path(sys.argv[1])).run(grace=int(sys.argv[2])) if len(sys.argv) == 3 else 64)
     except UserError as error:
         print(error.sentence, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support.time_limits import scaled
 
-PRELOADED = ["tests.support.preloaded"]
+FORK_SERVER_IMPORTS = ["tests.support.fork_server_imports"]
 
 _workers: list[tuple[Any, Connection]] = []
 _groups = 0
@@ -60,7 +60,7 @@ def stop() -> None:
 
 def _start() -> tuple[Any, Connection]:
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(PRELOADED)
+    server.set_forkserver_preload(FORK_SERVER_IMPORTS)
     here, there = server.Pipe()
     process = server.Process(target=_serve, args=(there,), daemon=True)
     process.start()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.support.ranks import PRELOADED
+from tests.support.ranks import FORK_SERVER_IMPORTS
 from tests.support.time_limits import scaled
 
 from finetune_api.base import Stage
@@ -238,7 +238,7 @@ def start(
     wire = Attempt(uid="uid-1", stage=Stage.TRAIN, number=job.attempts, **_snake(fields)).model_dump_json(by_alias=True)
     port = free_port()
     # The server is one for the whole process: said here, and not at import, this is what its first user wants.
-    FORKED.set_forkserver_preload(PRELOADED)
+    FORKED.set_forkserver_preload(FORK_SERVER_IMPORTS)
     processes = []
     for rank in range(ranks):
         environment = {

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.support.rented import runpod_variables
+from tests.support.runpod_env import runpod_variables
 from tests.support.time_limits import scaled
 from tests.trainer.train.jobs import DatasetOf, Job, free_port, make_job, train
 

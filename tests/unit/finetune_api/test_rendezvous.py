@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.rented import runpod_variables
+from tests.support.runpod_env import runpod_variables
 
 from finetune_api.rendezvous import Rendezvous, rendezvous_of
 

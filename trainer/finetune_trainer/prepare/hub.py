@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
@@ -26,7 +26,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils._http import get_session
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError

@@ -17,7 +17,7 @@ from .processes import wait_until
 NAME = "support"
 
 
-class Story:
+class JobScenario:
     """The job `support` on three nodes; the test is its user, kubelet and trainer."""
 
     def __init__(self, control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet) -> None:

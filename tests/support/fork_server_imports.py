@@ -5,6 +5,8 @@ before it names the weights of its first model.
 """
 
 # ruff: noqa: F401
+import warnings
+
 import torch.distributed.fsdp
 import transformers.models.llama.modeling_llama
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -14,3 +16,7 @@ import finetune_trainer.export
 import finetune_trainer.train.stage
 
 get_checkpoint_conversion_mapping("llama")
+
+# As in pyproject.toml; what is forked takes the filters over.
+for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+    warnings.filterwarnings("error", category=category, module="finetune_")

@@ -91,7 +91,7 @@ def job_spec(**changes: Any) -> Resource:
 
 
 @dataclass
-class Place:
+class Tenant:
     """What a test has: a namespace, and everything that a user of it would ask for."""
 
     api: Api
