@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import multiprocessing.process
 import os
+import resource
 import shutil
 import socket
 import time
@@ -267,6 +268,8 @@ def train_rank(environment: Mapping[str, str], hook: Hook | None) -> None:
     os.environ.update(environment)
     import torch
 
+    os.chdir(Path(environment["FINETUNE_RUN_CONFIG"]).parent)  # where the kernel leaves the core of a rank that aborts
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
     torch.set_num_threads(1)
     if hook is not None:
         hook()

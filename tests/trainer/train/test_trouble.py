@@ -101,6 +101,15 @@ def test_the_watchdog_names_the_rank_that_was_stopped(job: Job) -> None:
     assert "_accumulate" in stacks or "_optimise" in stacks
 
 
+def test_a_rank_that_its_own_code_aborts_leaves_the_stacks_of_its_threads(job: Job) -> None:
+    assert train(job, 1, partial(at_step, 2, "SIGABRT")) == [-signal.SIGABRT]
+    stacks = (job.run / "logs" / "train-1" / "stacks-rank0.txt").read_text()
+    assert "Fatal Python error: Aborted" in stacks
+    assert "loop.py" in stacks
+    for core in job.run.glob("core*"):
+        core.unlink()
+
+
 def beat(step: int, phase: int = 0, activity: str = "data", time: float = 100.0) -> Heartbeat:
     return Heartbeat(step, phase, activity, time)
 

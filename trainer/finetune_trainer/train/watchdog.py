@@ -52,7 +52,8 @@ class Watchdog:
         self._stacks = (logs / f"stacks-rank{rank}.txt").open("w", encoding="utf-8")
 
     def start(self) -> None:
-        """Start watching."""
+        """Start watching. A rank that aborts or crashes (SIGABRT, SIGSEGV) leaves its stacks too."""
+        faulthandler.enable(self._stacks)
         self._write_heartbeat()
         self._thread.start()
 
