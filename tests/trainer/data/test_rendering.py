@@ -50,6 +50,11 @@ def how(task: Task, chat: ChatFormat, **settings: Any) -> Rendering:
     return Rendering(**({"task": task, "format": chat, "max_tokens": 400, "labels": labels} | settings))
 
 
+@pytest.mark.parametrize("task", Task)
+def test_rows_of_every_task_are_read_and_rendered(tiny: ChatFormat, task: Task) -> None:
+    assert render_training(how(task, tiny), example(task)).documents
+
+
 def shown(chat: ChatFormat, rendering: Rendering, of: Example) -> tuple[str, str]:
     """(what is given before the first target, what is learnt) of the one document of a row."""
     [tokens] = render_training(rendering, of).documents

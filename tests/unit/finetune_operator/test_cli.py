@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.support.time_limits import scaled
 
-from finetune_operator import cli
+from finetune_operator import cli, commands
 from finetune_operator.errors import UserError
 
 
@@ -20,6 +21,11 @@ def test_help_lists_the_commands_without_importing_them() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Carry a FineTuneJob out on this machine" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_each_command_has_a_module_and_each_module_a_command() -> None:
+    modules = {path.stem for path in Path(commands.__file__).parent.glob("[!_]*.py")}
+    assert modules == {name.replace("-", "_") for name in cli.COMMANDS}
 
 
 def test_every_command_that_exists_has_help(capsys: pytest.CaptureFixture[str]) -> None:
