@@ -205,7 +205,7 @@ def test_an_adapter_that_is_none_or_of_another_kind_is_refused(tmp_path: Path) -
     with pytest.raises(TrainerError, match=r"adapter_config\.json is missing"):
         load(directory, adapter_directory=tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}))
-    with pytest.raises(TrainerError, match="only LoRA adapters can be continued"):
+    with pytest.raises(TrainerError, match="only LoRA adapters can be trained further"):
         load(directory, adapter_directory=tmp_path)
 
 

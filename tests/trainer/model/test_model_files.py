@@ -49,7 +49,7 @@ def test_a_missing_and_a_misshapen_tensor_are_named(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match=r"lacks the tensor model\.norm\.weight"):
         load(directory)
     save_file(tensors | {"model.norm.weight": norm[:5].clone()}, file)
-    with pytest.raises(TrainerError, match=r"model\.norm\.weight has shape \[5\] but the config asks for \[64\]"):
+    with pytest.raises(TrainerError, match=r"model\.norm\.weight has shape \[5\], but the config requires \[64\]"):
         load(directory)
 
 

@@ -69,7 +69,7 @@ def test_an_architecture_whose_documents_leak_is_refused(tmp_path: Path, monkeyp
 
     directory = tiny_architecture(tmp_path, "llama")
     monkeypatch.setattr(build, "attention_arguments", forget_the_bounds)
-    with pytest.raises(TrainerError, match=r"set training\.packing to false") as refusal:
+    with pytest.raises(TrainerError, match=r"Set training\.packing to false") as refusal:
         load(directory)
     assert refusal.value.failure_class is FailureClass.BAD_SPEC
     load(directory, packing=False)

@@ -207,12 +207,12 @@ def test_every_kernel_computes_what_one_mask_computes(
 @pytest.mark.parametrize(
     ("architecture", "fields", "changes", "why"),
     [
-        ("llama", {"dropout": 0.1}, {}, "dropout differs from copy to copy"),
-        ("llama", {}, {"neftune_alpha": 5.0}, "NEFTune's noise differs from copy to copy"),
-        ("llama", {}, {"packing": False}, "examples have rows of their own"),
-        ("llama", {}, {"attention": "eager"}, "eager attention does not know of them"),
-        ("gemma2", {}, {}, "eager attention does not know of them"),
-        ("gpt2", {}, {}, "dropout differs from copy to copy"),
+        ("llama", {"dropout": 0.1}, {}, "dropout differs between the copies of a prefix"),
+        ("llama", {}, {"neftune_alpha": 5.0}, "NEFTune's noise differs between the copies of a prefix"),
+        ("llama", {}, {"packing": False}, "examples do not share rows"),
+        ("llama", {}, {"attention": "eager"}, "eager attention does not support it"),
+        ("gemma2", {}, {}, "eager attention does not support it"),
+        ("gpt2", {}, {}, "dropout differs between the copies of a prefix"),
     ],
 )
 def test_it_is_off_where_it_would_change_what_is_computed_and_that_is_said(
@@ -222,7 +222,7 @@ def test_it_is_off_where_it_would_change_what_is_computed_and_that_is_said(
     model = load(directory, tuning("lora", **fields), **changes)
     assert not model.shares_prefixes
     assert (model.choices["sharedPrefixes"].value, model.choices["sharedPrefixes"].why) == ("off", why)
-    with pytest.raises(TrainerError, match=r"Take training\.sharedPrefixes out") as refusal:
+    with pytest.raises(TrainerError, match=r"Remove training\.sharedPrefixes") as refusal:
         load(directory, tuning("lora", **fields), share_prefixes=True, **changes)
     assert refusal.value.failure_class is FailureClass.BAD_SPEC
     assert why in refusal.value.sentence
@@ -270,7 +270,7 @@ def test_a_device_without_the_kernel_keeps_documents_whole(tmp_path: Path, monke
     monkeypatch.delattr(shared_prefix._OnCpu, "backward")
     model = load(tiny_architecture(tmp_path, "llama"))
     assert not model.shares_prefixes
-    assert model.choices["sharedPrefixes"].why.startswith("this device cannot compute it: ")
+    assert model.choices["sharedPrefixes"].why.startswith("this device does not support it: ")
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

@@ -94,4 +94,4 @@ def test_asked_for_where_it_cannot_be_exact_it_is_refused(tmp_path: Path, model:
     failure = job.report().failure
     assert failure is not None
     assert failure.field == "training.sharedPrefixes"
-    assert "eager attention does not know of them" in failure.sentence
+    assert "eager attention does not support it" in failure.sentence

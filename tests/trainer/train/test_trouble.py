@@ -70,7 +70,7 @@ def test_the_third_spike_ends_training_with_the_examples_named(job: Job) -> None
     assert train(job, 1, partial(loss_jumps, jumps)) == [EXIT_CODES[FailureClass.DIVERGED]]
     failure = job.report().failure
     assert failure is not None
-    assert "after 2 roll-backs" in failure.sentence
+    assert "after 2 rollbacks" in failure.sentence
     assert "a row " in failure.sentence
     assert failure.field == "training.learningRate"
 
@@ -96,7 +96,7 @@ def test_the_watchdog_names_the_rank_that_was_stopped(job: Job) -> None:
     logs = job.run / "logs" / "train-1"
     failure = Failure.model_validate_json((logs / "failure-rank0.json").read_text())
     assert failure.sentence.startswith(f"No progress for {hang} s. Rank 1 is not responding; its last heartbeat was ")
-    assert re.search(r"s ago in step \d+ \(", failure.sentence)
+    assert re.search(r"s ago, in step \d+ \(", failure.sentence)
     stacks = (logs / "stacks-rank0.txt").read_text()
     assert "_accumulate" in stacks or "_optimise" in stacks
 
