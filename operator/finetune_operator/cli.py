@@ -6,11 +6,13 @@ only to those who need it. A command registers itself with one line in `COMMANDS
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 import typer
@@ -68,9 +70,21 @@ def load(name: str) -> Any:
         raise UserError(
             f"finetune {name} needs {missing}, which is not installed: pip install 'finetune-operator[{extra}]'."
         ) from error
+    if inspect.iscoroutinefunction(function):
+        function = _in_event_loop(function)
     app = typer.Typer(add_completion=False)
     app.command(name, help=_paragraphs(inspect.getdoc(function) or COMMANDS[name].help))(function)
     return get_command(app)
+
+
+def _in_event_loop(command: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        import asyncio
+
+        asyncio.run(command(*arguments, **options))
+
+    return run
 
 
 def _paragraphs(text: str) -> str:

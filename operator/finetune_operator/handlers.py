@@ -1,15 +1,16 @@
 """What is watched: every event goes into the store and its job's key onto the queue. Nothing is decided here.
 
-kopf watches the FineTuneJobs. Their children, many times as many, are kept by watches of our own (cluster/watch.py):
-kopf has a task for every object, and to index them at the start compares every object with every other. No handler
-here makes kopf write a finalizer or an annotation.
+kopf watches the FineTuneJobs, answers the liveness probe, and ends at a signal. What it does not do, and why, is in
+docs/decisions/0019-what-kopf-does-here.md. No handler here makes kopf write a finalizer or an annotation.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from urllib.request import getproxies
 
 import kopf
+from kubernetes.aio.client import Configuration
 
 from finetune_api.base import GROUP, PLURAL
 from finetune_operator.cluster.api import Api
@@ -23,24 +24,48 @@ WATCH_SECONDS = 600
 """How long the server is asked to keep kopf's watch."""
 
 
-def registry(store: Store, queue: WorkQueue[Key]) -> kopf.OperatorRegistry:
-    """The handlers of one operator."""
-    made = kopf.OperatorRegistry()
+def registry(store: Store, queue: WorkQueue[Key], access: Configuration) -> kopf.OperatorRegistry:
+    """The handlers of one operator; `access` is how our own requests reach the API server."""
+    handlers = kopf.OperatorRegistry()
 
-    # A coroutine, although it awaits nothing: kopf runs plain functions in threads, and store and queue are the loop's.
-    @kopf.on.event(registry=made, group=GROUP, plural=PLURAL)  # type: ignore[untyped-decorator]
+    # Coroutines, even where they await nothing: kopf runs plain functions in threads, and store and queue belong to
+    # the loop.
+    @kopf.on.event(registry=handlers, group=GROUP, plural=PLURAL)  # type: ignore[untyped-decorator]
     async def event(type: str | None, body: kopf.Body, **_: Any) -> None:
         job = dict(body)
         key = store.drop(FINE_TUNE_JOB, job) if type == "DELETED" else store.put(FINE_TUNE_JOB, job)
         if key is not None:
             queue.add(key, _urgency(job, listed=type is None))
 
-    kopf.on.login(registry=made)(_login)
-    return made
+    @kopf.on.login(registry=handlers)  # type: ignore[untyped-decorator]
+    async def login(**_: Any) -> kopf.ConnectionInfo:
+        return await _connection(access)
+
+    @kopf.on.probe(registry=handlers, id="queue")  # type: ignore[untyped-decorator]
+    async def queue_depth(**_: Any) -> int:
+        return queue.depth
+
+    return handlers
+
+
+async def _connection(access: Configuration) -> kopf.ConnectionInfo:
+    """The client's access for kopf, which asks again when a token is no longer accepted."""
+    scheme, _, token = (await access.get_api_key_with_prefix("BearerToken") or "").partition(" ")
+    return kopf.ConnectionInfo(
+        server=access.host,
+        ca_path=access.ssl_ca_cert,
+        insecure=not access.verify_ssl,
+        scheme=scheme or None,
+        token=token or None,
+        certificate_path=access.cert_file,
+        private_key_path=access.key_file,
+        proxy_url=access.proxy,
+        trust_env=bool(getproxies()),
+    )
 
 
 def _urgency(job: dict[str, Any], *, listed: bool) -> Urgency:
-    """A job that was there and had ended comes last, a new one after those that are at work."""
+    """A job that had ended before the start comes last, a new one after those at work."""
     phase = (job.get("status") or {}).get("phase")
     if listed and phase in ENDED:
         return Urgency.LAST
@@ -50,7 +75,7 @@ def _urgency(job: dict[str, Any], *, listed: bool) -> Urgency:
 def watches(
     api: Api, store: Store, queue: WorkQueue[Key], backend: Backend, namespaces: tuple[str, ...]
 ) -> list[Watch]:
-    """What keeps the children of our jobs in the store: one for each kind and namespace."""
+    """The watches that keep the children of our jobs in the store: one per kind and namespace."""
     return [
         Watch(api, store, kind, namespace, f"{MANAGED_BY_LABEL}={MANAGER}", queue.add)
         for kind in ("Job", backend.kind, "Pod", "ConfigMap")
@@ -59,29 +84,28 @@ def watches(
 
 
 def resyncs(api: Api, store: Store, queue: WorkQueue[Key], namespaces: tuple[str, ...]) -> list[Watch]:
-    """What makes up for events about FineTuneJobs that kopf missed: after a watch broke off it tells no deletions."""
+    """Lists of FineTuneJobs for what kopf misses: it reports no deletions that happened while its watch was broken."""
     return [Watch(api, store, FINE_TUNE_JOB, namespace, "", queue.add) for namespace in namespaces or ("",)]
 
 
-def settings(*, clusterwide: bool) -> kopf.OperatorSettings:
+def kopf_settings(*, clusterwide: bool) -> kopf.OperatorSettings:
     """kopf's own settings: it only watches."""
-    made = kopf.OperatorSettings()
+    settings = kopf.OperatorSettings()
     # With named namespaces it may list neither namespaces nor CRDs, and would try for a minute.
-    made.scanning.disabled = not clusterwide
-    made.posting.enabled = False
-    made.peering.standalone = True
-    made.watching.server_timeout = WATCH_SECONDS
-    made.watching.connect_timeout = 10.0
+    settings.scanning.disabled = not clusterwide
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    settings.watching.server_timeout = WATCH_SECONDS
+    settings.watching.connect_timeout = 10.0
     # Ten thousand jobs at once would be most of the memory; and each worker holds its job's last body until it ends.
-    made.watching.chunk_size = 50
-    made.queueing.idle_timeout = 0.1
-    made.persistence.diffbase_storage = _NoDiffs()
-    made.persistence.progress_storage = _NoProgress()
-    return made
+    settings.watching.chunk_size = 50
+    settings.queueing.idle_timeout = 0.1
+    settings.persistence.diffbase_storage = _NoDiffs()
+    return settings
 
 
 class _NoDiffs(kopf.DiffBaseStorage):  # type: ignore[misc]
-    """No handler asks what changed; to find it out takes kopf most of its time, even when nobody asks."""
+    """No handler asks what changed; kopf computes it all the same, which would be most of its time."""
 
     def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:
         return kopf.BodyEssence()
@@ -91,26 +115,3 @@ class _NoDiffs(kopf.DiffBaseStorage):  # type: ignore[misc]
 
     def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
         pass
-
-
-class _NoProgress(kopf.ProgressStorage):  # type: ignore[misc]
-    """No handler has progress to be kept."""
-
-    def fetch(self, *, key: str, body: kopf.Body) -> None:
-        return None
-
-    def store(self, *, key: str, record: Any, body: kopf.Body, patch: kopf.Patch) -> None:
-        pass
-
-    def purge(self, *, key: str, body: kopf.Body, patch: kopf.Patch) -> None:
-        pass
-
-    def touch(self, *, body: kopf.Body, patch: kopf.Patch, value: str | None) -> None:
-        pass
-
-    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
-        return essence
-
-
-def _login(**kwargs: Any) -> Any:
-    return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)

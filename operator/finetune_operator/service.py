@@ -1,27 +1,25 @@
-"""The operator as a process: watches, the Lease, the workers, health and metrics, and an orderly end."""
+"""The operator as a process: kopf, watches, the Lease, the workers, metrics, and an orderly end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
-from urllib.request import getproxies
 
 import kopf
 from aiohttp import web
-from kubernetes.aio import config
-from kubernetes.aio.client import ApiClient, Configuration
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from finetune_operator import handlers
+from finetune_operator.cluster.access import connect
 from finetune_operator.cluster.api import Api
 from finetune_operator.cluster.lease import Lease
 from finetune_operator.cluster.store import Key, Store
 from finetune_operator.cluster.watch import Watch
 from finetune_operator.decision.model import Planner
+from finetune_operator.errors import EXIT_FAILED, UserError
 from finetune_operator.manifests.backends import BACKENDS
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import Reconciler
@@ -36,30 +34,27 @@ async def serve(settings: Settings, planner: Planner | None = None, stop: asynci
     backend, store = BACKENDS[settings.backend], Store()
     metrics = Metrics(store.phases)
     ready = asyncio.Event()
-    async with _client() as client:
-        api = Api(client, metrics.count_request)
+    async with connect(user_agent="finetune-operator") as access:
+        api = Api(access.client, metrics.count_request)
         lease = Lease(api, settings.lease_namespace, settings.lease_name, settings.identity, settings.lease_seconds)
         queue = WorkQueue[Key]()
         watches = handlers.watches(api, store, queue, backend, settings.namespaces)
         resyncs = handlers.resyncs(api, store, queue, settings.namespaces)
         reconciler = Reconciler(api, store, settings, metrics, planner, backend, queue=queue, watches=watches)
-        watching = asyncio.create_task(_watch(watches, resyncs), name="watches")
-        kopf_watching = asyncio.create_task(
-            kopf.operator(
-                registry=handlers.registry(store, queue),
-                settings=handlers.settings(clusterwide=not settings.namespaces),
-                namespaces=settings.namespaces,
-                clusterwide=not settings.namespaces,
-                stop_flag=stop,
-                ready_flag=ready,
-            ),
-            name="kopf",
+        kopf_operator = kopf.operator(
+            registry=handlers.registry(store, queue, access.client.configuration),
+            settings=handlers.kopf_settings(clusterwide=not settings.namespaces),
+            namespaces=settings.namespaces,
+            clusterwide=not settings.namespaces,
+            stop_flag=stop,
+            ready_flag=ready,
+            liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz" if settings.health_port else None,
         )
-        leading = asyncio.create_task(_lead(lease, reconciler, metrics, watches), name="lease")
-        tasks = [leading, kopf_watching, watching]
-        runners = [
-            await _listen(_metrics_app(metrics), settings.metrics_port),
-            await _listen(_health_app(tasks, lambda: ready.is_set() and _listed(watches)), settings.health_port),
+        runner = await _listen(_http_app(metrics, lambda: ready.is_set() and _listed(watches)), settings.metrics_port)
+        tasks = [
+            asyncio.create_task(_lead(lease, reconciler, metrics, watches), name="lease"),
+            asyncio.create_task(kopf_operator, name="kopf"),
+            asyncio.create_task(_watch(watches, resyncs), name="watches"),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -67,22 +62,8 @@ async def serve(settings: Settings, planner: Planner | None = None, stop: asynci
                 task.result()
         finally:
             await _end(tasks)
-            await asyncio.gather(*(runner.cleanup() for runner in runners if runner is not None))
-
-
-@contextlib.asynccontextmanager
-async def _client() -> AsyncIterator[ApiClient]:
-    configuration = Configuration()
-    try:
-        config.load_incluster_config(client_configuration=configuration)
-    except config.ConfigException:
-        await config.load_kube_config(client_configuration=configuration)
-    # No limit: each watch holds a connection, and requests are as many as workers.
-    configuration.connection_pool_maxsize = 0
-    # With it, aiohttp asks a thread for the proxy and for ~/.netrc at every request.
-    configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
-    async with ApiClient(configuration) as client:
-        yield client
+            if runner is not None:
+                await runner.cleanup()
 
 
 async def _watch(watches: list[Watch], resyncs: list[Watch]) -> None:
@@ -96,7 +77,7 @@ def _listed(watches: list[Watch]) -> bool:
 
 
 async def _serve_queue(reconciler: Reconciler, watches: list[Watch]) -> None:
-    """Serve the queue, but not before all children are known: a job whose child is not seen would start another."""
+    """Serve the queue once all children are known: a job whose child has not been seen would start another."""
     for watch in watches:
         await watch.listed.wait()
     await reconciler.run()
@@ -105,7 +86,7 @@ async def _serve_queue(reconciler: Reconciler, watches: list[Watch]) -> None:
 async def _lead(lease: Lease, reconciler: Reconciler, metrics: Metrics, watches: list[Watch]) -> None:
     """Wait for the Lease, serve the queue while it is held, give it back at the end."""
     await lease.acquire()
-    log.info("holds the Lease %s/%s", lease.namespace, lease.name)
+    log.info("acquired the Lease %s/%s", lease.namespace, lease.name)
     metrics.leader.set(1)
     tasks = [asyncio.create_task(lease.keep()), asyncio.create_task(_serve_queue(reconciler, watches))]
     try:
@@ -126,41 +107,34 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
 
 
 async def _listen(app: web.Application, port: int) -> web.AppRunner | None:
-    """Serve HTTP on a port; 0 serves nothing."""
+    """Serve HTTP on a port; 0 serves nothing. Raises UserError if the port is in use."""
     if port == 0:
         return None
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, port=port).start()
+    try:
+        await web.TCPSite(runner, port=port).start()
+    except OSError as error:
+        raise UserError(
+            f"Port {port} cannot be used ({error.strerror}): set FINETUNE_METRICS_PORT.", EXIT_FAILED
+        ) from error
     return runner
 
 
-def _health_app(tasks: list[asyncio.Task[None]], ready: Callable[[], bool]) -> web.Application:
-    def is_alive() -> bool:
-        return not any(task.done() for task in tasks)
-
-    async def alive(_: web.Request) -> web.Response:
-        return web.Response(status=200 if is_alive() else 500)
-
-    async def is_ready(_: web.Request) -> web.Response:
-        return web.Response(status=200 if ready() and is_alive() else 503)
-
-    app = web.Application()
-    app.add_routes([web.get("/healthz", alive), web.get("/readyz", is_ready)])
-    return app
-
-
-def _metrics_app(metrics: Metrics) -> web.Application:
+def _http_app(metrics: Metrics, ready: Callable[[], bool]) -> web.Application:
     async def show(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    async def is_ready(_: web.Request) -> web.Response:
+        return web.Response(status=200 if ready() else 503)
+
     app = web.Application()
-    app.add_routes([web.get("/metrics", show)])
+    app.add_routes([web.get("/metrics", show), web.get("/readyz", is_ready)])
     return app
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with job and attempt where they are known."""
+    """One JSON object per line, with job and attempt where they are known."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -186,9 +160,10 @@ class TextFormatter(logging.Formatter):
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send all logging to stderr in the configured form; kopf says only what goes wrong."""
+    """Send all logging to stderr in the configured format; of kopf only warnings, of HTTP requests nothing."""
     handler = logging.StreamHandler()
     text = TextFormatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("kopf").setLevel(logging.WARNING)
+    for name in ("kopf", "aiohttp.access"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -17,7 +17,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from io import FileIO
@@ -31,7 +31,7 @@ from tests.unit.finetune_operator.decision.world import World, job, steps
 
 from finetune_api.crd import definition
 from finetune_operator.cli import run_command_line
-from finetune_operator.cluster.as_user import following
+from finetune_operator.cluster.api import KINDS, Api, Kind
 from finetune_operator.manifests import labels
 from finetune_operator.manifests.job import UID_LABEL
 
@@ -127,16 +127,16 @@ def submitted(shell: Shell) -> Shell:
 
 
 def test_submit_creates_a_job_and_says_so_only_once(shell: Shell) -> None:
-    assert shell("submit", shell.file()) == f"support is created in namespace {shell.namespace}\n"
-    assert shell("submit", shell.file()) == f"support is there already, unchanged in namespace {shell.namespace}\n"
+    assert shell("submit", shell.file()) == f"support created in namespace {shell.namespace}\n"
+    assert shell("submit", shell.file()) == f"support unchanged in namespace {shell.namespace}\n"
     assert shell.job()["spec"]["training"]["epochs"] >= 1
 
 
 def test_submit_changes_what_may_change_and_takes_it_back_with_the_file(shell: Shell) -> None:
     shell("submit", shell.file())
-    assert "is changed" in shell("submit", shell.file(suspend=True))
+    assert "support changed" in shell("submit", shell.file(suspend=True))
     assert shell.job()["spec"]["suspend"] is True
-    assert "is changed" in shell("submit", shell.file())
+    assert "support changed" in shell("submit", shell.file())
     assert shell.job()["spec"]["suspend"] is False
 
 
@@ -154,7 +154,7 @@ def test_submit_checks_the_file_before_it_asks_the_cluster(shell: Shell, monkeyp
 
 
 def test_submit_leaves_nothing_behind_in_a_dry_run(shell: Shell) -> None:
-    assert "is created" in shell("submit", shell.file(), "--dry-run")
+    assert "support created" in shell("submit", shell.file(), "--dry-run")
     assert shell.out.rstrip().endswith("(dry run)")
     assert shell.control_plane.api.objects("FineTuneJob", shell.namespace) == []
 
@@ -165,7 +165,7 @@ def test_submit_goes_on_after_a_job_that_is_refused(shell: Shell) -> None:
     text = yaml.safe_dump_all([manifest(tuning={"method": "full"}), second])
     (shell.folder / "two.yaml").write_text(text)
     shell("submit", str(shell.folder / "two.yaml"), expect=1)
-    assert "second is created" in shell.out
+    assert "second created" in shell.out
     assert "status" not in shell.job("second")
     assert "error: support: spec.tuning" in shell.err
     assert "1 of 2 jobs were not applied." in shell.err
@@ -185,7 +185,7 @@ def test_submit_refuses_two_different_namespaces(shell: Shell) -> None:
     placed["metadata"]["namespace"] = "elsewhere"
     (shell.folder / "placed.yaml").write_text(yaml.safe_dump(placed))
     sentence = shell.fails("submit", str(shell.folder / "placed.yaml"), code=2)
-    assert "says namespace elsewhere, and -n says" in sentence
+    assert "says namespace elsewhere, but -n says" in sentence
 
 
 def test_submit_into_a_namespace_that_is_not_there_says_so(shell: Shell) -> None:
@@ -249,13 +249,15 @@ def test_wait_ends_with_either_end(submitted: Shell, make: Callable[[], World], 
 
 def test_wait_gives_up_after_its_time(submitted: Shell) -> None:
     submitted.says(job().training())
-    assert submitted.fails("wait", "support", "--timeout", "1s") == "support has not ended after 1s; it is Training."
-    assert submitted.fails("wait", "support", "--timeout", "soon", code=2).startswith("--timeout soon is no length")
+    assert submitted.fails("wait", "support", "--timeout", "1s") == "support has not ended after 1s (phase Training)."
+    assert submitted.fails("wait", "support", "--timeout", "soon", code=2).startswith(
+        "--timeout soon is not a duration"
+    )
 
 
 def test_a_job_that_no_operator_looks_at_is_said(submitted: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_operator.commands._cluster.UNTOUCHED_AFTER", timedelta(0))
-    said = "No operator has looked at support yet: is finetune-operator running, "
+    monkeypatch.setattr("finetune_operator.commands._cluster.NOT_SERVED_AFTER", timedelta(0))
+    said = "No operator has picked up support yet: is finetune-operator running, "
     said += f"and does it serve namespace {submitted.namespace}?"
     submitted("wait", "support", "--timeout", "1s", expect=1)
     assert submitted.err.splitlines()[0] == said
@@ -282,13 +284,13 @@ def test_wait_outlives_a_connection_that_breaks(submitted: Shell, monkeypatch: p
         (submitted.folder / "wire.kubeconfig").write_text(yaml.safe_dump(kubeconfig))
         monkeypatch.setenv("KUBECONFIG", str(submitted.folder / "wire.kubeconfig"))
         watching = threading.Event()
-        changes = following._changes
+        watch = Api.watch
 
-        def spied(*arguments: Any) -> Iterator[Resource]:
+        def spied(*arguments: Any) -> AsyncIterator[Resource]:
             watching.set()
-            return changes(*arguments)
+            return watch(*arguments)
 
-        monkeypatch.setattr(following, "_changes", spied)
+        monkeypatch.setattr(Api, "watch", spied)
 
         def trouble() -> None:
             watching.wait(scaled(30))
@@ -386,7 +388,7 @@ def test_watch_in_a_terminal_is_a_live_view_that_ctrl_c_leaves_and_the_job_goes_
         child.send_signal(signal.SIGINT)
         shown += read_screen(screen, child, lambda text: False)
     assert child.wait() == 130
-    assert b"support goes on; the same command shows it again." in shown
+    assert b"support keeps running; the same command shows it again." in shown
     assert submitted.job()["spec"]["suspend"] is False
 
 
@@ -397,31 +399,31 @@ def test_suspend_and_resume_change_the_spec_and_say_what_follows(submitted: Shel
     submitted.says(job().training())
     assert "stops after its next checkpoint" in submitted("suspend", "support")
     assert submitted.job()["spec"]["suspend"] is True
-    assert "is suspended already" in submitted("suspend", "support")
-    assert submitted("resume", "support") == "support goes on.\n"
+    assert "is already suspended" in submitted("suspend", "support")
+    assert submitted("resume", "support") == "support is resuming.\n"
     assert submitted.job()["spec"]["suspend"] is False
-    assert submitted("resume", "support") == "support is not suspended; it is Training.\n"
+    assert submitted("resume", "support") == "support is not suspended (phase Training).\n"
 
 
 def test_a_job_that_has_ended_cannot_be_suspended(submitted: Shell) -> None:
     submitted.says(job().complete())
-    assert submitted.fails("suspend", "support") == "support has ended (Complete): there is nothing to suspend."
+    assert submitted.fails("suspend", "support") == "support has already ended (Complete) and cannot be suspended."
 
 
 def test_retry_gives_the_annotation_a_new_value_each_time(submitted: Shell) -> None:
     submitted.says(job().training().failed_for_good("bad-data"))
     values = set()
     for _ in range(2):
-        assert submitted("retry", "support") == "support tries train again.\n"
+        assert submitted("retry", "support") == "support will retry train.\n"
         values.add(submitted.job()["metadata"]["annotations"]["finetune.dev/retry"])
     assert len(values) == 2
 
 
 def test_retry_refuses_a_job_that_has_not_failed(submitted: Shell) -> None:
     submitted.says(job().training())
-    assert submitted.fails("retry", "support") == "support has not failed; it is Training."
+    assert submitted.fails("retry", "support") == "support has not failed (phase Training)."
     submitted.says(job().complete())
-    assert submitted.fails("retry", "support") == "support is complete: there is nothing to try again."
+    assert submitted.fails("retry", "support") == "support is complete; there is nothing to retry."
 
 
 # logs -----------------------------------------------------------------------------------------------------
@@ -513,7 +515,7 @@ def test_logs_of_an_older_job_of_the_same_name_are_not_shown(
     log_server.write("old", "of the job before")
     submitted.control_plane.api.delete(submitted.job())
     submitted("submit", submitted.file())
-    assert submitted.fails("logs", "support").startswith("There are no pods")
+    assert submitted.fails("logs", "support").startswith("No pods are left of support;")
 
 
 def test_logs_of_pods_that_are_gone_are_on_the_volume(submitted: Shell) -> None:
@@ -580,11 +582,11 @@ def test_a_certificate_that_is_not_trusted_is_said(
     kubeconfig["clusters"][0]["cluster"].pop("certificate-authority")
     (shell.folder / "untrusting").write_text(yaml.safe_dump(kubeconfig))
     monkeypatch.setenv("KUBECONFIG", str(shell.folder / "untrusting"))
-    assert "its certificate is not the one that the kubeconfig trusts" in shell.fails("list")
+    assert "the kubeconfig does not trust its certificate" in shell.fails("list")
 
 
 def test_a_kind_that_the_cluster_does_not_know_is_said(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_operator.cluster.as_user.jobs.API_VERSION", "nobody.dev/v1")
+    monkeypatch.setitem(KINDS, "FineTuneJob", Kind("nobody.dev/v1", "finetunejobs"))
     for command in (["list"], ["wait", "support"], ["suspend", "support"], ["submit", shell.file()]):
         sentence = shell.fails(*command)
         assert "This cluster does not know FineTuneJobs: ask for the chart finetune-operator" in sentence
@@ -593,9 +595,9 @@ def test_a_kind_that_the_cluster_does_not_know_is_said(shell: Shell, monkeypatch
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "KUBECONFIG names {path}, and there is no such file."),
+        (None, "KUBECONFIG is {path}, but that file does not exist."),
         ("", "{path} cannot be used"),
-        ("a: [", "{path} is no kubeconfig"),
+        ("a: [", "{path} is not a valid kubeconfig"),
         ("just text", "{path}"),
         ("apiVersion: v1\nkind: Config\n", "{path} cannot be used"),
     ],
@@ -623,12 +625,14 @@ def test_without_any_kubeconfig_that_is_what_is_said(
     monkeypatch.delenv("KUBECONFIG", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_command_line(["list"]) == 1
-    assert capsys.readouterr().err.startswith("error: There is no kubeconfig")
+    assert capsys.readouterr().err.startswith("error: No kubeconfig found")
 
 
 def test_a_context_that_is_not_there_is_answered_with_the_near_one(shell: Shell) -> None:
     assert shell.fails("list", "--context", "tset") == "There is no context tset in the kubeconfig; did you mean test?"
-    assert shell.fails("list", "--context", "prod") == "There is no context prod in the kubeconfig; known: test."
+    assert (
+        shell.fails("list", "--context", "prod") == "There is no context prod in the kubeconfig; known contexts: test."
+    )
     shell("list", "--context", "test")
 
 

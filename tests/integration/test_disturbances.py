@@ -342,7 +342,7 @@ def test_a_leader_that_is_cut_off_ends_and_the_second_takes_over(
             pods = scenario.until_train()
             scenario.reason("Training")
             second.start()
-            wait_until(lambda: second.get("/readyz", second.health_port)[0] == 200, "the second replica to be ready")
+            wait_until(lambda: second.get("/readyz", second.metrics_port)[0] == 200, "the second replica to be ready")
             wire.cut()
             assert cut_off.ends() == 1
             assert "Lease" in cut_off.words()

@@ -68,7 +68,7 @@ def test_a_second_replica_waits_and_takes_over_when_the_first_dies(
     second = operator.twin()
     program = second.program()
     try:
-        wait_until(lambda: second.get("/readyz", second.health_port)[0] == 200, "the second replica to be ready")
+        wait_until(lambda: second.get("/readyz", second.metrics_port)[0] == 200, "the second replica to be ready")
         assert "finetune_leader 0.0" in second.get("/metrics", second.metrics_port)[1]
         operator.kill()
         with kubelet.playing(namespace, Trainer(api, namespace).succeeds):

@@ -8,8 +8,6 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from kubernetes.aio.config import kube_config
-
 from finetune_operator import reconcile, service, workqueue  # noqa: F401 - imported before the fork, once for all
 from finetune_operator.cli import run_command_line
 from finetune_operator.cluster import api
@@ -38,8 +36,6 @@ def operate(environment: dict[str, str], log: str, tuned: Mapping[str, float]) -
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()
     os.environ.update(environment)
-    # Read from the environment when it was imported.
-    kube_config.KUBE_CONFIG_DEFAULT_LOCATION = environment["KUBECONFIG"]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

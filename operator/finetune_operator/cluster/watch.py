@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from finetune_operator.cluster.api import Api, ApiError, Object
+from finetune_operator.cluster.api import Api, ApiError, Object, backoff_seconds
 from finetune_operator.cluster.store import Key, Store
 from finetune_operator.manifests.labels import JOB
 
@@ -23,7 +23,6 @@ RELIST_SECONDS = 900.0
 """How often everything is listed again, whatever the watch has said: an event that was missed is made up for."""
 RESYNC_SECONDS = 3600.0
 """The same for what something else watches."""
-BACKOFF_SECONDS = (0.2, 30.0)
 UNKNOWN_KIND_SECONDS = 30.0
 """How often a kind is asked for that the cluster does not know: its CRD may be installed later."""
 
@@ -57,7 +56,7 @@ class Watch:
                     resync = clock() + RELIST_SECONDS * random.uniform(0.8, 1.2)
                     self.listed.set()
                 await self._follow()
-                await asyncio.sleep(BACKOFF_SECONDS[0])
+                await asyncio.sleep(backoff_seconds(1))
             except ApiError as error:
                 if error.code == 410 or self._unknown(error):
                     self._version = ""
@@ -129,6 +128,4 @@ class Watch:
             log.warning("cannot watch %s in %s: %s", self.kind, self.namespace or "all namespaces", error)
         if error.code == 404:
             return UNKNOWN_KIND_SECONDS
-        base, cap = BACKOFF_SECONDS
-        seconds: float = min(base * 2.0 ** (self._failures - 1), cap) * random.uniform(0.75, 1.25)
-        return max(seconds, error.retry_after or 0.0)
+        return backoff_seconds(self._failures, error.retry_after)

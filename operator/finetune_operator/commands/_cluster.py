@@ -1,7 +1,9 @@
-"""What the commands on a cluster share: their options, and the way to a namespace's jobs. Imports no client."""
+"""What the cluster commands share: their options, and access to a namespace's jobs. Imports no client."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,41 +15,49 @@ if TYPE_CHECKING:
     from finetune_api.status import JobStatus
     from finetune_operator.cluster.as_user.jobs import Jobs
 
-UNTOUCHED_AFTER = timedelta(seconds=20)
+NOT_SERVED_AFTER = timedelta(seconds=20)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.")]
 Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", metavar="NAMESPACE", help="Where; else the kubeconfig's namespace.")
+    str | None,
+    typer.Option(
+        "--namespace", "-n", metavar="NAMESPACE", help="Namespace; default: that of the kubeconfig's context."
+    ),
 ]
 Context = Annotated[
-    str | None, typer.Option("--context", metavar="CONTEXT", help="Context of the kubeconfig; else the current one.")
+    str | None, typer.Option("--context", metavar="CONTEXT", help="Kubeconfig context; default: the current one.")
 ]
 
 
-def jobs_in(namespace: str | None, context: str | None) -> Jobs:
-    """The jobs of the namespace that was named, or of the kubeconfig's."""
-    from finetune_operator.cluster.as_user.connection import connect
+@asynccontextmanager
+async def jobs_in(namespace: str | None, context: str | None) -> AsyncIterator[Jobs]:
+    """The jobs of the namespace that was named, or of the kubeconfig's. Raises ClusterError for any ApiError within."""
+    from finetune_operator.cluster.access import connect
+    from finetune_operator.cluster.api import Api
     from finetune_operator.cluster.as_user.jobs import Jobs
+    from finetune_operator.cluster.as_user.problems import explained
 
-    connection = connect(context, namespace)
-    return Jobs(connection, connection.namespace)
+    async with connect(context) as access:
+        api = Api(access.client)
+        with explained(api.server):
+            yield Jobs(api, namespace or access.namespace)
 
 
 def status_of(job: dict[str, Any]) -> JobStatus:
-    """The status of a resource; of one that nobody has touched yet, an empty one."""
+    """The status of a resource; empty before the first reconcile."""
     from finetune_api.status import JobStatus
 
     return JobStatus.parse(job.get("status"))
 
 
-def nobody_looks(job: dict[str, Any], now: datetime) -> str:
-    """A sentence if no operator has touched the job for a while after its creation; else empty."""
+def not_served(job: dict[str, Any], now: datetime) -> str:
+    """A sentence if no operator has reconciled the job within a while of its creation; else empty."""
     metadata = job["metadata"]
     age = now - datetime.fromisoformat(metadata["creationTimestamp"])
-    if (job.get("status") or {}).get("conditions") or age < UNTOUCHED_AFTER:
+    if (job.get("status") or {}).get("conditions") or age < NOT_SERVED_AFTER:
         return ""
     return (
-        f"No operator has looked at {metadata['name']} yet: "
+        f"No operator has picked up {metadata['name']} yet: "
         f"is finetune-operator running, and does it serve namespace {metadata['namespace']}?"
     )
 

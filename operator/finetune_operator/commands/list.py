@@ -14,20 +14,22 @@ from finetune_operator.commands._cluster import Context, Namespace, jobs_in
 from finetune_operator.view.jobs_table import layout, place_and_name
 
 
-def list(
+async def list(
     namespace: Namespace = None,
-    everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="In all namespaces.")] = False,
+    everywhere: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="List the jobs of all namespaces.")
+    ] = False,
     context: Context = None,
     output: Annotated[
-        Literal["table", "wide", "json", "name"], typer.Option("--output", "-o", help="How to print.")
+        Literal["table", "wide", "json", "name"], typer.Option("--output", "-o", help="Output format.")
     ] = "table",
 ) -> None:
-    """List the FineTuneJobs, in the columns of `kubectl get`."""
-    jobs = jobs_in(namespace, context)
+    """List FineTuneJobs, with the columns of `kubectl get`."""
+    async with jobs_in(namespace, context) as jobs:
+        table = await jobs.all(all_namespaces=everywhere, as_table=output != "json")
     if output == "json":
-        print(json.dumps(jobs.everything(everywhere=everywhere), indent=2, ensure_ascii=False))
+        print(json.dumps(table, indent=2, ensure_ascii=False))
         return
-    table = jobs.table(everywhere=everywhere)
     rows = sorted(table.get("rows") or [], key=place_and_name)
     if output == "name":
         for row in rows:

@@ -15,48 +15,49 @@ if TYPE_CHECKING:
     from finetune_operator.cluster.as_user.logs import LogSource
 
 
-def logs(
+async def logs(
     name: Name,
-    stage: Annotated[Stage | None, typer.Option(help="Of which stage; else the one that came furthest.")] = None,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Of which attempt; else the newest.")] = None,
+    stage: Annotated[Stage | None, typer.Option(help="Stage; default: the last one that has pods.")] = None,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Attempt; default: the newest.")] = None,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="Only the pod in which that rank runs; else all pods, each line marked.")
+        int | None, typer.Option(min=0, help="Only the pod of this rank; default: all pods, lines prefixed by node.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the pods have ended.")] = False,
-    tail: Annotated[int | None, typer.Option(min=0, help="Only so many last lines of each pod.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stream the logs until the pods have terminated.")
+    ] = False,
+    tail: Annotated[int | None, typer.Option(min=0, help="Only the last lines of each pod, this many.")] = None,
     namespace: Namespace = None,
     context: Context = None,
 ) -> None:
-    """Print what the pods of a job's stage have written."""
-    from finetune_operator.cluster.as_user.logs import newest, read, sources
+    """Print pod logs."""
+    from finetune_operator.cluster.as_user.logs import log_sources, newest, read_logs
 
-    jobs = jobs_in(namespace, context)
-    job = jobs.get(name)
-    found = newest(sources(jobs.connection, jobs.namespace, job["metadata"]["uid"]), stage, attempt)
-    if not found:
-        raise UserError(_nothing_left(job, stage, attempt), EXIT_FAILED)
-    found = _of_rank(found, rank, int(job["spec"].get("topology", {}).get("gpusPerNode") or 1))
-    ready = found if follow else [source for source in found if source.started]
-    for source in found:
-        if source not in ready:
-            print(f"{source.name} has not started: {source.waiting}.", file=sys.stderr)
-    marked = len(found) > 1
-    for line in read(jobs.connection, jobs.namespace, ready, tail=tail, follow=follow):
-        print(f"{line.source.node_rank}| {line.text}" if marked else line.text, flush=follow)
+    async with jobs_in(namespace, context) as jobs:
+        job = await jobs.get(name)
+        sources = newest(await log_sources(jobs.api, jobs.namespace, job["metadata"]["uid"]), stage, attempt)
+        if not sources:
+            raise UserError(_no_pods(name, stage, attempt), EXIT_FAILED)
+        sources = _of_rank(sources, rank, int(job["spec"].get("topology", {}).get("gpusPerNode") or 1))
+        ready = sources if follow else [source for source in sources if source.started]
+        for source in sources:
+            if source not in ready:
+                print(f"{source.name} has not started: {source.waiting}.", file=sys.stderr)
+        async for line in read_logs(jobs.api, jobs.namespace, ready, tail=tail, follow=follow):
+            print(f"{line.source.node_rank}| {line.text}" if len(sources) > 1 else line.text, flush=follow)
 
 
-def _of_rank(found: list[LogSource], rank: int | None, ranks_per_node: int) -> list[LogSource]:
+def _of_rank(sources: list[LogSource], rank: int | None, ranks_per_node: int) -> list[LogSource]:
     """The pod of that rank: ranks are numbered node after node."""
     if rank is None:
-        return found
-    chosen = [source for source in found if source.node_rank == rank // ranks_per_node]
+        return sources
+    chosen = [source for source in sources if source.node_rank == rank // ranks_per_node]
     if not chosen:
-        ranks = len(found) * ranks_per_node
-        raise UserError(f"There is no rank {rank}: {found[0].stage} has ranks 0 to {ranks - 1}.")
+        ranks = len(sources) * ranks_per_node
+        raise UserError(f"There is no rank {rank}: {sources[0].stage} has ranks 0 to {ranks - 1}.")
     return chosen
 
 
-def _nothing_left(job: dict[str, object], stage: Stage | None, attempt: int | None) -> str:
-    wanted = f"of {stage}" if stage else "of it"
-    wanted += f", attempt {attempt}," if attempt else ""
-    return f"There are no pods {wanted} (any more); what they wrote is on the run volume, in logs/<stage>-<attempt>/."
+def _no_pods(name: str, stage: Stage | None, attempt: int | None) -> str:
+    missing = f"stage {stage} of {name}" if stage else name
+    missing += f" in attempt {attempt}" if attempt else ""
+    return f"No pods are left of {missing}; their logs are on the run volume, in logs/<stage>-<attempt>/."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +16,7 @@ from finetune_operator.errors import EXIT_BAD_SPEC, EXIT_FAILED, UserError
 from finetune_operator.inputs import read_text, source_name
 
 if TYPE_CHECKING:
-    from finetune_operator.cluster.as_user.connection import Connection
+    from finetune_operator.cluster.as_user.jobs import Jobs
 
 
 @dataclass(frozen=True)
@@ -33,39 +33,32 @@ class Submitted:
         return str(metadata.get("name") or metadata.get("generateName"))
 
 
-def submit(
-    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Files with FineTuneJobs; - for standard input.")],
+async def submit(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE…", help="Files with FineTuneJobs; - reads standard input.")
+    ],
     namespace: Namespace = None,
     context: Context = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Let the API server check, and change nothing.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job, as `finetune watch` does.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate on the API server without changing anything.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Then follow the job like `finetune watch`.")] = False,
 ) -> None:
-    """Apply FineTuneJobs to the cluster, after the checks of `finetune validate`.
+    """Apply FineTuneJobs to the cluster, after validating them like `finetune validate`.
 
-    Exit codes: 0 applied, 1 the cluster refused, 2 bad spec; with --watch those of `finetune watch`.
+    Exit codes: 0 applied, 1 the cluster refused, 2 bad spec; with --watch, those of `finetune watch`.
     """
     submitted = [job for name in files for job in _read(name)]
     if not submitted:
-        raise UserError(f"{' '.join(files)}: there is no {KIND} in it.")
+        raise UserError(f"{' '.join(files)}: no {KIND} found.")
     if watch and (len(submitted) > 1 or dry_run):
-        raise UserError("--watch follows one job that is really there: give one job, without --dry-run.")
-    connection = jobs_in(namespace, context).connection
-    failures = 0
-    made = ""
-    for job in submitted:
-        try:
-            made = _apply(connection, job, namespace, dry_run=dry_run)
-        except UserError as error:
-            if len(submitted) == 1:
-                raise UserError(f"{job.name}: {error.sentence}", error.exit_code) from error
-            failures += 1
-            print(f"error: {job.name}: {error.sentence}", file=sys.stderr)
-    if failures:
-        raise UserError(f"{failures} of {len(submitted)} jobs were not applied.", EXIT_FAILED)
+        raise UserError("--watch needs exactly one job and no --dry-run.")
+    async with jobs_in(namespace, context) as jobs:
+        name = await _apply_all(jobs, submitted, namespace, dry_run=dry_run)
     if watch:
         from finetune_operator.commands.watch import watch as watch_job
 
-        watch_job(made, _place(submitted[0], namespace) or connection.namespace, context)
+        await watch_job(name, _namespace_of(submitted[0], namespace) or jobs.namespace, context)
 
 
 def _read(name: str) -> list[Submitted]:
@@ -83,31 +76,45 @@ def _read(name: str) -> list[Submitted]:
 
 
 def _without_status(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What `kubectl get -o yaml` adds is no part of what is asked for."""
+    """The manifest without the fields that `kubectl get -o yaml` adds."""
     added = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "selfLink")
     metadata = {key: value for key, value in manifest["metadata"].items() if key not in added}
     return {key: value for key, value in manifest.items() if key != "status"} | {"metadata": metadata}
 
 
-def _place(job: Submitted, namespace: str | None) -> str | None:
+def _namespace_of(job: Submitted, namespace: str | None) -> str | None:
     written = job.manifest["metadata"].get("namespace")
     if written and namespace and written != namespace:
-        raise UserError(f"{job.source} says namespace {written}, and -n says {namespace}: leave one of them out.")
+        raise UserError(f"{job.source} says namespace {written}, but -n says {namespace}: remove one of them.")
     return written or namespace
 
 
-def _apply(connection: Connection, job: Submitted, namespace: str | None, *, dry_run: bool) -> str:
-    """Apply one job, say what became of it, and return its name."""
-    from finetune_operator.cluster.as_user.jobs import Jobs, NoSuchJobError
+async def _apply_all(jobs: Jobs, submitted: list[Submitted], namespace: str | None, *, dry_run: bool) -> str:
+    """Apply each job, whatever became of those before it; returns the name of the last one."""
+    from finetune_operator.cluster.as_user.problems import explained
 
-    jobs = Jobs(connection, _place(job, namespace) or connection.namespace)
+    failures, name = 0, ""
+    for job in submitted:
+        try:
+            with explained(jobs.api.server):
+                name = await _apply(jobs, job, namespace, dry_run=dry_run)
+        except UserError as error:
+            if len(submitted) == 1:
+                raise UserError(f"{job.name}: {error.sentence}", error.exit_code) from error
+            failures += 1
+            print(f"error: {job.name}: {error.sentence}", file=sys.stderr)
+    if failures:
+        raise UserError(f"{failures} of {len(submitted)} jobs were not applied.", EXIT_FAILED)
+    return name
+
+
+async def _apply(jobs: Jobs, job: Submitted, namespace: str | None, *, dry_run: bool) -> str:
+    """Apply one job, print the outcome, and return its name."""
+    jobs = replace(jobs, namespace=_namespace_of(job, namespace) or jobs.namespace)
     before = None
     if "name" in job.manifest["metadata"]:
-        try:
-            before = jobs.get(job.name)
-        except NoSuchJobError:
-            before = None
-    after = jobs.apply(job.manifest, dry_run=dry_run)
+        before = await jobs.find(job.name)
+    after = await jobs.apply(job.manifest, dry_run=dry_run)
     name = str(after["metadata"]["name"])
     print(f"{name} {_outcome(before, after)} in namespace {jobs.namespace}{' (dry run)' if dry_run else ''}")
     return name
@@ -115,8 +122,8 @@ def _apply(connection: Connection, job: Submitted, namespace: str | None, *, dry
 
 def _outcome(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
     if before is None:
-        return "is created"
+        return "created"
     if before["spec"] != after["spec"]:
-        return "is changed"
+        return "changed"
     phase = status_of(after).phase if after.get("status") else None
-    return f"is there already, unchanged{f' ({phase})' if phase else ''}"
+    return f"unchanged{f' ({phase})' if phase else ''}"

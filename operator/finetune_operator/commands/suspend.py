@@ -6,15 +6,15 @@ from finetune_operator.commands._cluster import Context, Name, Namespace, exit_c
 from finetune_operator.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 
 
-def suspend(name: Name, namespace: Namespace = None, context: Context = None) -> None:
-    """Stop a job after a checkpoint and give its GPUs back; `finetune resume` lets it go on from there."""
-    jobs = jobs_in(namespace, context)
-    job = jobs.get(name)
-    status = status_of(job)
-    if exit_code(status) != EXIT_INTERRUPTED:
-        raise UserError(f"{name} has ended ({status.phase}): there is nothing to suspend.", EXIT_FAILED)
-    if job["spec"].get("suspend"):
-        print(f"{name} is suspended already.")
-        return
-    jobs.merge(name, {"spec": {"suspend": True}})
-    print(f"{name} stops after its next checkpoint; finetune resume {name} lets it go on from there.")
+async def suspend(name: Name, namespace: Namespace = None, context: Context = None) -> None:
+    """Suspend a job: save a checkpoint, stop, and release its GPUs. Continue with `finetune resume`."""
+    async with jobs_in(namespace, context) as jobs:
+        job = await jobs.get(name)
+        status = status_of(job)
+        if exit_code(status) != EXIT_INTERRUPTED:
+            raise UserError(f"{name} has already ended ({status.phase}) and cannot be suspended.", EXIT_FAILED)
+        if job["spec"].get("suspend"):
+            print(f"{name} is already suspended.")
+            return
+        await jobs.merge(name, {"spec": {"suspend": True}})
+    print(f"{name} stops after its next checkpoint; continue with `finetune resume {name}`.")

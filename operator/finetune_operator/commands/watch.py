@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from finetune_operator.commands._cluster import (
     ending,
     exit_code,
     jobs_in,
-    nobody_looks,
+    not_served,
 )
 from finetune_operator.commands._output import OutputFormat, output_of
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_INTERRUPTED
@@ -25,50 +26,49 @@ if TYPE_CHECKING:
     from finetune_operator.view.scene import Scene
 
 TICK_SECONDS = 1.0
-"""Between two drawings when nothing changes: ages go on."""
+"""Between two redraws when nothing changes: ages advance."""
 
 
-def watch(
+async def watch(
     name: Name,
     namespace: Namespace = None,
     context: Context = None,
     output: Annotated[
-        OutputFormat, typer.Option("--output", "-o", help="text: a live view, or lines where there is no terminal.")
+        OutputFormat, typer.Option("--output", "-o", help="text: a live view, or plain lines without a terminal.")
     ] = OutputFormat.TEXT,
 ) -> None:
-    """Follow a job until it is complete or has failed. Ctrl-C ends the watching, not the job.
+    """Follow a job until it is complete or has failed. Ctrl-C stops watching; the job keeps running.
 
     Exit codes: 0 complete, 1 failed, 3 the gate refused the model, 130 interrupted.
     """
-    from finetune_operator.cluster.as_user.following import follow, ticking
+    from finetune_operator.cluster.as_user.job_watch import watch_job, with_ticks
 
-    jobs = jobs_in(namespace, context)
-    changes = ticking(follow(jobs, name), TICK_SECONDS)
-    job = next(change for change in changes if change is not None)
-    shown = Shown(job)
-    try:
-        with output_of(output, lambda: shown.job) as out:
-            out.scene(shown.scene())
-            while exit_code(shown.status) == EXIT_INTERRUPTED:
-                change = next(changes)
-                if change is not None:
-                    shown.take(change, out)
-                shown.look_for_the_operator(out)
-                out.scene(shown.scene())
-            out.end(shown.scene())
-    except KeyboardInterrupt:
-        print(f"{name} goes on; the same command shows it again.", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    code = exit_code(shown.status)
+    async with jobs_in(namespace, context) as jobs:
+        view = JobView(await jobs.get(name))
+        try:
+            with output_of(output, lambda: view.job) as out:
+                out.scene(view.scene())
+                async for change in with_ticks(watch_job(jobs, name), TICK_SECONDS):
+                    if change is not None:
+                        view.update(change, out)
+                    if exit_code(view.status) != EXIT_INTERRUPTED:
+                        break
+                    view.check_served(out)
+                    out.scene(view.scene())
+                out.end(view.scene())
+        except asyncio.CancelledError:  # Ctrl-C
+            print(f"{name} keeps running; the same command shows it again.", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+    code = exit_code(view.status)
     if code != EXIT_COMPLETE and not output.live:
         from finetune_operator.errors import say_error
 
-        say_error(ending(shown.status))
+        say_error(ending(view.status))
     raise typer.Exit(code)
 
 
-class Shown:
-    """The job as it was last seen, and the curves of what was seen of it."""
+class JobView:
+    """The newest state of a job, and the curves of its progress so far."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         from finetune_api.spec import FineTuneJobSpec
@@ -83,8 +83,8 @@ class Shown:
         self._history = History()
         self._history.add_progress(self.status.progress)
 
-    def take(self, job: dict[str, Any], out: Output) -> None:
-        """Take in a change, and tell the transitions in it."""
+    def update(self, job: dict[str, Any], out: Output) -> None:
+        """Take in a change, and show the transitions in it."""
         from finetune_api.status import JobStatus
         from finetune_operator.decision.events import between
 
@@ -94,9 +94,9 @@ class Shown:
         self.job, self.status = job, status
         self._history.add_progress(status.progress)
 
-    def look_for_the_operator(self, out: Output) -> None:
-        """Say, once, that nobody carries the job out; take it back when somebody does."""
-        sentence = nobody_looks(self.job, datetime.now(UTC))
+    def check_served(self, out: Output) -> None:
+        """Note once that no operator serves the job; drop the note when one does."""
+        sentence = not_served(self.job, datetime.now(UTC))
         if sentence and not self._notes:
             out.note(sentence)
         self._notes = (sentence,) if sentence else ()

@@ -7,6 +7,7 @@ from typing import Any
 
 import kopf
 import pytest
+from kubernetes.aio.client import Configuration
 
 from finetune_operator import handlers
 from finetune_operator.cluster.store import Store
@@ -20,12 +21,12 @@ def job(name: str, phase: str = "") -> dict[str, Any]:
 
 
 def handler(store: Store, queue: Any) -> Any:
-    (found,) = handlers.registry(store, queue)._watching.get_all_handlers()
+    (found,) = handlers.registry(store, queue, Configuration())._watching.get_all_handlers()
     return found.fn
 
 
 def test_kopf_watches_the_jobs_in_the_loop_that_store_and_queue_belong_to() -> None:
-    made = handlers.registry(Store(), WorkQueue())
+    made = handlers.registry(Store(), WorkQueue(), Configuration())
     assert inspect.iscoroutinefunction(handler(Store(), WorkQueue()))
     assert made._indexing.get_all_handlers() == []
 
@@ -72,11 +73,18 @@ async def test_a_job_that_the_store_knows_already_is_not_worked_on_again() -> No
     assert store.phases() == {}
 
 
-def test_kopf_neither_compares_nor_remembers() -> None:
-    persistence = handlers.settings(clusterwide=False).persistence
+async def test_kopf_reaches_the_api_server_as_our_own_requests_do() -> None:
+    access = Configuration(host="https://api.example:6443", api_key={"BearerToken": "Bearer t0"})
+    access.ssl_ca_cert, access.proxy = "/ca.crt", "http://proxy:3128"
+    (found,) = handlers.registry(Store(), WorkQueue(), access)._activities.get_all_handlers()[:1]
+    info = await found.fn()
+    assert (info.server, info.ca_path, info.proxy_url) == (access.host, "/ca.crt", "http://proxy:3128")
+    assert info.as_http_headers() == {"Authorization": "Bearer t0"}
+
+
+def test_kopf_does_not_compare() -> None:
+    persistence = handlers.kopf_settings(clusterwide=False).persistence
     body, patch = kopf.Body({"metadata": {"annotations": {}}, "spec": {"a": 1}}), kopf.Patch()
     essence = persistence.diffbase_storage.build(body=body)
     persistence.diffbase_storage.store(body=body, patch=patch, essence=essence)
-    persistence.progress_storage.store(key="event", record={}, body=body, patch=patch)
-    persistence.progress_storage.touch(body=body, patch=patch, value="x")
     assert (dict(essence), dict(patch)) == ({}, {})

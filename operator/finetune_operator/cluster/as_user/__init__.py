@@ -1,4 +1,4 @@
-"""A cluster as a person with a kubeconfig sees it: FineTuneJobs, their logs, and every error as a sentence.
+"""A cluster as its users see it: FineTuneJobs, their logs, and every error as a sentence.
 
-Read in this order: `connection` (kubeconfig, requests), `problems` (errors as sentences), `jobs`, `following`, `logs`.
+Read in this order: `problems` (errors as sentences), `jobs`, `job_watch`, `logs`.
 """

@@ -1,17 +1,17 @@
-"""FineTuneJobs of one cluster: read, apply, patch."""
+"""FineTuneJobs of one namespace: read, apply, patch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from finetune_api.base import API_VERSION, KIND, PLURAL
+from finetune_api.base import KIND
 from finetune_api.structure import nearest
-from finetune_operator.cluster.as_user.connection import Connection, Resource
-from finetune_operator.cluster.as_user.problems import ClusterError, RefusedError
+from finetune_operator.cluster.api import APPLY_PATCH, JSON, MERGE_PATCH, TABLE, Api, ApiError, Object
+from finetune_operator.cluster.as_user.problems import ClusterError
 
 FIELD_MANAGER = "finetune"
-AS_TABLE = "application/json;as=Table;g=meta.k8s.io;v=v1,application/json"
 
 
 class NoSuchJobError(ClusterError):
@@ -20,78 +20,73 @@ class NoSuchJobError(ClusterError):
 
 @dataclass(frozen=True)
 class Jobs:
-    """The FineTuneJobs of one namespace, as the user of a connection may see and change them."""
+    """The FineTuneJobs of one namespace, as a user may see and change them. All methods raise `ApiError`."""
 
-    connection: Connection
+    api: Api
     namespace: str
 
-    def get(self, name: str) -> Resource:
+    async def get(self, name: str) -> Object:
         """One job. Raises `NoSuchJobError` with a near match if there is none."""
+        async with self._named(name):
+            return await self.api.get(KIND, self.namespace, name)
+
+    async def find(self, name: str) -> Object | None:
+        """One job, or None. Raises `ApiError` if the cluster does not know FineTuneJobs."""
         try:
-            return self.connection.request("GET", self.path(name))
-        except RefusedError as error:
+            return await self.api.get(KIND, self.namespace, name)
+        except ApiError as error:
             if error.code != 404 or error.kind_unknown:
                 raise
-            raise NoSuchJobError(self._missing(name)) from error
+            return None
 
-    def names(self) -> list[str]:
-        """Names of all jobs here."""
-        return [str(job["metadata"]["name"]) for job in self.connection.request("GET", self.path())["items"]]
+    async def all(self, *, all_namespaces: bool = False, as_table: bool = False) -> Object:
+        """All jobs as the API server's list, or as its table: the columns of the CRD that is installed."""
+        namespace = "" if all_namespaces else self.namespace
+        return await self.api.collection(KIND, namespace, accept=TABLE if as_table else JSON)
 
-    def everything(self, *, everywhere: bool = False) -> Resource:
-        """All jobs, as the API server's list object."""
-        return self.connection.request("GET", self.path(everywhere=everywhere))
-
-    def table(self, *, everywhere: bool = False) -> Resource:
-        """All jobs as the API server's own table: the columns of the CRD that is installed."""
-        return self.connection.request("GET", self.path(everywhere=everywhere), accept=AS_TABLE)
-
-    def apply(self, manifest: Resource, *, dry_run: bool = False) -> Resource:
+    async def apply(self, manifest: Object, *, dry_run: bool = False) -> Object:
         """Apply from the server's side, or create what has only a `generateName`."""
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
         name = manifest["metadata"].get("name")
         if name is None:
-            return self.connection.request("POST", self.path(), query=query, body=manifest)
-        # What the file says holds, whoever wrote that field before.
+            metadata = manifest["metadata"] | {"namespace": self.namespace}
+            return await self.api.create(manifest | {"metadata": metadata}, query)
+        # The file wins, whoever wrote a field before.
         forced = query | {"force": "true"}
-        return self._patch(str(name), manifest, "application/apply-patch+yaml", forced)
+        return await self.api.patch(KIND, self.namespace, str(name), manifest, forced, APPLY_PATCH)
 
-    def merge(self, name: str, changes: Resource) -> Resource:
+    async def merge(self, name: str, changes: Object) -> Object:
         """Change some fields of a job. Raises `NoSuchJobError` with a near match if there is none."""
-        query = {"fieldManager": FIELD_MANAGER}
+        async with self._named(name):
+            query = {"fieldManager": FIELD_MANAGER}
+            return await self.api.patch(KIND, self.namespace, name, changes, query, MERGE_PATCH)
+
+    @asynccontextmanager
+    async def _named(self, name: str) -> AsyncIterator[None]:
         try:
-            return self._patch(name, changes, "application/merge-patch+json", query)
-        except RefusedError as error:
+            yield
+        except ApiError as error:
             if error.code != 404 or error.kind_unknown:
                 raise
-            raise NoSuchJobError(self._missing(name)) from error
+            raise NoSuchJobError(await self._missing(name)) from error
 
-    def path(self, name: str = "", *, everywhere: bool = False) -> str:
-        """URL path of the jobs here, of the jobs in all namespaces, or of one job."""
-        place = "" if everywhere else f"/namespaces/{self.namespace}"
-        return f"/apis/{API_VERSION}{place}/{PLURAL}" + (f"/{name}" if name else "")
-
-    def _patch(self, name: str, body: Resource, content_type: str, query: Mapping[str, str]) -> Resource:
-        return self.connection.request("PATCH", self.path(name), query=query, body=body, content_type=content_type)
-
-    def _missing(self, name: str) -> str:
+    async def _missing(self, name: str) -> str:
         sentence = f"There is no {KIND} {name} in namespace {self.namespace}"
         try:
-            here = self.names()
-        except ClusterError:  # may get, but not list
+            names = [str(job["metadata"]["name"]) for job in (await self.all())["items"]]
+        except ApiError:  # may get, but not list
             return f"{sentence}."
-        if near := nearest(name, here):
+        if near := nearest(name, names):
             return f"{sentence}; did you mean {near}?"
-        elsewhere = self._places_of(name)
+        elsewhere = await self._namespaces_with(name)
         if elsewhere:
             return f"{sentence}; there is one in {', '.join(elsewhere)} (-n)."
-        return f"{sentence}." if here else f"{sentence}, nor any other."
+        return f"{sentence}." if names else f"{sentence}, nor any other."
 
-    def _places_of(self, name: str) -> list[str]:
-        """Other namespaces with a job of that name, as far as one may look."""
-        query = {"fieldSelector": f"metadata.name={name}"}
+    async def _namespaces_with(self, name: str) -> list[str]:
+        """Other namespaces with a job of that name, as far as the user may look."""
         try:
-            found = self.connection.request("GET", self.path(everywhere=True), query=query)["items"]
-        except ClusterError:
+            jobs = await self.api.collection(KIND, "", fields=f"metadata.name={name}")
+        except ApiError:
             return []
-        return [str(job["metadata"]["namespace"]) for job in found]
+        return [str(job["metadata"]["namespace"]) for job in jobs["items"]]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from finetune_api.base import STAGES, Stage
-from finetune_operator.cluster.as_user.connection import Connection, Resource
-from finetune_operator.cluster.as_user.problems import ClusterError, RefusedError, UnreachableError
+from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.manifests import labels
 from finetune_operator.manifests.job import UID_LABEL
 
@@ -40,15 +37,14 @@ class Line:
     text: str
 
 
-def sources(connection: Connection, namespace: str, uid: str) -> list[LogSource]:
+async def log_sources(api: Api, namespace: str, uid: str) -> list[LogSource]:
     """The pods of the job of that uid, of all its attempts that are still there, in the order of its life."""
-    query = {"labelSelector": f"{UID_LABEL}={uid}"}
-    found = connection.request("GET", f"/api/v1/namespaces/{namespace}/pods", query=query)["items"]
-    made = [_source(pod) for pod in found if pod["metadata"]["labels"].get(labels.STAGE) in STAGES]
-    return sorted(made, key=lambda source: (STAGES.index(source.stage), source.attempt, source.node_rank))
+    pods = await api.list("Pod", namespace, f"{UID_LABEL}={uid}")
+    sources = [_source(pod) for pod in pods if pod["metadata"]["labels"].get(labels.STAGE) in STAGES]
+    return sorted(sources, key=lambda source: (STAGES.index(source.stage), source.attempt, source.node_rank))
 
 
-def _source(pod: Resource) -> LogSource:
+def _source(pod: Object) -> LogSource:
     marks = pod["metadata"]["labels"]
     container = _container(pod.get("status", {}))
     state = container.get("state", {})
@@ -63,7 +59,7 @@ def _source(pod: Resource) -> LogSource:
     )
 
 
-def _container(status: Resource) -> Resource:
+def _container(status: Object) -> Object:
     """The status of the stage's container; of one before it, if that failed and the stage's thus never starts."""
     for earlier in status.get("initContainerStatuses") or []:
         if earlier.get("state", {}).get("terminated", {}).get("exitCode"):
@@ -71,70 +67,67 @@ def _container(status: Resource) -> Resource:
     return dict(next(iter(status.get("containerStatuses") or []), {}))
 
 
-def newest(found: list[LogSource], stage: Stage | None, attempt: int | None) -> list[LogSource]:
+def newest(sources: list[LogSource], stage: Stage | None, attempt: int | None) -> list[LogSource]:
     """The pods of the stage that came furthest, and of its newest attempt, unless others are asked for."""
-    found = [source for source in found if stage is None or source.stage is stage]
-    found = [source for source in found if attempt is None or source.attempt == attempt]
-    if not found:
-        return []
-    last = found[-1]
-    return [source for source in found if (source.stage, source.attempt) == (last.stage, last.attempt)]
+    sources = [source for source in sources if stage is None or source.stage is stage]
+    sources = [source for source in sources if attempt is None or source.attempt == attempt]
+    return [source for source in sources if (source.stage, source.attempt) == (sources[-1].stage, sources[-1].attempt)]
 
 
-def read(
-    connection: Connection, namespace: str, found: list[LogSource], *, tail: int | None, follow: bool
-) -> Iterator[Line]:
+async def read_logs(
+    api: Api, namespace: str, sources: list[LogSource], *, tail: int | None, follow: bool
+) -> AsyncIterator[Line]:
     """Yield the lines of these pods: one pod after the other, or, when followed, as they come until all have ended."""
     query = {"tailLines": str(tail)} if tail is not None else {}
-    if not follow:
-        for source in found:
-            yield from _lines(connection, namespace, source, query)
+    if follow:
+        async for line in _merged(api, namespace, sources, query | {"follow": "true"}):
+            yield line
         return
-    yield from _merged(connection, namespace, found, query | {"follow": "true"})
+    for source in sources:
+        async for line in _lines(api, namespace, source, query):
+            yield line
 
 
-def _lines(connection: Connection, namespace: str, source: LogSource, query: dict[str, str]) -> Iterator[Line]:
-    path = f"/api/v1/namespaces/{namespace}/pods/{source.name}/log"
-    query = query | {"container": source.container}
-    for line in connection.lines(path, query, None if "follow" in query else 60.0):
-        yield Line(source, line.decode("utf-8", errors="replace"))
+async def _lines(api: Api, namespace: str, source: LogSource, query: dict[str, str]) -> AsyncIterator[Line]:
+    async for text in api.log(namespace, source.name, query | {"container": source.container}):
+        yield Line(source, text)
 
 
-def _merged(connection: Connection, namespace: str, found: list[LogSource], query: dict[str, str]) -> Iterator[Line]:
-    mailbox: queue.Queue[Line | ClusterError | None] = queue.Queue(maxsize=1000)
+async def _merged(api: Api, namespace: str, sources: list[LogSource], query: dict[str, str]) -> AsyncIterator[Line]:
+    lines: asyncio.Queue[Line | Exception | None] = asyncio.Queue(maxsize=1000)
 
-    def pump(source: LogSource) -> None:
+    async def pump(source: LogSource) -> None:
         try:
-            started = _wait_for_start(connection, namespace, source)
+            started = await _wait_for_start(api, namespace, source)
             if started is not None:
-                for line in _lines(connection, namespace, started, query):
-                    mailbox.put(line)
-        except UnreachableError as error:
-            mailbox.put(error)
-        except RefusedError as error:
-            if error.code != 404:  # the pod is gone: its log has ended
-                mailbox.put(error)
-        finally:
-            mailbox.put(None)
+                async for line in _lines(api, namespace, started, query):
+                    await lines.put(line)
+        except Exception as error:
+            if not isinstance(error, ApiError) or error.code != 404:  # the pod is gone: its log has ended
+                await lines.put(error)
+        await lines.put(None)
 
-    for source in found:
-        threading.Thread(target=pump, args=(source,), daemon=True).start()
-    open_ends = len(found)
-    while open_ends:
-        item = mailbox.get()
-        if item is None:
-            open_ends -= 1
-        elif isinstance(item, ClusterError):
-            raise item
-        else:
-            yield item
+    pumps = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        open_ends = len(pumps)
+        while open_ends:
+            line = await lines.get()
+            if line is None:
+                open_ends -= 1
+            elif isinstance(line, Exception):
+                raise line
+            else:
+                yield line
+    finally:
+        for task in pumps:
+            task.cancel()
 
 
-def _wait_for_start(connection: Connection, namespace: str, source: LogSource) -> LogSource | None:
+async def _wait_for_start(api: Api, namespace: str, source: LogSource) -> LogSource | None:
     """Wait until the pod's container runs or has run; None if it never will."""
     while not source.started:
-        time.sleep(START_POLL_SECONDS)
-        pod = connection.request("GET", f"/api/v1/namespaces/{namespace}/pods/{source.name}")
+        await asyncio.sleep(START_POLL_SECONDS)
+        pod = await api.get("Pod", namespace, source.name)
         source = _source(pod)
         if pod.get("status", {}).get("phase") in ("Failed", "Succeeded") and not source.started:
             return None

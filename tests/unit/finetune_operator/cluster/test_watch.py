@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.support.time_limits import scaled
 
-from finetune_operator.cluster import watch
+from finetune_operator.cluster import api, watch
 from finetune_operator.cluster.api import ApiError
 from finetune_operator.cluster.store import Key, Store
 from finetune_operator.cluster.watch import Watch
@@ -55,7 +55,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "BACKOFF_SECONDS", (0.001, 0.01))
+    monkeypatch.setattr(api, "BACKOFF_SECONDS", (0.001, 0.01))
     monkeypatch.setattr(watch, "UNKNOWN_KIND_SECONDS", 0.001)
 
 
