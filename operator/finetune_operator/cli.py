@@ -1,7 +1,7 @@
 """`finetune`: the edge at which every error becomes one sentence and an exit code.
 
-Commands are imported when they are called, so that `finetune --help` is quick and a missing extra is said
-only to those who need it. A command registers itself with one line in `COMMANDS`.
+Commands are imported when they are called, so that `finetune --help` is quick and a missing extra matters only to the
+commands that need it. A command registers itself with one line in `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import typer
@@ -23,11 +24,11 @@ from finetune_operator.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, s
 
 HERE = "On this machine"
 CLUSTER = "On a cluster"
-RESOURCE = "The resource"
+RESOURCE = "Job files"
 
 
 class Entry(NamedTuple):
-    """One command: its line in the help, the panel it stands in, the extra of the distribution that it needs."""
+    """One command: its help line, its panel, and the extra of the distribution that it needs."""
 
     help: str
     panel: str
@@ -35,21 +36,21 @@ class Entry(NamedTuple):
 
 
 COMMANDS: dict[str, Entry] = {
-    "run": Entry("Carry a FineTuneJob out on this machine, stage after stage.", HERE, "trainer"),
-    "plan": Entry("Say what a job needs before it starts: memory a rank, steps, time, price.", HERE),
-    "preview": Entry("Show examples as the model will see them, the learned tokens coloured.", HERE, "trainer"),
-    "validate": Entry("Check files as the API server would, with near matches for misspelt fields.", RESOURCE),
+    "run": Entry("Run a FineTuneJob on this machine.", HERE, "trainer"),
+    "plan": Entry("Estimate what a job needs: memory per rank, steps, time and cost.", HERE),
+    "preview": Entry("Show examples as the model sees them, with the trained tokens highlighted.", HERE, "trainer"),
+    "validate": Entry("Validate FineTuneJob files and suggest corrections for misspelt fields.", RESOURCE),
     "crd": Entry("Print the CustomResourceDefinition.", RESOURCE),
-    "render": Entry("Print the manifests that the operator would make for a job.", RESOURCE),
+    "render": Entry("Print the manifests that the operator would create for a job.", RESOURCE),
     "submit": Entry("Apply a FineTuneJob to the cluster.", CLUSTER, "operator"),
-    "list": Entry("List the FineTuneJobs.", CLUSTER, "operator"),
-    "watch": Entry("Follow a job with the live view of `run`.", CLUSTER, "operator"),
+    "list": Entry("List FineTuneJobs.", CLUSTER, "operator"),
+    "watch": Entry("Follow a job in the live view of `run`.", CLUSTER, "operator"),
     "wait": Entry("Wait until a job is complete or has failed.", CLUSTER, "operator"),
-    "logs": Entry("Print the logs of a job's stages and ranks.", CLUSTER, "operator"),
-    "suspend": Entry("Stop a job after a checkpoint and give its GPUs back.", CLUSTER, "operator"),
-    "resume": Entry("Let a suspended job go on.", CLUSTER, "operator"),
-    "retry": Entry("Try the failed stage of a job again.", CLUSTER, "operator"),
-    "operator": Entry("Run the operator itself.", CLUSTER, "operator"),
+    "logs": Entry("Print pod logs.", CLUSTER, "operator"),
+    "suspend": Entry("Suspend a job: save a checkpoint, stop, and release its GPUs.", CLUSTER, "operator"),
+    "resume": Entry("Resume a suspended job.", CLUSTER, "operator"),
+    "retry": Entry("Retry the failed stage of a job.", CLUSTER, "operator"),
+    "operator": Entry("Run the operator.", CLUSTER, "operator"),
     "version": Entry("Print the version.", RESOURCE),
 }
 
@@ -60,29 +61,39 @@ def _module(name: str) -> str:
 
 def load(name: str) -> Any:
     """The command `name`, imported now. Raises UserError if the extra that it needs is not installed."""
-    try:
+    with _missing_extra(name):
         function = getattr(importlib.import_module(_module(name)), name.replace("-", "_"))
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("finetune_operator", "finetune_api"):
-            raise
-        extra = COMMANDS[name].extra or "operator"
-        raise UserError(
-            f"finetune {name} needs {missing}, which is not installed: pip install 'finetune-operator[{extra}]'."
-        ) from error
-    if inspect.iscoroutinefunction(function):
-        function = _in_event_loop(function)
     app = typer.Typer(add_completion=False)
-    app.command(name, help=_paragraphs(inspect.getdoc(function) or COMMANDS[name].help))(function)
+    app.command(name, help=_paragraphs(inspect.getdoc(function) or COMMANDS[name].help))(_runnable(name, function))
     return get_command(app)
 
 
-def _in_event_loop(command: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        import asyncio
+@contextmanager
+def _missing_extra(name: str) -> Iterator[None]:
+    """Raises UserError, with what to install, for a package that is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("finetune_operator", "finetune_api"):
+            raise
+        extra = COMMANDS[name].extra or "operator"
+        raise UserError(
+            f"finetune {name} needs {package}, which is not installed: pip install 'finetune-operator[{extra}]'."
+        ) from error
 
-        asyncio.run(command(*arguments, **options))
+
+def _runnable(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command as a plain function: a coroutine gets an event loop."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        with _missing_extra(name):
+            if not inspect.iscoroutinefunction(command):
+                return command(*arguments, **options)
+            import asyncio
+
+            return asyncio.run(command(*arguments, **options))
 
     return run
 
@@ -116,14 +127,23 @@ class LazyGroup(TyperGroup):
 app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
-    help="Fine-tune a language model with one resource, and get proof that it is better.",
+    help="Fine-tune a language model with one resource, and measure whether it got better.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        load("version").callback()
+        raise typer.Exit
+
+
 @app.callback()
-def _finetune(debug: bool = typer.Option(False, "--debug", help="Show tracebacks.")) -> None:
-    """Here for the help alone: `run_command_line` takes the option out wherever it stands."""
+def _finetune(
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version, is_eager=True),
+) -> None:
+    """Only for the help: `run_command_line` removes `--debug` wherever it stands."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_command_line(arguments: list[str]) -> int:
     """Run one command; returns the exit code and prints the sentence of whatever went wrong."""
-    # `--debug` is understood anywhere in the line, because people add it to the end of the last command.
+    # `--debug` is accepted anywhere, because people append it to the previous command.
     debug = "--debug" in arguments
     if debug:
         os.environ["FINETUNE_DEBUG"] = "1"
@@ -143,7 +163,7 @@ def run_command_line(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except BaseException as error:
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
-            # The reader (`| head`) went away: nothing is wrong, and nothing more may be printed.
+            # The reader (`| head`) closed the pipe: not an error, but nothing more may be printed.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if debug:
@@ -163,7 +183,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted.", EXIT_INTERRUPTED
     if hasattr(error, "format_message"):  # typer's own: a wrong option, a missing argument
-        return error.format_message(), getattr(error, "exit_code", 2)
+        sentence = error.format_message()
+        lost = sentence.startswith("No such command") and "Did you mean" not in sentence
+        return f"{sentence} See `finetune --help`." if lost else sentence, getattr(error, "exit_code", 2)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}.", EXIT_FAILED
-    return f"{type(error).__name__}: {error} (finetune --debug shows where).", EXIT_FAILED
+    return f"{type(error).__name__}: {error} (run with --debug for a traceback).", EXIT_FAILED

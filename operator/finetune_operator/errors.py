@@ -1,4 +1,4 @@
-"""What a command line says when something is wrong: one sentence and an exit code, no traceback."""
+"""Errors of the command line: one sentence and an exit code, no traceback."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """Something that the user can put right. Any command may raise it; the edge prints the sentence.
+    """Something that the user can fix. Any command may raise it; the edge prints the sentence.
 
-    `sentence` says what is wrong, where, and what to do; `exit_code` is the process's (2: the input is bad).
+    `sentence` says what is wrong, where, and what to do; `exit_code` is that of the process (2: bad input).
     """
 
     def __init__(self, sentence: str, exit_code: int = EXIT_BAD_SPEC) -> None:
@@ -25,12 +25,12 @@ class UserError(Exception):
 
 
 def debugging() -> bool:
-    """Whether `--debug` was given: tracebacks and the trainer's own log are shown."""
+    """Whether `--debug` was given: show tracebacks and the trainer's own log."""
     return os.environ.get("FINETUNE_DEBUG") == "1"
 
 
 def say_error(sentence: str) -> None:
-    """One line on stderr, red where it is a terminal that wants colours."""
+    """Print one line to stderr, red on a terminal with colours."""
     red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     mark = "\x1b[1;31merror:\x1b[0m" if red else "error:"
     print(f"{mark} {sentence}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What commands are given to read: one place for the ways in which a file is none."""
+"""Input files of the commands, and everything that can be wrong with one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def read_text(file: str) -> str:
     try:
         data = sys.stdin.buffer.read() if file == STDIN else Path(file).expanduser().read_bytes()
     except FileNotFoundError:
-        raise UserError(f"There is no file {file}.") from None
+        raise UserError(f"File {file} does not exist.") from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a directory: name the file in it.") from None
+        raise UserError(f"{file} is a directory; pass a file.") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source_name(file)} is not text in UTF-8 (byte {error.start}).") from None
+        raise UserError(f"{source_name(file)} is not valid UTF-8 (byte {error.start}).") from None
 
 
 def source_name(file: str) -> str:
-    """How messages call it."""
+    """Its name in messages."""
     return "stdin" if file == STDIN else file

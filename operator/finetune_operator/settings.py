@@ -1,4 +1,4 @@
-"""How the operator runs, from flags and FINETUNE_* variables (docs/operator.md)."""
+"""How the operator runs: flags and FINETUNE_* variables (docs/operator.md)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from finetune_operator.manifests.backends import BACKENDS
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the operator can be told."""
+    """All settings of the operator."""
 
     namespaces: tuple[str, ...] = ()
-    """Namespaces to serve; none means all."""
+    """Namespaces to serve; empty means all."""
     image: str = "finetune-trainer"
     backend: str = "pytorchjob"
-    """What carries the training pods: a name of manifests/backends.py."""
+    """Backend for training pods: a name of manifests/backends.py."""
     workers: int = 8
     prices: Mapping[str, float] = field(default_factory=dict)
-    """Price of an hour of a GPU by `topology.gpuType`; `default` for all others."""
+    """Price per GPU-hour by `topology.gpuType`; `default` for all others."""
     log_level: str = "info"
     log_format: str = "json"
     metrics_port: int = 8080
@@ -94,7 +94,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
 
 def _backend(name: str) -> str:
     if name not in BACKENDS:
-        raise UserError(f"FINETUNE_BACKEND is {name!r}, not {' or '.join(BACKENDS)}.")
+        raise UserError(f"FINETUNE_BACKEND must be {' or '.join(BACKENDS)}, not {name!r}.")
     return name
 
 
@@ -106,4 +106,6 @@ def _prices(text: str) -> dict[str, float]:
         prices = {"default": value} if isinstance(value, int | float) else dict(value)
         return {str(gpu): float(price) for gpu, price in prices.items()}
     except (TypeError, ValueError):
-        raise UserError(f'FINETUNE_PRICE_PER_GPU_HOUR is {text!r}, not {{"A100-80GB": 1.8}} or a number.') from None
+        raise UserError(
+            f'FINETUNE_PRICE_PER_GPU_HOUR must be a number or {{"A100-80GB": 1.8}}, not {text!r}.'
+        ) from None

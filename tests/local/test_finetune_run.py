@@ -43,7 +43,7 @@ def test_a_finished_job_does_nothing_when_run_again(workspace: Workspace) -> Non
     before = workspace.trace()
     again = workspace.finetune("run", "job.yaml")
     assert again.returncode == 0
-    assert "complete already" in again.stderr
+    assert "already complete" in again.stderr
     assert workspace.trace() == before
 
 

@@ -77,7 +77,7 @@ def test_a_job_is_trained_stopped_resumed_evaluated_and_published(workspace: Pat
     first.send_signal(signal.SIGINT)
     said, errors = first.communicate(timeout=scaled(200))
     assert first.returncode == 130, said + errors
-    assert "the same command goes on from step" in errors
+    assert "the same command resumes it from step" in errors
 
     second = start(workspace, "--output", "json")
     said, errors = second.communicate(timeout=scaled(400))

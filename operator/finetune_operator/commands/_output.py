@@ -1,4 +1,4 @@
-"""How the commands that follow a job show it. Imports no screen until one is needed."""
+"""How `run` and `watch` show a job. Imports no screen until one is needed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class OutputFormat(StrEnum):
 
     @property
     def live(self) -> bool:
-        """Whether it is drawn in place: text, on a terminal."""
+        """Whether it is redrawn in place: text, on a terminal."""
         return self is OutputFormat.TEXT and sys.stdout.isatty()
 
 
 def output_of(output_format: OutputFormat, resource: Callable[[], dict[str, Any]]) -> Output:
-    """What shows the job on stdout; `resource` gives the whole of it for the last line in JSON."""
+    """The output that shows the job on stdout; `resource` returns the whole of it for the last line in JSON."""
     from finetune_operator.view.outputs import JsonOutput, LiveOutput, PlainOutput
 
     if output_format is OutputFormat.JSON:

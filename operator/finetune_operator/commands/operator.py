@@ -1,4 +1,4 @@
-"""`finetune operator`: the operator itself."""
+"""`finetune operator`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def operator(
     namespaces: Annotated[
         list[str] | None,
         typer.Option(
-            "--namespace", "-n", help="Namespace to serve; may be repeated. None: FINETUNE_NAMESPACES, or all."
+            "--namespace", "-n", help="Namespace to serve; may be repeated. Default: FINETUNE_NAMESPACES, or all."
         ),
     ] = None,
-    image: Annotated[str, typer.Option("--trainer-image", help="Trainer image, where a job names none.")] = "",
-    backend: Annotated[str, typer.Option("--backend", help="What carries training pods: pytorchjob or trainjob.")] = "",
-    log_format: Annotated[str, typer.Option("--log-format", help="json or text.")] = "",
+    image: Annotated[str, typer.Option("--trainer-image", help="Trainer image for jobs that set none.")] = "",
+    backend: Annotated[str, typer.Option("--backend", help="Backend for training pods: pytorchjob or trainjob.")] = "",
+    log_format: Annotated[str, typer.Option("--log-format", help="Log format: json or text.")] = "",
 ) -> None:
-    """Watch FineTuneJobs and carry them out, while this replica holds the Lease.
+    """Run the operator: watch FineTuneJobs and reconcile them while this replica holds the Lease.
 
-    Everything else is told by FINETUNE_* variables: docs/operator.md lists them.
+    All other settings are FINETUNE_* environment variables, listed in docs/operator.md.
     """
     from finetune_operator.cluster.lease import LeaseLostError
     from finetune_operator.service import configure_logging, serve

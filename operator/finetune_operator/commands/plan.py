@@ -1,4 +1,4 @@
-"""`finetune plan FILE`: what a job needs, before anything is downloaded or a GPU is taken."""
+"""`finetune plan FILE`: what a job needs, before anything is downloaded or a GPU is allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the plan lets the job run: the topology is in the spec."""
+    """Hardware to plan for: the topology is in the spec."""
 
     spec: FineTuneJobSpec
     gpu: GpuType | None
@@ -26,26 +26,31 @@ class Place:
 
 
 def plan(
-    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - is stdin.", metavar="FILE")],
+    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - reads standard input.", metavar="FILE")],
     price: Annotated[
-        float | None, typer.Option(min=0, help="Price of one GPU for one hour, in whatever currency.", metavar="NUMBER")
+        float | None, typer.Option(min=0, help="Price per GPU-hour, in any currency.", metavar="NUMBER")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Plan for this GPU, such as A100-80GB: --set topology.gpuType=…", metavar="TYPE")
+        str | None,
+        typer.Option(
+            help="Plan for this GPU type, such as A100-80GB; same as --set topology.gpuType=…", metavar="TYPE"
+        ),
     ] = None,
     model_config: Annotated[
-        Path | None, typer.Option(help="The model's config.json, where the model is not here.", metavar="FILE")
+        Path | None, typer.Option(help="The model's config.json, if the model is not on this machine.", metavar="FILE")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a field: topology.nodes=2, tuning.method=qlora.", metavar="PATH=VALUE"),
+        typer.Option(
+            "--set", help="Override a field, such as topology.nodes=2 or tuning.method=qlora.", metavar="PATH=VALUE"
+        ),
     ] = None,
-    output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="How to print.")] = "text",
+    output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="Output format.")] = "text",
 ) -> None:
-    """Say what a job needs before it starts: memory a rank, steps, time, price.
+    """Estimate what a job needs: memory per rank, steps, time and cost.
 
-    Where the file names GPUs, it is planned for these; else for this machine. Nothing is downloaded: rows of local
-    files are counted and their tokens estimated. Exit code 1 if it does not fit.
+    Plans for the GPUs in the file, or for this machine if the file names none. Nothing is downloaded: rows of local
+    files are counted and their tokens estimated. Exits with code 1 if the job does not fit.
     """
     from finetune_api.runconfig import resolve
     from finetune_operator.commands.run import cache_directory
@@ -81,7 +86,7 @@ def plan(
 
 
 def place_job(spec: FineTuneJobSpec) -> Place:
-    """The GPUs that the file names; where it names none, those of this machine as `finetune run` would use them."""
+    """The GPUs that the file names; if none, those of this machine that `finetune run` would use."""
     from finetune_operator.devices import this_machine
     from finetune_operator.local.processes.placement import place
     from finetune_operator.sizing.gpus import gpu_here
@@ -94,7 +99,7 @@ def place_job(spec: FineTuneJobSpec) -> Place:
     machine = this_machine()
     placement = place(topology, machine)
     spec = spec.model_copy(update={"topology": placement.apply(topology)})
-    notes = ["planned for this machine, as finetune run would use it", *placement.notes]
+    notes = ["planned for this machine, with the devices that finetune run would use", *placement.notes]
     if placement.gpus:
         return Place(spec, gpu_here(placement.gpus[0]), tuple(notes))
     return Place(spec, None, tuple(notes))

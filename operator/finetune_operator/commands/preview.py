@@ -1,4 +1,4 @@
-"""`finetune preview FILE`: what the model will see, shown by the trainer itself."""
+"""`finetune preview FILE`: examples as the model sees them, rendered by the trainer itself."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ LOG_FILE = "preview.log"
 
 
 def preview(
-    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - is stdin.", metavar="FILE")],
+    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - reads standard input.", metavar="FILE")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a field, as in finetune run.", metavar="PATH=VALUE"),
+        typer.Option("--set", help="Override a field, as in finetune run.", metavar="PATH=VALUE"),
     ] = None,
 ) -> None:
-    """Show three examples of each task as the model will see them, the tokens it learns coloured.
+    """Show three examples per task as the model sees them, with the trained tokens highlighted.
 
-    Downloads what it needs into FINETUNE_CACHE and trains nothing.
+    Downloads the tokenizer and the data into FINETUNE_CACHE. Trains nothing.
     """
-    from finetune_operator.commands.run import need_the_trainer
+    from finetune_operator.commands.run import require_trainer
     from finetune_operator.local.jobfile import job_file
 
-    need_the_trainer()
+    require_trainer("preview")
     loaded = job_file.load(file, overrides or [])
     with tempfile.TemporaryDirectory(prefix="finetune-preview-") as directory:
         run = Path(directory)
@@ -95,14 +95,14 @@ def _preview(loaded: JobFile, run: Path) -> int:
 
 
 def _failure(run: Path) -> UserError:
-    """What the trainer said was wrong, as the command's own sentence."""
+    """The trainer's error as the command's own."""
     from finetune_api.report import Failure, FailureClass
 
     try:
         failure = Failure.model_validate_json((run / TERMINATION_FILE).read_text())
     except (OSError, ValueError):
         lines = (run / LOG_FILE).read_text(errors="replace").strip().splitlines()
-        return UserError(f"The preview ended early: {lines[-1] if lines else 'no word why'}.", EXIT_FAILED)
+        return UserError(f"The preview failed: {lines[-1] if lines else 'no error message'}.", EXIT_FAILED)
     where = f"{failure.field}: " if failure.field and failure.field not in failure.sentence else ""
     of_the_user = failure.failure_class in (FailureClass.BAD_SPEC, FailureClass.BAD_DATA)
     return UserError(f"{where}{failure.sentence}", EXIT_BAD_SPEC if of_the_user else EXIT_FAILED)

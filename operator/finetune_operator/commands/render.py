@@ -1,4 +1,4 @@
-"""`finetune render FILE`: the manifests that the operator would make, for reading and for reviews."""
+"""`finetune render FILE`: the manifests that the operator would create, for review."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
 
 
 def render(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="File with FineTuneJobs; - for standard input.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="File with FineTuneJobs; - reads standard input.")],
     image: Annotated[
-        str, typer.Option("--image", envvar="FINETUNE_TRAINER_IMAGE", help="Trainer image, where the job names none.")
+        str, typer.Option("--image", envvar="FINETUNE_TRAINER_IMAGE", help="Trainer image for jobs that set none.")
     ] = "finetune-trainer",
-    backend: Annotated[str, typer.Option("--backend", help="pytorchjob or trainjob.")] = "pytorchjob",
+    backend: Annotated[
+        str, typer.Option("--backend", help="Backend for training pods: pytorchjob or trainjob.")
+    ] = "pytorchjob",
 ) -> None:
-    """Print the manifests that the operator would make for a job, in the order in which it makes them.
+    """Print the manifests that the operator would create for a job, in that order.
 
-    The uid, which the API server gives, is zeros.
+    The uid, which the API server assigns, is shown as zeros.
     """
     if backend not in BACKENDS:
-        raise UserError(f"--backend {backend} is not known: {' or '.join(BACKENDS)}.")
+        raise UserError(f"--backend must be {' or '.join(BACKENDS)}, not {backend}.")
     checked = check(read_text(file))
     if checked.problems:
         raise UserError("\n".join(problem.text(source_name(file)) for problem in checked.problems))
@@ -44,7 +46,7 @@ def render(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as blocks, and no anchors: the output is for readers."""
+    """Writes multi-line strings as blocks, without anchors: the output is for people."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

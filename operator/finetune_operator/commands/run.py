@@ -1,4 +1,4 @@
-"""`finetune run FILE`: a FineTuneJob carried out on this machine."""
+"""`finetune run FILE`: a FineTuneJob on this machine."""
 
 from __future__ import annotations
 
@@ -30,30 +30,32 @@ if TYPE_CHECKING:
 
 
 def run(
-    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - is stdin.", metavar="FILE")],
+    file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - reads standard input.", metavar="FILE")],
     workdir: Annotated[
-        Path, typer.Option(help="Where runs are kept: <workdir>/<namespace>/<name>/<uid>.", metavar="DIR")
+        Path, typer.Option(help="Directory for runs: <workdir>/<namespace>/<name>/<uid>.", metavar="DIR")
     ] = Path("runs"),
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Change a field: training.epochs=1, datasets.tweets.maxRows=100.", metavar="PATH=VALUE"
+            "--set",
+            help="Override a field, such as training.epochs=1 or datasets.tweets.maxRows=100.",
+            metavar="PATH=VALUE",
         ),
     ] = None,
     output: Annotated[
-        OutputFormat, typer.Option(help="text: a live view, or lines where there is no terminal.")
+        OutputFormat, typer.Option(help="text: a live view, or plain lines without a terminal.")
     ] = OutputFormat.TEXT,
-    retry: Annotated[bool, typer.Option("--retry", help="Try the failed stage again; finished ones are kept.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over beside what was done before.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Retry the failed stage; completed stages are kept.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run; earlier runs are kept.")] = False,
 ) -> None:
-    """Carry a FineTuneJob out on this machine, stage after stage.
+    """Run a FineTuneJob on this machine.
 
-    Ctrl-C stops after a checkpoint, and the same command goes on from there. Tokens come from HF_TOKEN,
+    Ctrl-C saves a checkpoint and stops; the same command resumes from it. Tokens are read from HF_TOKEN,
     HF_PUBLISH_TOKEN and WANDB_API_KEY; downloads are kept in FINETUNE_CACHE. Exit codes: 0 complete, 1 failed,
     2 bad spec, 3 gate refused, 130 interrupted.
 
-    On several machines (PET_NNODES or RunPod's NUM_NODES) the same command runs on each: machine 0 decides and shows
-    what happens, the others train with it. All of them must mount --workdir and FINETUNE_CACHE at the same path.
+    On several machines (PET_NNODES or RunPod's NUM_NODES), run the same command on each: machine 0 coordinates and
+    shows the progress. All machines must mount --workdir and FINETUNE_CACHE at the same path.
     """
     from finetune_operator.local.jobfile import job_file
     from finetune_operator.local.jobfile.record import job_directory, locked
@@ -87,7 +89,7 @@ def _rendezvous() -> Rendezvous:
 
 @contextmanager
 def _coordinating(directory: Path, rendezvous: Rendezvous) -> Iterator[Coordinator | None]:
-    """The coordinator of the other machines; None where there are none."""
+    """The coordinator of the other machines; None on a single machine."""
     if rendezvous.nodes == 1:
         yield None
         return
@@ -115,7 +117,7 @@ def _work(loaded: JobFile, directory: Path, rendezvous: Rendezvous) -> int:
         earlier = find(directory)
         return earlier is not None and complete(earlier.status)
 
-    need_the_trainer()
+    require_trainer()
     start = node_starter(rendezvous, this_machine(), tokens_of(os.environ), os.environ, tell)
     patience = duration_seconds(loaded.job.spec.timeouts.startup)
     return Worker(SharedDirectory(directory), rendezvous.node_rank, start, tell, is_over).run(patience)
@@ -125,16 +127,16 @@ def _way_out(error: OSError) -> str:
     import errno
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return " Free some space, or give another place with --workdir; the same command then goes on."
+        return " Free some space, or choose another directory with --workdir; the same command then resumes."
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return " Give a place that you may write to with --workdir."
+        return " Choose a writable directory with --workdir."
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return " Give a directory with --workdir."
+        return " Choose a directory with --workdir."
     return ""
 
 
 class Show:
-    """Gives an output what the runner tells: the listener between the two."""
+    """Passes what the runner reports on to an output."""
 
     def __init__(self, record: Record, output: Output) -> None:
         from finetune_operator.view.scene import History
@@ -160,7 +162,7 @@ class Show:
         )
 
     def _read_metrics(self) -> None:
-        """Take in the rows that were added; a row that is half written is left for the next time."""
+        """Read the rows that were added; an incomplete row is left for the next time."""
         try:
             with (self._record.run / METRICS_FILE).open("rb") as file:
                 # A resumed training cuts the file back to its checkpoint: in place, or by another file.
@@ -175,15 +177,15 @@ class Show:
         self._history.add_rows(whole.decode("utf-8", errors="replace").splitlines())
 
     def status(self, record: Record) -> None:
-        """The runner has looked."""
+        """The runner has observed the job."""
         self._output.scene(self.scene())
 
     def event(self, event: Event) -> None:
-        """The runner has decided something worth telling."""
+        """A transition of the job."""
         self._output.event(event.type, event.reason, event.message)
 
     def note(self, sentence: str) -> None:
-        """The runner has something to say for itself."""
+        """A sentence from the runner itself."""
         self._notes.append(sentence)
         self._output.note(sentence)
 
@@ -206,7 +208,7 @@ def _run(
     record = find_or_create(loaded.job, directory, fresh=fresh, retry=retry, tell=early.append)
     finished = complete(record.status) or (failed(record.status) and not retry)
     if not finished:
-        need_the_trainer()
+        require_trainer()
     topology, placement = record.job.spec.topology, None
     if not finished:
         machine = this_machine()
@@ -217,15 +219,15 @@ def _run(
         for sentence in early:
             show.note(sentence)
         code = (
-            exit_code(record.status) if placement is None else _carry_out(record, loaded, placement, coordinator, show)
+            exit_code(record.status) if placement is None else _run_stages(record, loaded, placement, coordinator, show)
         )
         output.end(show.scene())
-    told = output_format.live or (output_format is OutputFormat.TEXT and not finished and _one_place())
-    _last_words(record, code, finished=finished, told=told)
+    shown = output_format.live or (output_format is OutputFormat.TEXT and not finished and _same_stream())
+    _last_words(record, code, finished=finished, shown=shown)
     return code
 
 
-def _carry_out(
+def _run_stages(
     record: Record, loaded: JobFile, placement: Placement, coordinator: Coordinator | None, show: Show
 ) -> int:
     from finetune_operator.decision.model import Environment
@@ -241,7 +243,7 @@ def _carry_out(
     for sentence in placement.notes:
         show.note(sentence)
     if tokens.borrowed and loaded.job.spec.publish is not None and loaded.job.spec.publish.repo is not None:
-        show.note("HF_PUBLISH_TOKEN is not set: HF_TOKEN is used to publish as well.")
+        show.note("HF_PUBLISH_TOKEN is not set; publishing uses HF_TOKEN.")
     settings = RunSettings(
         placement=placement,
         source=loaded.source,
@@ -249,12 +251,12 @@ def _carry_out(
         tokens=tokens,
         version=version_of("finetune-operator"),
         planner=planner_for(gpu_here(placement.gpus[0]) if placement.gpus else None, cpu_bf16=cpu_has_bf16()),
-        # Somebody is looking on: they see a failure that stays, and need not wait as long as a cluster does.
+        # Someone is watching and can see a persistent failure: shorter back-off than on a cluster.
         decisions=Environment(local=True, backoff_base_seconds=3.0, backoff_cap_seconds=60.0),
     )
     children = Children(record.run, record.uid, tokens, memory_limit=f"{memory() / 2**30:.0f}Gi")
-    carried_out_by = Machines(children, coordinator, record.run) if coordinator else children
-    return Runner(record, settings, carried_out_by, show).run()
+    attempt_children = Machines(children, coordinator, record.run) if coordinator else children
+    return Runner(record, settings, attempt_children, show).run()
 
 
 def cache_directory() -> Path:
@@ -263,25 +265,25 @@ def cache_directory() -> Path:
     return Path(os.environ.get("FINETUNE_CACHE") or f"{home}/finetune-operator").expanduser().resolve()
 
 
-def need_the_trainer() -> None:
-    """Raise UserError, with what to install, if the trainer is not there."""
+def require_trainer(command: str = "run") -> None:
+    """Raise UserError, with what to install, if the trainer is not installed."""
     for name in ("finetune_trainer", "torch"):
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"finetune run needs {name}, which is not installed: pip install 'finetune-operator[trainer]'."
+                f"finetune {command} needs {name}, which is not installed: pip install 'finetune-operator[trainer]'."
             )
 
 
-def _one_place() -> bool:
-    """Whether who reads stderr reads stdout as well: the same terminal, pipe or file."""
+def _same_stream() -> bool:
+    """Whether stdout and stderr are the same terminal, pipe or file."""
     try:
         return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
     except (OSError, ValueError):
         return False
 
 
-def _last_words(record: Record, code: int, *, finished: bool, told: bool) -> None:
-    """What the user should know at the end, on stderr; why it failed only if he has not been `told`."""
+def _last_words(record: Record, code: int, *, finished: bool, shown: bool) -> None:
+    """What the user should know at the end, on stderr; the failure only if it was not `shown`."""
     from finetune_api.status import ConditionType
     from finetune_operator.errors import say_error
 
@@ -289,14 +291,14 @@ def _last_words(record: Record, code: int, *, finished: bool, told: bool) -> Non
     failed = status.condition(ConditionType.FAILED)
     if code == EXIT_COMPLETE:
         if finished:
-            print(f"{name} is complete already; there is nothing to do.", file=sys.stderr)
+            print(f"{name} is already complete.", file=sys.stderr)
     elif code == EXIT_INTERRUPTED and record.job.spec.suspend:
-        print(f"{name} says spec.suspend: true; --set suspend=false lets it go on.", file=sys.stderr)
+        print(f"{name} is suspended (spec.suspend: true); resume it with --set suspend=false.", file=sys.stderr)
     elif code == EXIT_INTERRUPTED:
-        step = f" from step {status.last_checkpoint.step}" if status.last_checkpoint else ""
-        print(f"{name} is stopped; the same command goes on{step}.", file=sys.stderr)
+        step = f" from step {status.last_checkpoint.step:,}" if status.last_checkpoint else ""
+        print(f"{name} is stopped; the same command resumes it{step}.", file=sys.stderr)
     else:
-        if failed is not None and not told:
+        if failed is not None and not shown:
             say_error(failed.message)
         earlier = f"{name} failed before. " if finished else ""
-        print(f"{earlier}--retry tries the failed stage again and keeps what is finished.", file=sys.stderr)
+        print(f"{earlier}Run again with --retry to redo only the failed stage.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`finetune validate FILE…`: what the API server would refuse, before it is asked."""
+"""`finetune validate FILE…`: the checks of the API server, without one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from finetune_operator.inputs import read_text, source_name
 
 
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Files with FineTuneJobs; - for standard input.")],
-    output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="How to print.")] = "text",
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE…", help="Files with FineTuneJobs; - reads standard input.")
+    ],
+    output: Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="Output format.")] = "text",
 ) -> None:
-    """Check files as the API server would, and say what to write instead."""
+    """Validate files like the API server would, and suggest corrections."""
     results = {name: _checked(name) for name in files}
     if output == "json":
         print(json.dumps({name: _as_json(checked) for name, checked in results.items()}, indent=2, ensure_ascii=False))
@@ -30,7 +32,7 @@ def validate(
 
 
 def _checked(file: str) -> Checked:
-    """What is wrong with a file; one that cannot be read keeps none of the others from being checked."""
+    """The problems of a file; one that cannot be read does not stop the others from being checked."""
     try:
         return check(read_text(file))
     except UserError as error:

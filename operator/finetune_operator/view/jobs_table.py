@@ -1,11 +1,11 @@
-"""A list of jobs as lines of text, from the table that the API server makes by the CRD's columns."""
+"""A list of jobs as lines of text, from the API server's table of the CRD's columns."""
 
 from __future__ import annotations
 
 from typing import Any
 
 STYLES = {"Complete": "32", "Failed": "31", "Suspended": "33", "Waiting": "33", "BackingOff": "33", "Queued": "33"}
-"""ANSI colours of phases that one looks for."""
+"""ANSI colours of phases that need attention or are final."""
 GAP = "   "
 
 

@@ -126,7 +126,7 @@ def _plan(plan: Plan) -> str:
     ]
     if plan.memory_bytes:
         device = f" of {size(plan.device_bytes)}" if plan.device_bytes else ""
-        parts.append(f"{size(plan.memory_bytes)}{device} a rank")
+        parts.append(f"{size(plan.memory_bytes)}{device} per rank")
     return " · ".join(parts)
 
 

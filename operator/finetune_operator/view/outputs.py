@@ -1,4 +1,4 @@
-"""Three ways to follow a job: a live screen, plain lines, JSON lines. All are given the same scenes and events."""
+"""Three ways to follow a job: a live screen, plain lines, JSON lines. All receive the same scenes and events."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LINE_SECONDS = 20.0
 """Between two lines of progress where there is no terminal."""
 ACTIVITY_SECONDS = 3.0
 QUIET_ACTIVITIES = ("", "training", "done", "failed")
-"""Said by an event, or by the line of progress."""
+"""Shown by an event, or by the progress line."""
 QUIET_EVENTS = ("AttemptStarted", "Ending", "WaitingForPreviousAttempt")
-"""Said otherwise, or of no use to whoever reads along."""
+"""Shown in other ways, or of no use to a reader."""
 
 
 class Output(Protocol):
@@ -38,23 +38,23 @@ class Output(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End; what was shown last stays."""
+        """End; what was shown last stays on the screen."""
 
     def scene(self, scene: Scene) -> None:
-        """The newest moment; called often, shown as far as something changed."""
+        """The newest state; called often, shows only what changed."""
 
     def event(self, kind: str, reason: str, message: str) -> None:
         """A transition."""
 
     def note(self, sentence: str) -> None:
-        """A sentence beside the job's own status."""
+        """A sentence that is not part of the job's status."""
 
     def end(self, scene: Scene) -> None:
-        """The last moment, in full."""
+        """The final state, in full."""
 
 
 class LiveOutput:
-    """One screen, drawn again in place."""
+    """One screen, redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False)
@@ -77,7 +77,7 @@ class LiveOutput:
         self._live.update(live.render(scene), refresh=True)
 
     def event(self, kind: str, reason: str, message: str) -> None:
-        """Nothing: the scene says it."""
+        """Nothing: the scene shows it."""
 
     def note(self, sentence: str) -> None:
         """Nothing: notes are part of the scene."""
@@ -103,14 +103,14 @@ class _QuietTerminal:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
 
     def end(self) -> None:
-        """As it was."""
+        """Restore the terminal."""
         if self._before is not None:
             with contextlib.suppress(termios.error, OSError, ValueError):
                 termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
 
 
 class _Lines:
-    """Lines on a stream: nothing to begin with, and all of them written at the end."""
+    """Lines on a stream, flushed at the end."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -125,7 +125,7 @@ class _Lines:
 
 
 class PlainOutput(_Lines):
-    """A line for each transition, and one for progress now and then."""
+    """One line per transition, and progress from time to time."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         super().__init__(stream)
@@ -134,7 +134,7 @@ class PlainOutput(_Lines):
         self._shown: dict[str, object] = {}
 
     def scene(self, scene: Scene) -> None:
-        """A line if the stage or its attempt changed, or if the last line of progress is some time ago."""
+        """A line if the stage or its attempt changed, or if the last progress line is old enough."""
         status = scene.status
         running = next((record for record in reversed(status.attempts) if record.outcome == "running"), None)
         if running is not None and self._changed("attempt", (running.stage, running.number)):
@@ -164,7 +164,7 @@ class PlainOutput(_Lines):
         self._say(sentence)
 
     def end(self, scene: Scene) -> None:
-        """The table of results and where everything is."""
+        """The table of results and all paths."""
         self.scene(scene)
         status = scene.status
         if status.is_true(ConditionType.COMPLETE) or status.results is not None:
@@ -190,7 +190,7 @@ class PlainOutput(_Lines):
 
 
 def progress_line(scene: Scene) -> str:
-    """`train 120/450 steps (27%), loss 1.234, 1,204 tokens/s, 12:10 min to go`; empty while nothing is counted."""
+    """`train 120/450 steps (27%), loss 1.234, 1,204 tokens/s, 12:10 min to go`; empty before the first step."""
     status, progress = scene.status, scene.status.progress
     if progress is None or not progress.total or not progress.step:
         return ""
@@ -203,7 +203,7 @@ def progress_line(scene: Scene) -> str:
 
 
 class JsonOutput(_Lines):
-    """One JSON object a line: `event`, `note`, `progress`, and at the end `status` with the whole resource."""
+    """One JSON object per line: `event`, `note`, `progress`, and at the end `status` with the whole resource."""
 
     def __init__(self, stream: TextIO, resource: Callable[[], dict[str, Any]]) -> None:
         super().__init__(stream)

@@ -1,4 +1,4 @@
-"""A plan as a page for the person who pays: does it fit, how long, how much, and what is wrong with it."""
+"""A plan as a page: whether the job fits, how long it takes, what it costs, and warnings."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def _memory(spec: FineTuneJobSpec, plan: Plan) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-    table.add_row(Text(f"Memory a {holder} at the peak", style="bold"), "", "")
+    table.add_row(Text(f"Peak memory per {holder}", style="bold"), "", "")
     whole = plan.device_bytes or plan.memory_bytes
     for component in plan.memory:
         cells = component.bytes / max(1, whole) * BAR_CELLS
         bar = "█" * int(cells) + ("▌" if cells - int(cells) >= 0.5 else "")
         table.add_row(f"  {component.name}", gib(component.bytes), Text(bar, style="cyan"))
-    table.add_row(Text("  in all", style="bold"), Text(gib(plan.memory_bytes), style="bold"), _verdict(plan))
+    table.add_row(Text("  total", style="bold"), Text(gib(plan.memory_bytes), style="bold"), _verdict(plan))
     return table
 
 
@@ -99,54 +99,55 @@ def _rows(spec: FineTuneJobSpec, plan: Plan, price_per_gpu_hour: float | None) -
     training = spec.training
     holder = "process" if spec.topology.gpus_per_node == 0 else "GPU"
     share = plan.trainable_parameters / max(1, plan.parameters)
+    batch = f"global batch size {training.global_batch_size}"
     rows = [
         ("Trained", f"{count(plan.trainable_parameters)} of {count(plan.parameters)} parameters ({_percent(share)})"),
         (
             "Steps",
-            f"{plan.steps:,}: {_epochs(spec)} of {plan.examples:,} examples, {training.global_batch_size} a step",
+            f"{plan.steps:,}: {_epochs(spec)} of {plan.examples:,} examples, {batch}",
         ),
-        ("Tokens", f"{count(plan.tokens)} in all, {plan.tokens_per_rank_step:,} a {holder} and step"),
-        ("Rows", _row_words(plan, holder)),
-        ("Main memory", f"{gib(plan.host_bytes)} a node"),
+        ("Tokens", f"{count(plan.tokens)} total, {plan.tokens_per_rank_step:,} per {holder} and step"),
+        ("Micro-batch", _micro_batch(plan, holder)),
+        ("Host memory", f"{gib(plan.host_bytes)} per node"),
         ("Compute", f"{plan.flops:.2g} FLOPs ({_formula(spec, plan)})"),
     ]
     if plan.hours is not None and plan.utilisation is not None:
         gpus = f"{plan.world_size} {plan.device}"
-        about = f"about {duration(plan.hours * 3600)} on {gpus}, at an assumed {plan.utilisation:.0%} of their peak"
+        about = f"about {duration(plan.hours * 3600)} on {gpus}, assuming {plan.utilisation:.0%} of peak throughput"
         shared = _may_share_prefixes(spec)
-        rows.append(("Time", f"{about}; less where examples of a step begin alike" if shared else about))
+        rows.append(("Time", f"{about}; less if examples share a prompt prefix" if shared else about))
         hours = plan.hours * plan.world_size
-        cost = f"; {plan.price:,.2f} at {price_per_gpu_hour:g} an hour" if plan.price is not None else ""
-        rows.append(("Price", f"{hours:,.2f} GPU-hours{cost or ' (--price NUMBER says what they cost)'}"))
+        cost = f"; {plan.price:,.2f} at {price_per_gpu_hour:g} per GPU-hour" if plan.price is not None else ""
+        rows.append(("Price", f"{hours:,.2f} GPU-hours{cost or ' (--price NUMBER shows the cost)'}"))
     return rows
 
 
 def _may_share_prefixes(spec: FineTuneJobSpec) -> bool:
-    """Whether the spec's own rules would let it ask for `sharedPrefixes: true`, unless it says no."""
+    """Whether the spec allows `sharedPrefixes: true` and does not set it to false."""
     if spec.training.shared_prefixes is False:
         return False
     asking = spec.model_copy(update={"training": spec.training.model_copy(update={"shared_prefixes": True})})
-    return all(found.path != ("training", "sharedPrefixes") for found in own_violations(asking))
+    return all(violation.path != ("training", "sharedPrefixes") for violation in own_violations(asking))
 
 
 def _epochs(spec: FineTuneJobSpec) -> str:
     if spec.training.max_steps is not None:
-        return "as maxSteps says, epochs"
+        return "set by maxSteps, epochs"
     epochs = spec.training.epochs
     return f"{epochs:g} {_plural('epoch', 1 if epochs == 1 else 2)}"
 
 
-def _row_words(plan: Plan, holder: str) -> str:
-    recomputed = "activations recomputed" if plan.activation_checkpointing else "activations kept"
-    each = "one" if plan.micro_batches == 1 else f"{plan.micro_batches}"
-    return f"of {plan.micro_batch_tokens:,} tokens at most, {each} a {holder} and step; {recomputed}"
+def _micro_batch(plan: Plan, holder: str) -> str:
+    checkpointing = "activation checkpointing" if plan.activation_checkpointing else "no activation checkpointing"
+    number = f"{plan.micro_batches} per {holder} and step"
+    return f"up to {plan.micro_batch_tokens:,} tokens, {number}; {checkpointing}"
 
 
 def _formula(spec: FineTuneJobSpec, plan: Plan) -> str:
-    formula = "6N a token" if spec.tuning.method.traits.trains_base else "4N a token and the adapters"
+    formula = "6N per token" if spec.tuning.method.traits.trains_base else "4N per token plus the adapters"
     if plan.activation_checkpointing:
-        formula += ", 2N to recompute"
-    return f"{formula}, attention; N: matrix elements"
+        formula += ", 2N for recomputation"
+    return f"{formula}, plus attention; N: matrix elements"
 
 
 def _percent(share: float) -> str:

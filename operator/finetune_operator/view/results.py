@@ -1,4 +1,4 @@
-"""How a job ended: the table of base and tuned, the gate's sentence, and where everything lies."""
+"""How a job ended: the table of base and tuned, the gate's sentence, and the paths of all results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def render_end(scene: Scene) -> list[RenderableType]:
 
 
 def results_table(results: Results) -> Table:
-    """One line a dataset and metric: before, after, difference with its interval, simple baselines."""
+    """One line per dataset and metric: before, after, difference with its interval, simple baselines."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1), show_edge=False)
     shown = [name for name in COLUMN_BASELINES if any(name in metric.baselines for metric in results.metrics)]
     several = len({metric.dataset for metric in results.metrics} - {MEAN_OF_DATASETS}) > 1
@@ -68,7 +68,7 @@ def _cells(metric: MetricResult, shown: list[str]) -> list[RenderableType]:
 
 
 def difference(interval: Interval | None) -> Text:
-    """`+0.208` above `[+0.141, +0.272]`, green or red where it is significant; said where it is not."""
+    """`+0.208` above `[+0.141, +0.272]`, green or red if significant; otherwise marked as not."""
     if interval is None:
         return Text("–")
     style = "green" if interval.low > 0 else "red" if interval.high < 0 else "yellow"
@@ -93,19 +93,19 @@ def further_baselines(results: Results) -> list[RenderableType]:
 def paths(scene: Scene) -> list[RenderableType]:
     """Where model, report and publication are."""
     status = scene.status
-    found: list[tuple[str, str]] = []
+    places: list[tuple[str, str]] = []
     if status.export is not None:
-        found.append(("model", _below(scene.run, status.export.path)))
+        places.append(("model", _below(scene.run, status.export.path)))
     if status.results is not None and status.results.report:
-        found.append(("report", _below(scene.run, status.results.report)))
+        places.append(("report", _below(scene.run, status.results.report)))
     if status.published is not None:
-        found.append(("published", status.published.url or status.published.repo or status.published.path or ""))
+        places.append(("published", status.published.url or status.published.repo or status.published.path or ""))
     if scene.run:
-        found.append(("run", _short(scene.run)))
+        places.append(("run", _short(scene.run)))
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True, min_width=10)
     grid.add_column(overflow="fold")
-    for name, where in found:
+    for name, where in places:
         grid.add_row(name, where)
     return [grid]
 
@@ -115,7 +115,7 @@ def _below(run: str, path: str) -> str:
 
 
 def _short(path: str) -> str:
-    """Relative to where the user is, if that is shorter."""
+    """Relative to the working directory, if it is below it."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:

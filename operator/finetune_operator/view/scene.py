@@ -1,4 +1,4 @@
-"""What a view is made from: the resource, the curves, the time. No files, no cluster."""
+"""The input of a view: the resource, the curves, the time. No files, no cluster."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from finetune_api.status import AttemptRecord, JobStatus
 
 @dataclass
 class History:
-    """Curves of a training, by step: a step that was done again after a resume counts once, the last time."""
+    """Training curves by step; a step repeated after a resume counts once, with its last value."""
 
     loss: dict[int, float] = field(default_factory=dict)
     validation: dict[int, dict[str, float]] = field(default_factory=dict)
     learning_rate: float | None = None
 
     def add_rows(self, rows: Iterable[str]) -> None:
-        """Take in lines of `metrics/train.jsonl`; what is no row is passed over."""
+        """Add lines of `metrics/train.jsonl`; invalid lines are skipped."""
         for line in rows:
             try:
                 row = json.loads(line)
@@ -43,7 +43,7 @@ class History:
             self.validation[step] = known
 
     def add_progress(self, progress: Progress | None) -> None:
-        """Take in what a status says, where there is no file: curves as coarse as the status is written."""
+        """Add the progress of a status, for jobs without a metrics file: as coarse as the status is written."""
         if progress is not None and progress.loss is not None:
             self.loss[progress.step] = progress.loss
             self.learning_rate = progress.learning_rate
@@ -61,14 +61,14 @@ class Scene:
     run: str = ""
     """Run directory, if it is on this machine."""
     notes: tuple[str, ...] = ()
-    """Sentences of whoever shows the job, beside the job's own warnings."""
+    """Sentences of the command that shows the job, in addition to the job's own warnings."""
 
     def attempts(self, stage: Stage) -> list[AttemptRecord]:
         """The attempts of a stage, oldest first."""
         return [record for record in self.status.attempts if record.stage is stage]
 
     def seconds(self, stage: Stage) -> float | None:
-        """How long the stage has been worked on, over its attempts; None before the first."""
+        """Running time of the stage, summed over its attempts; None before the first."""
         records = self.attempts(stage)
         if not records:
             return None

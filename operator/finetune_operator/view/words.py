@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
 LARGEST = 1e300
-"""Values of a curve that are larger are left out like infinite ones: their sums would be."""
+"""Larger values are left out like infinite ones: their sums would overflow."""
 
 
 def duration(seconds: float | None) -> str:
@@ -35,7 +35,7 @@ def size(number: float) -> str:
 
 
 def amount(step: int, total: int, unit: str) -> str:
-    """How much of how much: `120/450 steps`, `7.5 GB of 16.1 GB`."""
+    """Progress: `120/450 steps`, `7.5 GB of 16.1 GB`."""
     if unit == "bytes":
         return f"{size(step)} of {size(total)}"
     return f"{step:,}/{total:,} {unit}"
@@ -63,9 +63,9 @@ def rate(value: float) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The curve in `width` characters at most, each the mean of its share of the values.
+    """The curve in at most `width` characters, each the mean of its share of the values.
 
-    Scaled to its own range; by the logarithm where that exists, so that the end of a falling loss shows as well.
+    Scaled to its own range; logarithmic if all values are positive, so that the end of a falling loss is visible.
     """
     finite = [value for value in values if abs(value) < LARGEST]
     if len(finite) < 2:

@@ -23,26 +23,26 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row[0]))
 def test_the_table_is_the_plan(row: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    method, peak, weights, main_memory, time, hours, price = row
+    method, peak, weights, host_memory, time, hours, price = row
     said = planned(capsys, *OVERRIDES[method])
-    assert f"in all {peak} " in said
+    assert f"total {peak} " in said
     assert f"weights {weights} " in said
-    assert f"Main memory {main_memory} a node" in said
+    assert f"Host memory {host_memory} per node" in said
     assert f"about {time} on 12 A100-80GB" in said
-    assert f"{hours} GPU-hours; {price} at 1.8 an hour" in said
+    assert f"{hours} GPU-hours; {price} at 1.8 per GPU-hour" in said
 
 
 def test_the_sentences_are_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert {method for method, *_ in ROWS} == set(OVERRIDES)
     said = planned(capsys)
-    assert "332: 2 epochs of 15,875 examples, 96 a step" in said
-    assert "9.2 M in all, 2,317 a GPU and step" in said
-    assert "of 2,805 tokens at most" in said
+    assert "332: 2 epochs of 15,875 examples, global batch size 96" in said
+    assert "9.2 M total, 2,317 per GPU and step" in said
+    assert "up to 2,805 tokens" in said
     assert "42 M of 8.0 B parameters" in said
     assert "48% of 39.4 GiB" in planned(capsys, "--gpu", "A100-40GB")
     one_node = planned(capsys, "--set", "topology.nodes=1")
     assert "weights 1.3 GiB" in one_node
-    assert "of their peak; less where examples of a step begin alike" in one_node
+    assert "of peak throughput; less if examples share a prompt prefix" in one_node
     assert "about 11m 37s on 4 A100-80GB" in one_node
     assert "weights 3.7 GiB" in planned(capsys, "--set", "topology.nodes=1", "--set", "tuning.method=lora")
 
@@ -59,5 +59,5 @@ def test_the_sentences_are_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_less_time_is_promised_only_where_prefixes_are_shared(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = planned(capsys, "--set", setting)
-    assert "of their peak" in said
-    assert "begin alike" not in said
+    assert "of peak throughput" in said
+    assert "share a prompt prefix" not in said

@@ -19,7 +19,7 @@ def test_help_lists_the_commands_without_importing_them() -> None:
         "print(sorted(m for m in sys.modules if m.partition('.')[0] in ('torch', 'pydantic', 'kopf', 'kubernetes')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Carry a FineTuneJob out on this machine" in done.stdout
+    assert "Run a FineTuneJob on this machine." in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -38,12 +38,13 @@ def test_every_command_that_exists_has_help(capsys: pytest.CaptureFixture[str]) 
     ("line", "sentence"),
     [
         (["rnu"], "Did you mean 'run'"),
+        (["train"], "No such command 'train'. See `finetune --help`."),
         (["run"], "Missing argument 'FILE'"),
         (["run", "x.yaml", "--outptu", "json"], "No such option: --outptu"),
-        (["run", "/nowhere/x.yaml"], "There is no file /nowhere/x.yaml."),
-        (["run", "/"], "/ is a directory"),
-        (["plan", "x.yaml", "--set", "epochs"], "There is no file x.yaml."),
-        (["render", "/"], "/ is a directory"),
+        (["run", "/nowhere/x.yaml"], "File /nowhere/x.yaml does not exist."),
+        (["run", "/"], "/ is a directory; pass a file."),
+        (["plan", "x.yaml", "--set", "epochs"], "File x.yaml does not exist."),
+        (["render", "/"], "/ is a directory; pass a file."),
     ],
 )
 def test_a_wrong_line_is_one_sentence_and_code_2(
@@ -72,7 +73,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         (FileNotFoundError(2, "No such file or directory", "a.yaml"), "a.yaml: No such file or directory.", 1),
         (
             ZeroDivisionError("division by zero"),
-            "ZeroDivisionError: division by zero (finetune --debug shows where).",
+            "ZeroDivisionError: division by zero (run with --debug for a traceback).",
             1,
         ),
     ],
@@ -85,6 +86,25 @@ def test_debug_shows_the_traceback_wherever_it_stands(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FINETUNE_DEBUG", "")
     with pytest.raises(UserError):
         cli.run_command_line(["run", "/nowhere/x.yaml", "--debug"])
+
+
+def test_the_version_is_an_option_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [cli.run_command_line([word]) for word in ("version", "--version")] == [0, 0]
+    first, second = capsys.readouterr().out.split()
+    assert first == second
+
+
+def test_a_client_that_is_missing_is_said_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    monkeypatch.delitem(sys.modules, "finetune_operator.cluster.access", raising=False)
+    assert cli.run_command_line(["list"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said
+        == "error: finetune list needs kubernetes, which is not installed: pip install 'finetune-operator[operator]'.\n"
+    )
 
 
 def test_a_missing_extra_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,10 +247,10 @@ def test_the_page_says_memory_steps_and_where_the_numbers_come_from(
     page = capsys.readouterr().out
     for words in (
         "tiny · lora · 2 processes on the CPU",
-        "Memory a process at the peak",
+        "Peak memory per process",
         "activations",
-        "in all",
-        "26: 2 epochs of 400 examples, 32 a step",
+        "total",
+        "26: 2 epochs of 400 examples, global batch size 32",
         "counted 500 rows",
         "planned for this machine",
     ):
@@ -348,7 +348,7 @@ def test_validate_reads_standard_input_and_answers_programs(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"), [("missing.yaml", None, "There is no file"), ("bytes", b"\xff\xfe", "UTF-8")]
+    ("name", "content", "says"), [("missing.yaml", None, "does not exist"), ("bytes", b"\xff\xfe", "UTF-8")]
 )
 def test_validate_says_what_it_cannot_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, says: str
@@ -365,7 +365,7 @@ def test_a_file_that_cannot_be_read_keeps_none_of_the_others_from_being_checked(
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(manifest()))
     assert run_command_line(["validate", str(tmp_path / "gone.yaml"), str(tmp_path / "job.yaml")]) == 2
     said = capsys.readouterr()
-    assert "There is no file" in said.err
+    assert "does not exist" in said.err
     assert "tiny is valid" in said.out
 
 

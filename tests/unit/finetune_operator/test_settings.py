@@ -42,5 +42,5 @@ def test_what_cannot_be_read_is_said_with_its_name(name: str, text: str) -> None
 def test_the_backend_is_one_of_those_that_there_are() -> None:
     assert from_environment({}).backend == "pytorchjob"
     assert from_environment({"FINETUNE_BACKEND": "trainjob"}).backend == "trainjob"
-    with pytest.raises(UserError, match="FINETUNE_BACKEND is 'slurm', not pytorchjob or trainjob"):
+    with pytest.raises(UserError, match="FINETUNE_BACKEND must be pytorchjob or trainjob, not 'slurm'"):
         from_environment({"FINETUNE_BACKEND": "slurm"})
