@@ -15,7 +15,7 @@ from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.act import Actor
 from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.needs import Needs, Prerequisites
-from finetune_operator.cluster.observe import UNREADABLE, Seen, is_of, observe, read_spec
+from finetune_operator.cluster.observe import UNREADABLE, JobObjects, is_of, observe, read_spec
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
 from finetune_operator.cluster.watch import Watch
 from finetune_operator.decision import attempts, progress
@@ -170,7 +170,7 @@ class Reconciler:
         await self._catch_up(key, job, status, pods)
         needs = Needs() if invalid else await self._needs(key, job, status, spec)
         refused = (cache.refused,) if cache.refused is not None else ()
-        seen = Seen(
+        seen = JobObjects(
             job=job,
             spec=spec,
             invalid=invalid,

@@ -1,4 +1,4 @@
-"""What a decision asks for, done: children made, deleted, cleaned up, Events told. Every step may be done twice."""
+"""Carries out what a decision asks for: creates and deletes children, writes Events. Every step is idempotent."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ REPORTING_CONTROLLER = "finetune.dev/operator"
 
 
 class Actor:
-    """Carries decisions out for one job at a time; knows no job by itself. `made` is told what was created."""
+    """Carries out the actions of decisions; keeps no state per job. `on_created` is called with each new object."""
 
-    def __init__(self, api: Api, backend: Backend, made: Callable[[Object], None]) -> None:
-        self._api, self._backend, self._made = api, backend, made
+    def __init__(self, api: Api, backend: Backend, on_created: Callable[[Object], None]) -> None:
+        self._api, self._backend, self._on_created = api, backend, on_created
 
-    async def start(self, seen: Observation, attempt: Attempt, config: Object | None) -> Missing | None:
-        """Make what all stages share, then the child of an attempt. Says what is in the way, if anything."""
-        image = snapshot_image(config, seen.uid)
-        job = job_of(seen, image or seen.spec.image or seen.environment.image)
+    async def start(self, observation: Observation, attempt: Attempt, config: Object | None) -> Missing | None:
+        """Create what all stages share, then the child of an attempt. Returns what blocks it, if anything."""
+        image = snapshot_image(config, observation.uid)
+        job = job_of(observation, image or observation.spec.image or observation.environment.image)
         try:
             if image is None:
                 await self._share(job)
-            await self._check_alone(seen, attempt)
+            await self._check_alone(observation, attempt)
             for manifest in child_manifests(job, attempt, self._backend):
-                await self._make(manifest, seen.uid)
+                await self._make(manifest, observation.uid)
         except ApiError as error:
             missing = in_the_way(error, self._backend)
             if missing is None:
@@ -50,27 +50,27 @@ class Actor:
         return None
 
     async def _share(self, job: Job) -> None:
-        """Make the shared objects; the run config comes last, so that its presence says that all are there."""
+        """Create the shared objects; the run config comes last, so that its presence means that all exist."""
         marker = run_config(job)["metadata"]["name"]
-        made = sorted(shared_manifests(job), key=lambda manifest: manifest["metadata"]["name"] == marker)
-        for manifest in made:
+        manifests = sorted(shared_manifests(job), key=lambda manifest: manifest["metadata"]["name"] == marker)
+        for manifest in manifests:
             await self._make(manifest, job.uid)
 
-    async def _check_alone(self, seen: Observation, attempt: Attempt) -> None:
-        """Before another try: that no pod of an earlier one is there, asked of the API server and not of the store."""
+    async def _check_alone(self, observation: Observation, attempt: Attempt) -> None:
+        """Before another attempt: check that no pod of the previous one is left, with the API server, not the store."""
         if attempt.number == 1:
             return
-        labels = f"{UID_LABEL}={seen.uid},{STAGE}={attempt.stage},{ATTEMPT}={attempt.number - 1}"
-        known = {pod.name for child in seen.children for pod in child.pods if pod.out_of_service}
-        for pod in await self._api.list("Pod", seen.namespace, labels):
+        labels = f"{UID_LABEL}={observation.uid},{STAGE}={attempt.stage},{ATTEMPT}={attempt.number - 1}"
+        known = {pod.name for child in observation.children for pod in child.pods if pod.out_of_service}
+        for pod in await self._api.list("Pod", observation.namespace, labels):
             if pod["metadata"]["name"] not in known and pod.get("status", {}).get("phase") != "Succeeded":
                 name = pod["metadata"]["name"]
-                raise LeftoverError(name, f"Waits until pod {name} of the attempt before is gone.")
+                raise LeftoverError(name, f"Waiting for pod {name} of the previous attempt to be deleted.")
 
     async def _make(self, manifest: Object, uid: str) -> None:
-        """Create an object; one of our own that exists is success, a claim that is kept as well."""
+        """Create an object; success if it exists already and is our own, or is a claim that outlives jobs."""
         try:
-            self._made(await self._api.create(manifest))
+            self._on_created(await self._api.create(manifest))
         except ApiError as error:
             if error.code != 409 or error.reason != "AlreadyExists":
                 raise
@@ -81,51 +81,53 @@ class Actor:
         kind, name = manifest["kind"], meta["name"]
         existing = await self._api.find(kind, meta["namespace"], name)
         if existing is None:
-            raise LeftoverError(name, f"{kind} {name} of an older job has just gone.")
+            raise LeftoverError(name, f"{kind} {name} of an older job was just deleted.")
         if "ownerReferences" not in meta or owner_uid(existing) == uid:
-            self._made(existing)
+            self._on_created(existing)
             return
-        raise LeftoverError(name, f"Waits until {kind} {name}, which this job does not own, is gone.")
+        raise LeftoverError(name, f"Waiting for {kind} {name} to be deleted: it does not belong to this job.")
 
-    async def delete_child(self, seen: Observation, stage: Stage, number: int) -> None:
+    async def delete_child(self, observation: Observation, stage: Stage, number: int) -> None:
         """Delete the child of an attempt, and with it, in the background, its pods.
 
         The child goes last: it is what is looked for, so that whatever was missed before is tried again.
         """
         kinds = (*self._backend.companions, self._backend.kind) if stage is Stage.TRAIN else ("Job",)
         for kind in kinds:
-            await self._api.delete(kind, seen.namespace, child_name(seen.name, stage, number))
+            await self._api.delete(kind, observation.namespace, child_name(observation.name, stage, number))
 
-    async def clean_up(self, seen: Observation) -> None:
+    async def clean_up(self, observation: Observation) -> None:
         """Delete the children of a finished job; the few small objects that its pods shared go with the job itself."""
-        for child in seen.children:
+        for child in observation.children:
             if child.ours and child.exists:
-                await self.delete_child(seen, child.stage, child.number)
+                await self.delete_child(observation, child.stage, child.number)
 
-    async def tell(self, seen: Observation, event: Event, now: datetime) -> None:
-        """Write a Kubernetes Event; that it could not be told is logged and nothing more."""
+    async def tell(self, observation: Observation, event: Event, now: datetime) -> None:
+        """Write a Kubernetes Event; a failure is only logged."""
         try:
-            await self._api.create(event_manifest(seen, event, now))
+            await self._api.create(event_manifest(observation, event, now))
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 log.warning("Event %s was not written: %s", event.reason, error)
 
 
 class LeftoverError(Exception):
-    """Something of an older job or attempt is in the way."""
+    """Something of an older job or attempt is still there."""
 
     def __init__(self, name: str, sentence: str) -> None:
         super().__init__(sentence)
         self.name = name
 
 
-def job_of(seen: Observation, image: str) -> Job:
-    """The job as manifests see it."""
-    return Job(seen.namespace, seen.name, seen.uid, seen.spec, image, seen.environment)
+def job_of(observation: Observation, image: str) -> Job:
+    """The job as the manifests need it."""
+    return Job(
+        observation.namespace, observation.name, observation.uid, observation.spec, image, observation.environment
+    )
 
 
 def snapshot_image(config: Object | None, uid: str) -> str | None:
-    """The image that the job began with, from its run config; None while it has not begun."""
+    """The image that the job started with, from its run config; None before it has started."""
     if config is None or owner_uid(config) != uid:
         return None
     text = (config.get("data") or {}).get(RUN_CONFIG_FILE, "")
@@ -137,29 +139,29 @@ def snapshot_image(config: Object | None, uid: str) -> str | None:
 
 
 def in_the_way(error: ApiError, backend: Backend) -> Missing | None:
-    """What a refusal to create something is waited for as; None for errors that are simply tried again."""
+    """What to wait for after a refused creation; None for errors that are simply retried."""
     text = error.message
     if error.code == 403 and "exceeded quota" in text:
-        return Missing("Quota", "quota", f"A quota is used up: {text}")
+        return Missing("Quota", "quota", f"A quota is exhausted: {text}")
     if "failed calling webhook" in text:
-        return Missing("Webhook", "webhook", f"A webhook of the cluster does not answer yet: {text}")
+        return Missing("Webhook", "webhook", f"A webhook of the cluster does not respond yet: {text}")
     if error.code == 404:
         sentence = f"The cluster does not know {backend.kind}s: install {backend.provider}. {text}"
         return Missing("Webhook", "api", sentence)
     if error.code in (400, 403, 422):
-        return Missing("Refused", "refused", f"The API server refuses to make the pods' owner: {text}")
+        return Missing("Refused", "refused", f"The API server rejected the pods' owner: {text}")
     return None
 
 
-def event_manifest(seen: Observation, event: Event, now: datetime) -> Object:
-    """An Event of events.k8s.io/v1; the same event of the same moment has the same name."""
+def event_manifest(observation: Observation, event: Event, now: datetime) -> Object:
+    """An Event of events.k8s.io/v1; the same event at the same time has the same name."""
     stamp = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    identity = f"{seen.uid}{event.reason}{event.message}{now:%Y%m%d%H%M%S}"
+    identity = f"{observation.uid}{event.reason}{event.message}{now:%Y%m%d%H%M%S}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"name": f"{shared_name(seen.name, 'event')}.{digest}", "namespace": seen.namespace},
+        "metadata": {"name": f"{shared_name(observation.name, 'event')}.{digest}", "namespace": observation.namespace},
         "eventTime": stamp,
         "reportingController": REPORTING_CONTROLLER,
         "reportingInstance": REPORTING_CONTROLLER,
@@ -170,8 +172,8 @@ def event_manifest(seen: Observation, event: Event, now: datetime) -> Object:
         "regarding": {
             "apiVersion": API_VERSION,
             "kind": KIND,
-            "name": seen.name,
-            "namespace": seen.namespace,
-            "uid": seen.uid,
+            "name": observation.name,
+            "namespace": observation.namespace,
+            "uid": observation.uid,
         },
     }

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from finetune_operator.cluster.api import Api, ApiError, Object
+from finetune_operator.cluster.api import KINDS, Api, ApiError, Object
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Lease:
             await asyncio.sleep(self._pause)
 
     async def keep(self) -> None:
-        """Renew the Lease again and again. Raises LeaseLostError when two thirds of it have passed in vain."""
+        """Renew the Lease again and again. Raises LeaseLostError when that fails for two thirds of its duration."""
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(self._pause)
@@ -54,14 +54,14 @@ class Lease:
                 raise LeaseLostError(f"The Lease {self.namespace}/{self.name} could not be renewed.")
 
     async def release(self) -> None:
-        """Let the next candidate begin at once instead of after the Lease's end."""
+        """Release the Lease, so that the next candidate need not wait for its expiry."""
         try:
             lease = await self.api.find("Lease", self.namespace, self.name)
             if lease is not None and _holder(lease) == self.identity:
                 lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
                 await self.api.replace(lease)
         except ApiError as error:
-            log.info("the Lease was not given back (%s); it ends by itself", error)
+            log.info("the Lease was not released (%s); it will expire", error)
 
     @property
     def _pause(self) -> float:
@@ -84,7 +84,7 @@ class Lease:
             return True
         except ApiError as error:
             if error.code != 409:
-                log.warning("the Lease could not be asked for: %s", error)
+                log.warning("the Lease could not be read or written: %s", error)
             return False
 
     def _is_over(self, lease: Object) -> bool:
@@ -97,14 +97,14 @@ class Lease:
     def _new(self) -> Object:
         meta = {"name": self.name, "namespace": self.namespace}
         spec = self._spec() | {"acquireTime": _now(), "leaseTransitions": 0}
-        return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta, "spec": spec}
+        return {"apiVersion": KINDS["Lease"].api_version, "kind": "Lease", "metadata": meta, "spec": spec}
 
     def _taken(self, lease: Object) -> Object:
         before = lease.get("spec") or {}
         spec = before | self._spec()
         if _holder(lease) != self.identity:
             spec |= {"acquireTime": _now(), "leaseTransitions": (before.get("leaseTransitions") or 0) + 1}
-        return lease | {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
+        return lease | {"apiVersion": KINDS["Lease"].api_version, "kind": "Lease", "spec": spec}
 
     def _spec(self) -> Object:
         return {"holderIdentity": self.identity, "leaseDurationSeconds": self.seconds, "renewTime": _now()}

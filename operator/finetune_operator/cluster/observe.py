@@ -1,4 +1,4 @@
-"""What the API server's objects say, as an Observation. Pure: it is given objects and reads none."""
+"""Turns the API server's objects into an Observation. Pure: it receives objects and reads none."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ UNREADABLE = FineTuneJobSpec(
     datasets=[Dataset(name="unreadable", path="unreadable")],
     tuning=Tuning(method=Method.LORA),
 )
-"""Stands in for a spec that cannot be read; an observation that carries it says why."""
+"""Placeholder for a spec that cannot be read; the observation says why."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class JobObjects:
     """The objects of one job, as the store holds them."""
 
     job: Object
@@ -62,26 +62,26 @@ class Seen:
     environment: Environment = field(default_factory=Environment)
 
 
-def observe(seen: Seen, backend: Backend, now: datetime) -> Observation:
+def observe(objects: JobObjects, backend: Backend, now: datetime) -> Observation:
     """The observation that a decision is made from."""
-    meta = seen.job["metadata"]
+    meta = objects.job["metadata"]
     uid = meta["uid"]
     return Observation(
         namespace=meta["namespace"],
         name=meta["name"],
         uid=uid,
         generation=meta.get("generation", 1),
-        spec=seen.spec,
-        status=JobStatus.parse(seen.job.get("status")),
+        spec=objects.spec,
+        status=JobStatus.parse(objects.job.get("status")),
         now=now,
         annotations=dict(meta.get("annotations") or {}),
         deleting="deletionTimestamp" in meta,
-        invalid=seen.invalid,
-        children=children(uid, seen.carriers, seen.pods, seen.out_of_service, backend),
-        reports=reports(seen.report, uid),
-        missing=seen.missing,
-        credentials_version=seen.credentials_version,
-        environment=seen.environment,
+        invalid=objects.invalid,
+        children=children(uid, objects.carriers, objects.pods, objects.out_of_service, backend),
+        reports=reports(objects.report, uid),
+        missing=objects.missing,
+        credentials_version=objects.credentials_version,
+        environment=objects.environment,
     )
 
 
@@ -96,21 +96,21 @@ def read_spec(job: Object) -> tuple[FineTuneJobSpec, str]:
 
 
 def reports(config_map: Object | None, uid: str) -> tuple[Report, ...]:
-    """The reports in the ConfigMap of this job; one that cannot be read is as one that never came."""
+    """The reports in the ConfigMap of this job; unreadable ones are ignored."""
     if config_map is None or owner_uid(config_map) != uid:
         return ()
-    found = []
+    parsed = []
     for text in (config_map.get("data") or {}).values():
         if len(text) <= MAX_REPORT_BYTES:
             with contextlib.suppress(ValidationError):
-                found.append(Report.model_validate_json(text))
-    return tuple(found)
+                parsed.append(Report.model_validate_json(text))
+    return tuple(parsed)
 
 
 def children(
     uid: str, carriers: Iterable[Object], pods: Iterable[Object], out_of_service: frozenset[str], backend: Backend
 ) -> tuple[Child, ...]:
-    """Every attempt of which something is left: its object, its pods, or both."""
+    """Every attempt of which something exists: its object, its pods, or both."""
     objects = {key: carrier for carrier in carriers if (key := _key(carrier)) is not None}
     bodies: dict[tuple[str, Stage, int], list[Object]] = {}
     for pod in pods:
@@ -146,12 +146,12 @@ def _child(
     backend: Backend,
 ) -> Child:
     _, stage, number = key
-    seen = tuple(sorted((read_pod(pod, out_of_service) for pod in pods), key=lambda pod: pod.index))
+    read = tuple(sorted((read_pod(pod, out_of_service) for pod in pods), key=lambda pod: pod.index))
     foreign = _foreign(stage, pods, backend) if body is None else ""
     if foreign:
-        return _carried_by_another(stage, number, ours, seen, foreign)
+        return _carried_by_another(stage, number, ours, read, foreign)
     if body is None:
-        return Child(stage, number, ours=ours, exists=False, pods=seen, pods_expected=max(len(seen), 1))
+        return Child(stage, number, ours=ours, exists=False, pods=read, pods_expected=max(len(read), 1))
     state = backend.state(body) if stage is Stage.TRAIN else batch_state(body)
     return Child(
         stage,
@@ -163,7 +163,7 @@ def _child(
         queued=state.queued,
         message=state.message,
         created=_time(body["metadata"].get("creationTimestamp")),
-        pods=seen,
+        pods=read,
         pods_expected=state.pods_expected,
     )
 
@@ -177,7 +177,7 @@ def _foreign(stage: Stage, pods: list[Object], backend: Backend) -> str:
 
 
 def _carried_by_another(stage: Stage, number: int, ours: bool, pods: tuple[Pod, ...], kind: str) -> Child:
-    """What is known of an attempt whose object is not watched: what its pods say, all of which have to succeed."""
+    """An attempt whose object is not watched: derived from its pods, all of which have to succeed."""
     phases = {pod.phase for pod in pods}
     return Child(
         stage,
@@ -192,7 +192,7 @@ def _carried_by_another(stage: Stage, number: int, ours: bool, pods: tuple[Pod, 
 
 
 def batch_state(body: Object) -> ChildState:
-    """What a batch/v1 Job says of itself; suspended by another means queued."""
+    """The state of a batch/v1 Job; suspended (by a queue) means queued."""
     failed = condition_of(body, "Failed") or condition_of(body, "FailureTarget")
     return ChildState(
         succeeded=condition_of(body, "Complete") is not None,
@@ -229,7 +229,7 @@ def read_pod(body: Object, out_of_service: frozenset[str]) -> Pod:
         oom_killed=any(end.get("reason") == "OOMKilled" for end in ended),
         memory_limit=_memory_limit(spec),
         exit_code=(failed or main.get("terminated") or {}).get("exitCode"),
-        failure=next((found for end in ended if (found := _failure(end)) is not None), None),
+        failure=next((failure for end in ended if (failure := _failure(end)) is not None), None),
         waiting=_waiting(meta["name"], body) if phase is PodPhase.PENDING else "",
         started=_time((main.get("running") or main.get("terminated") or {}).get("startedAt")),
         finished=_time((failed or main.get("terminated") or {}).get("finishedAt")),
@@ -266,7 +266,7 @@ def _memory_limit(spec: Mapping[str, Any]) -> str:
 
 
 def _waiting(name: str, body: Object) -> str:
-    """Why a pending pod does not start; empty while it simply is on its way."""
+    """Why a pending pod does not start; empty while it is starting normally."""
     status = body.get("status") or {}
     for condition in status.get("conditions") or []:
         if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":

@@ -144,15 +144,15 @@ def slim(kind: str, body: Object) -> Object:
     meta = {name: value for name, value in body["metadata"].items() if name not in UNREAD}
     annotations = meta.pop("annotations", None) or {}
     kept = {name: value for name, value in annotations.items() if name != APPLIED}
-    made = {name: body[name] for name in READ if name in body} | {"metadata": meta}
+    kept_body = {name: body[name] for name in READ if name in body} | {"metadata": meta}
     if kind == FINE_TUNE_JOB:
         meta["annotations"] = kept
     elif kind == "ConfigMap":
         data = body.get("data") or {}
-        made["data"] = {name: _image(text) if name == RUN_CONFIG_FILE else text for name, text in data.items()}
+        kept_body["data"] = {name: _image(text) if name == RUN_CONFIG_FILE else text for name, text in data.items()}
     elif "spec" in body:
-        made["spec"] = _pod_spec(body["spec"]) if kind == "Pod" else _without_pods(body["spec"])
-    return made
+        kept_body["spec"] = _pod_spec(body["spec"]) if kind == "Pod" else _without_pods(body["spec"])
+    return kept_body
 
 
 def _pod_spec(spec: Object) -> Object:

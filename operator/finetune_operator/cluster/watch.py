@@ -1,4 +1,4 @@
-"""One kind of children in one namespace (or all): listed, then watched for ever, as the store is kept by it.
+"""Keeps the store up to date for one kind in one namespace (or all): lists, then watches, for ever.
 
 Nothing is handled object by object as kopf would: an event costs its JSON and a place in the store, no task.
 """
@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 PAGE_SIZE = 50
 """Bodies that are held whole at a time, before the store has made them small."""
 RELIST_SECONDS = 900.0
-"""How often everything is listed again, whatever the watch has said: an event that was missed is made up for."""
+"""How often everything is listed again, in case the watch missed an event."""
 RESYNC_SECONDS = 3600.0
-"""The same for what something else watches."""
+"""The same for a kind that kopf watches."""
 UNKNOWN_KIND_SECONDS = 30.0
 """How often a kind is asked for that the cluster does not know: its CRD may be installed later."""
 
 
 @dataclass
 class Watch:
-    """Keeps the store's bodies of a kind; `changed` is told the job of each body that is new to it."""
+    """Keeps the store's objects of a kind; `changed` is called with the job of each object that is new."""
 
     api: Api
     store: Store
@@ -39,14 +39,14 @@ class Watch:
     labels: str
     changed: Callable[[Key], None]
     listed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set as soon as the store holds what was there at the start."""
+    """Set once the store holds everything that existed at the start."""
     _version: str = ""
     """What is known up to; empty when everything has to be listed."""
     _failures: int = 0
     _complained: str = ""
 
     async def run(self) -> None:
-        """List and watch until cancelled; whatever goes wrong, it begins again."""
+        """List and watch until cancelled, starting over after any error."""
         clock, resync = asyncio.get_running_loop().time, 0.0
         while True:
             try:
@@ -63,7 +63,7 @@ class Watch:
                 await asyncio.sleep(self._pause(error))
 
     async def resync(self) -> None:
-        """List again and again until cancelled, and nothing else: for a kind that something else watches."""
+        """List periodically until cancelled: for a kind that kopf watches."""
         while True:
             await asyncio.sleep(RESYNC_SECONDS * random.uniform(0.8, 1.2))
             try:
@@ -72,7 +72,7 @@ class Watch:
                 log.warning("cannot list %s: %s", self.kind, error)
 
     async def look_again(self, job: Key) -> bool:
-        """List what belongs to one job; whether something of it had gone away unheard. Raises ApiError."""
+        """List what belongs to one job; whether a deletion had been missed. Raises ApiError."""
         if self.namespace not in ("", job.namespace):
             return False
         _, gone = await self._list(job)
@@ -85,14 +85,14 @@ class Watch:
         """
         namespace = self.namespace if job is None else job.namespace
         labels = self.labels if job is None else ",".join(filter(None, (self.labels, f"{JOB}={job.label}")))
-        there: set[str] = set()
+        uids: set[str] = set()
         version = ""
         async for page in self.api.pages(self.kind, namespace, labels, PAGE_SIZE):
             version = page["metadata"]["resourceVersion"]
             for body in page.get("items") or []:
-                there.add(body["metadata"]["uid"])
+                uids.add(body["metadata"]["uid"])
                 self._tell(self.store.put(self.kind, body))
-        gone = self.store.keep_only(self.kind, namespace, there, int(version), job)
+        gone = self.store.keep_only(self.kind, namespace, uids, int(version), job)
         for key in gone:
             self.changed(key)
         return version, bool(gone)
@@ -113,14 +113,14 @@ class Watch:
             self.changed(key)
 
     def _unknown(self, error: ApiError) -> bool:
-        """Whether the cluster does not know the kind: then there is none of it, and nothing has to wait for it."""
+        """Whether the cluster does not know the kind: then there are no objects to wait for."""
         if error.code != 404:
             return False
         self.listed.set()
         return True
 
     def _pause(self, error: ApiError) -> float:
-        """Seconds until the next try; complains once about each thing that stays wrong."""
+        """Seconds until the next try; logs each persistent error once."""
         self._failures += 1
         unusual = error.code not in (0, 410, 429) or self._failures > 3
         if unusual and self._complained != error.reason:

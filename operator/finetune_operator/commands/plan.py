@@ -67,21 +67,21 @@ def plan(
     model = model_estimate(spec, places, model_config)
     data = data_estimate(spec, places)
     place = place_job(spec)
-    made = plan_run(
+    estimate = plan_run(
         place.spec, model.facts, data.lengths, gpu=place.gpu, price_per_gpu_hour=price, cpu_bf16=cpu_has_bf16()
     )
     origins = [f"model: {model.origin}", *data.notes, *place.notes]
     if output == "json":
-        print(json.dumps(made.to_wire() | {"origins": origins}, indent=2, ensure_ascii=False))
+        print(json.dumps(estimate.to_wire() | {"origins": origins}, indent=2, ensure_ascii=False))
     else:
         from rich.console import Console
 
         from finetune_operator.view.plan_view import render_plan
 
         console = Console(highlight=False)
-        for part in render_plan(loaded.job.metadata.name, place.spec, made, origins, price):
+        for part in render_plan(loaded.job.metadata.name, place.spec, estimate, origins, price):
             console.print(part)
-    if made.fits is False:
+    if estimate.fits is False:
         raise SystemExit(EXIT_FAILED)
 
 

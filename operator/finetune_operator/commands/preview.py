@@ -84,11 +84,11 @@ def _preview(loaded: JobFile, run: Path) -> int:
     )
     tokens = write_tokens(tokens_of(os.environ), PREVIEW.token)
     try:
-        given = {TOKENS_VARIABLE: str(tokens), TERMINATION_VARIABLE: str(run / TERMINATION_FILE)}
+        files = {TOKENS_VARIABLE: str(tokens), TERMINATION_VARIABLE: str(run / TERMINATION_FILE)}
         with (run / LOG_FILE).open("wb") as log:
             stderr = None if debugging() else log
             return subprocess.run(
-                PREVIEW.command(sys.executable), env=variables | given, stderr=stderr, check=False
+                PREVIEW.command(sys.executable), env=variables | files, stderr=stderr, check=False
             ).returncode
     finally:
         shutil.rmtree(tokens, ignore_errors=True)

@@ -135,7 +135,7 @@ def _way_out(error: OSError) -> str:
     return ""
 
 
-class Show:
+class RunView:
     """Passes what the runner reports on to an output."""
 
     def __init__(self, record: Record, output: Output) -> None:
@@ -166,9 +166,9 @@ class Show:
         try:
             with (self._record.run / METRICS_FILE).open("rb") as file:
                 # A resumed training cuts the file back to its checkpoint: in place, or by another file.
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._inode or found.st_size < self._offset:
-                    self._inode, self._offset = found.st_ino, 0
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self._inode or stat.st_size < self._offset:
+                    self._inode, self._offset = stat.st_ino, 0
                 file.seek(self._offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
@@ -215,7 +215,7 @@ def _run(
         placement = place_one_of(coordinator.rendezvous, topology, machine) if coordinator else place(topology, machine)
     record.save()
     with output_of(output_format, record.wire) as output:
-        show = Show(record, output)
+        show = RunView(record, output)
         for sentence in early:
             show.note(sentence)
         code = (
@@ -228,7 +228,7 @@ def _run(
 
 
 def _run_stages(
-    record: Record, loaded: JobFile, placement: Placement, coordinator: Coordinator | None, show: Show
+    record: Record, loaded: JobFile, placement: Placement, coordinator: Coordinator | None, show: RunView
 ) -> int:
     from finetune_operator.decision.model import Environment
     from finetune_operator.devices import memory

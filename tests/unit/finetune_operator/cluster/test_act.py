@@ -9,7 +9,7 @@ from tests.unit.finetune_operator.fake_cluster import FakeCluster
 
 from finetune_operator.cluster.act import event_manifest, in_the_way, snapshot_image
 from finetune_operator.cluster.api import ApiError, Object
-from finetune_operator.cluster.observe import Seen, observe, read_spec
+from finetune_operator.cluster.observe import JobObjects, observe, read_spec
 from finetune_operator.cluster.store import APPLIED, Key, Store, slim
 from finetune_operator.decision.model import Event, Observation
 from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
@@ -123,7 +123,7 @@ async def test_of_what_the_store_leaves_out_an_observation_needs_nothing() -> No
         report = read("ConfigMap", cluster.objects["ConfigMap", "support-report"])
         pods = tuple(read("Pod", pod) for pod in cluster.of("Pod"))
         spec, _ = read_spec(job)
-        whole = Seen(read("FineTuneJob", job), spec, carriers=tuple(carriers), pods=pods, report=report)
+        whole = JobObjects(read("FineTuneJob", job), spec, carriers=tuple(carriers), pods=pods, report=report)
         return observe(whole, backend, cluster.now)
 
     small, whole = seen(slim), seen(lambda _, body: body)

@@ -7,7 +7,7 @@ from tests.unit.finetune_operator.decision.world import SPEC
 
 from finetune_api.base import Stage
 from finetune_api.report import Report
-from finetune_operator.cluster.observe import Seen, children, observe, read_pod, read_spec, reports
+from finetune_operator.cluster.observe import JobObjects, children, observe, read_pod, read_spec, reports
 from finetune_operator.decision.model import Pod, PodPhase
 from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 
@@ -182,7 +182,7 @@ def test_a_job_is_observed_as_it_is_persisted() -> None:
     }
     job = {"metadata": meta, "spec": SPEC, "status": {"phase": "Training", "fieldOfANewerVersion": 1}}
     seen = observe(
-        Seen(job=job, spec=read_spec(job)[0], report=report_map()), BACKEND, datetime(2026, 1, 1, tzinfo=UTC)
+        JobObjects(job=job, spec=read_spec(job)[0], report=report_map()), BACKEND, datetime(2026, 1, 1, tzinfo=UTC)
     )
     assert (seen.uid, seen.generation, seen.status.phase, seen.deleting) == ("u1", 4, "Training", False)
     assert seen.annotations == {"finetune.dev/retry": "2"}
