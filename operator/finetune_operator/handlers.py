@@ -107,11 +107,11 @@ def kopf_settings(*, clusterwide: bool) -> kopf.OperatorSettings:
 class _NoDiffs(kopf.DiffBaseStorage):  # type: ignore[misc]
     """No handler asks what changed; kopf computes it all the same, which would be most of its time."""
 
-    def build(self, *, body: kopf.Body, extra_fields: Any = None) -> kopf.BodyEssence:
+    def build(self, **_: Any) -> kopf.BodyEssence:
         return kopf.BodyEssence()
 
-    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:
+    def fetch(self, **_: Any) -> None:
         return None
 
-    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+    def store(self, **_: Any) -> None:
         pass
