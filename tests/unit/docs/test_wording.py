@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_api.crd import root_schema
+from finetune_operator.cli import COMMANDS, load
 
 ROOT = Path(__file__).parents[3]
 UNIT = r"(?:rank|step|GPU|node|row|token|pod|process|epoch|layer|document|second|hour|machine|core)"
@@ -79,6 +80,13 @@ def test_descriptions_and_messages_of_the_api_are_in_plain_english() -> None:
     found = list(sentences(root_schema()))
     assert len(found) > 300
     assert [slip for sentence in found for slip in slips(sentence)] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_commands_is_in_plain_english(name: str) -> None:
+    command = load(name)
+    texts = [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]
+    assert [slip for text in texts for slip in slips(text or "")] == []
 
 
 @pytest.mark.parametrize(
