@@ -18,8 +18,14 @@ from finetune_api.traits import Method
 from finetune_trainer.data.evaluation_rows import read_evaluation
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.evaluate.generation import greedy_answers
-from finetune_trainer.evaluate.likelihood import Closed, as_sequences, plain_scores, sequence_scores, tree_scores
-from finetune_trainer.evaluate.models import manifest_source, opened
+from finetune_trainer.evaluate.likelihood import (
+    ClosedQuestion,
+    as_sequences,
+    plain_scores,
+    sequence_scores,
+    tree_scores,
+)
+from finetune_trainer.evaluate.models import model_pair, opened
 from finetune_trainer.model.device import choose_precision
 
 AIM = 10
@@ -35,28 +41,28 @@ def loaded(job: jobs.PreparedJob) -> Iterator[tuple[Any, Any]]:
 
     manifest, device = PreparedManifest.read(job.prepared), torch.device("cpu")
     precision, _ = choose_precision("auto", device)
-    source = manifest_source(manifest, job.run / "export", Method.LORA, precision, device, compute_dtype=precision)
+    source = model_pair(manifest, job.run / "export", Method.LORA, precision, device, compute_dtype=precision)
     with opened(source, "base") as model:
         yield model, AutoTokenizer.from_pretrained(job.prepared / "tokenizer")
 
 
-def closed_rows(job: jobs.PreparedJob, name: str) -> list[Closed]:
+def closed_rows(job: jobs.PreparedJob, name: str) -> list[ClosedQuestion]:
     """The held-out rows of a closed task."""
     rows = list(read_evaluation(job.prepared / "evaluation" / f"{name}.jsonl"))
-    return [Closed(tuple(r.prompt_ids), tuple(tuple(ids) for ids in r.candidate_ids or ())) for r in rows]
+    return [ClosedQuestion(tuple(r.prompt_ids), tuple(tuple(ids) for ids in r.candidate_ids or ())) for r in rows]
 
 
-def label_by_label(model: Any, rows: Sequence[Closed]) -> list[list[float]]:
+def label_by_label(model: Any, rows: Sequence[ClosedQuestion]) -> list[list[float]]:
     """One forward pass for each label of each row."""
     return [[sequence_scores(model, [one])[0].sum for one in as_sequences(row)] for row in rows]
 
 
-def score_labels(model: Any, rows: Sequence[Closed], rounds: int) -> Figures:
+def score_labels(model: Any, rows: Sequence[ClosedQuestion], rounds: int) -> Figures:
     """Seconds a document of each way, in turn, and how far their scores are apart."""
     few = rows[:DOCUMENTS_PER_LABEL]
     scores: dict[str, list[list[float]]] = {}
 
-    def way(name: str, score: Callable[..., list[list[float]]], on: Sequence[Closed]) -> Callable[[], float]:
+    def way(name: str, score: Callable[..., list[list[float]]], on: Sequence[ClosedQuestion]) -> Callable[[], float]:
         def run() -> float:
             begun = time.perf_counter()
             scores[name] = score(model, on)
@@ -65,7 +71,7 @@ def score_labels(model: Any, rows: Sequence[Closed], rounds: int) -> Figures:
         return run
 
     for score in (tree_scores, plain_scores, label_by_label):  # warms up
-        score(model, [Closed(few[0].prompt, few[0].candidates[:2])])
+        score(model, [ClosedQuestion(few[0].prompt, few[0].candidates[:2])])
     ways = {
         "shared prefix and label tree": way("tree", tree_scores, rows),
         "labels in padded batches": way("plain", plain_scores, few),

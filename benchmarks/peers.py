@@ -25,7 +25,7 @@ from benchmarks.harness import Figures, Result, Size, Table, ratios, spread
 from benchmarks.workers import Worker, rounds, start_all
 
 from finetune_trainer.context import context_from_environment
-from finetune_trainer.data.documents import Document, DocumentStore
+from finetune_trainer.data.documents import DocumentStore, StoredDocument
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.data.order import ExampleSampler
 from finetune_trainer.model.device import choose_precision
@@ -77,7 +77,7 @@ def settings_of_trl(examples: int, step_tokens: float, longest: int, precision: 
     }
 
 
-def rows_for_trl(documents: Iterable[Document], path: Path) -> list[int]:
+def rows_for_trl(documents: Iterable[StoredDocument], path: Path) -> list[int]:
     """Write documents as TRL takes them, ids and labels; returns their lengths."""
     rows = []
     for document in documents:
@@ -90,7 +90,7 @@ def rows_for_trl(documents: Iterable[Document], path: Path) -> list[int]:
     return [len(row["input_ids"]) for row in rows]
 
 
-def in_our_order(job: jobs.PreparedJob, examples_per_step: int, steps: int = STEPS_OF_ROWS) -> Iterator[Document]:
+def in_our_order(job: jobs.PreparedJob, examples_per_step: int, steps: int = STEPS_OF_ROWS) -> Iterator[StoredDocument]:
     """The training documents of the first steps, as the trainer takes them."""
     spec = context_from_environment(job.environment_of()).config.spec
     store = DocumentStore(job.prepared / "train")

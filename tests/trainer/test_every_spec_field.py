@@ -51,7 +51,7 @@ from finetune_operator.sizing.plan import plan_run
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.data.manifest import PreparedManifest
-from finetune_trainer.evaluate.compare import Answered, compare
+from finetune_trainer.evaluate.compare import DatasetAnswers, compare
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.evaluate.metrics import Answer
 from finetune_trainer.model.nf4 import write_nf4_copy
@@ -201,7 +201,7 @@ def tracker(spec: FineTuneJobSpec, place: Place) -> object:
 def measured(spec: FineTuneJobSpec, _: Place) -> object:
     """What is measured of an answered row."""
     row = EvaluationRow("r/1", "r", Task.SUMMARIZATION, prompt="p", prompt_ids=[1], text="t", answers=["a b"])
-    answered = Answered("r", Task.SUMMARIZATION, [row], [Answer("a b")], [Answer("a c")])
+    answered = DatasetAnswers("r", Task.SUMMARIZATION, [row], [Answer("a b")], [Answer("a c")])
     return [one.result.metric for one in compare([answered], spec.evaluation.metrics)]
 
 

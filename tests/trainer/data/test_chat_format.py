@@ -13,8 +13,8 @@ from finetune_trainer.data.chat import (
     PLAIN_TEMPLATE,
     ChatFormat,
     ChatTemplateError,
+    LabelledTokens,
     Message,
-    Tokens,
     choose_pad,
     with_plain_template,
 )
@@ -55,7 +55,7 @@ def tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def learnt(format: ChatFormat, tokens: Tokens) -> str:
+def trained_text(format: ChatFormat, tokens: LabelledTokens) -> str:
     """The targets as text; checks that each is the token after its position."""
     assert [tokens.ids[position + 1] for position in tokens.target_position] == tokens.target_id
     return str(format.tokenizer.decode(tokens.target_id))
@@ -70,7 +70,7 @@ def test_every_assistant_turn_with_its_end_token_is_learnt_and_nothing_else(toke
     chat = ChatFormat(tokenizer)
     [segments] = chat.segments(CHAT)
     tokens = chat.tokens(segments)
-    assert learnt(chat, tokens) == "Hello.<|im_end|>No.<|im_end|>"
+    assert trained_text(chat, tokens) == "Hello.<|im_end|>No.<|im_end|>"
     whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     assert tokens.ids == whole[: len(tokens.ids)]
     assert tokenizer.decode(whole[len(tokens.ids) :]) == "\n"
@@ -79,7 +79,7 @@ def test_every_assistant_turn_with_its_end_token_is_learnt_and_nothing_else(toke
 def test_only_the_last_turn_is_learnt_on_request(tokenizer: Any) -> None:
     chat = ChatFormat(tokenizer)
     [segments] = chat.segments(CHAT, "last")
-    assert learnt(chat, chat.tokens(segments)) == "No.<|im_end|>"
+    assert trained_text(chat, chat.tokens(segments)) == "No.<|im_end|>"
 
 
 def test_a_prompt_has_the_same_tokens_with_and_without_its_answer(tokenizer: Any) -> None:
@@ -112,7 +112,7 @@ def test_an_implicit_system_prompt_is_found_and_gives_way_to_the_job_s(tokenizer
 def test_a_template_that_writes_words_after_the_prompt_has_them_learnt(tokenizer: Any) -> None:
     chat = formatted(tokenizer, LLAMA_2)
     [segments] = chat.segments(CHAT)
-    assert learnt(chat, chat.tokens(segments)) == " Hello. <|im_end|> No. <|im_end|>"
+    assert trained_text(chat, chat.tokens(segments)) == " Hello. <|im_end|> No. <|im_end|>"
 
 
 def test_a_template_that_rewrites_earlier_turns_makes_a_document_of_each_turn(tokenizer: Any) -> None:
@@ -120,7 +120,7 @@ def test_a_template_that_rewrites_earlier_turns_makes_a_document_of_each_turn(to
     assert not chat.keeps_history
     documents = [chat.tokens(segments) for segments in chat.segments(CHAT)]
     thoughtless = "<think>\n\n</think>\n\n"
-    assert [learnt(chat, tokens) for tokens in documents] == [
+    assert [trained_text(chat, tokens) for tokens in documents] == [
         f"{thoughtless}Hello.<|im_end|>",
         f"{thoughtless}No.<|im_end|>",
     ]
@@ -131,7 +131,7 @@ def test_a_system_prompt_goes_into_the_first_turn_where_the_template_has_no_plac
     chat = formatted(tokenizer, NO_SYSTEM)
     assert not chat.takes_system
     assert chat.with_system("Be kind.", CHAT[:1]) == [{"role": "user", "content": "Be kind.\n\nHi"}]
-    assert learnt(chat, chat.tokens(chat.segments(CHAT)[0])) == "Hello.<|im_end|>No.<|im_end|>"
+    assert trained_text(chat, chat.tokens(chat.segments(CHAT)[0])) == "Hello.<|im_end|>No.<|im_end|>"
 
 
 def test_a_template_without_the_prefix_property_is_refused(tokenizer: Any) -> None:
@@ -144,7 +144,7 @@ def test_a_base_model_gets_a_plain_template_with_its_end_token(tokenizer: Any) -
     assert with_plain_template(tokenizer)
     chat = ChatFormat(tokenizer)
     [segments] = chat.segments([{"role": "system", "content": "S"}, *CHAT])
-    assert learnt(chat, chat.tokens(segments)) == "Hello.<|im_end|>No.<|im_end|>"
+    assert trained_text(chat, chat.tokens(segments)) == "Hello.<|im_end|>No.<|im_end|>"
     assert chat.keeps_history
     assert not with_plain_template(tokenizer)
 
@@ -156,7 +156,7 @@ def test_a_template_without_end_tokens_still_teaches_to_stop(tokenizer: Any) -> 
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     )
     assert chat.answer_ids("No.")[-1] == tokenizer.eos_token_id
-    assert [learnt(chat, chat.tokens(s)).endswith("<|im_end|>") for s in chat.segments(CHAT)] == [True, True]
+    assert [trained_text(chat, chat.tokens(s)).endswith("<|im_end|>") for s in chat.segments(CHAT)] == [True, True]
 
 
 @pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML])
@@ -256,7 +256,7 @@ def test_the_beginnings_of_a_chat_are_what_the_template_writes_for_them(
     chat = ChatFormat.__new__(ChatFormat)
     chat.tokenizer = AutoTokenizer.from_pretrained(directory)
     chat.tokenizer.chat_template = template
-    chat._surroundings = chat._find_surroundings
+    chat._skeleton = chat._find_skeleton
     messages = chat_of(first, contents)
     begun = chat._beginnings(messages)
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0):
@@ -281,7 +281,7 @@ def test_a_chat_is_rendered_once(tokenizer: Any, template: str, monkeypatch: pyt
     other = [message | {"content": f" {message['content']}!\n"} for message in CHAT]
     [segments] = chat.segments(other)
     assert len(counted) == 1
-    assert [segment.learnt for segment in segments] == [False, True, False, True]
+    assert [segment.trainable for segment in segments] == [False, True, False, True]
     assert all("!" in segment.text for segment in segments)
 
 

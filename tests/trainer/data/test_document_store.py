@@ -62,7 +62,7 @@ def test_a_target_outside_its_document_is_refused(tmp_path: Path) -> None:
         writer.add([1, 2, 3], [3], [1])
     with pytest.raises(ValueError, match="outside its document"):
         DocumentBatch().add([1, 2, 3], [3], [1], row=1)
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="the same length"):
         DocumentBatch().add([1, 2, 3], [1], [1, 2], row=1)
 
 
@@ -79,7 +79,7 @@ def test_a_file_that_was_cut_is_named(tmp_path: Path) -> None:
         writer.add([1, 2, 3], [0, 1], [2, 3])
     path = tmp_path / "ids.bin"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"ids\.bin is damaged: 8 bytes where 12 are expected"):
+    with pytest.raises(ValueError, match=r"ids\.bin is damaged: 8 bytes, expected 12"):
         DocumentStore(tmp_path)
 
 

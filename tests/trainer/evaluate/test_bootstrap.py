@@ -8,7 +8,7 @@ import pytest
 from finetune_api.traits import Task
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.evaluate.bootstrap import interval, resampled_values
-from finetune_trainer.evaluate.compare import Answered, changes, compare, confusion, label_table
+from finetune_trainer.evaluate.compare import DatasetAnswers, compare, confusion, label_table, score_changes
 from finetune_trainer.evaluate.metrics import Answer, measure
 
 LABELS = ["no", "yes"]
@@ -22,8 +22,10 @@ def answers(said: np.ndarray) -> list[Answer]:
     return [Answer(text=LABELS[int(s)], choice=int(s), scores=(-1.0, -2.0), nll=1.0, tokens=2) for s in said]
 
 
-def dataset(name: str, gold: np.ndarray, base: np.ndarray | None, tuned: np.ndarray) -> Answered:
-    return Answered(name, Task.CLASSIFICATION, rows(gold), answers(tuned), answers(base) if base is not None else None)
+def dataset(name: str, gold: np.ndarray, base: np.ndarray | None, tuned: np.ndarray) -> DatasetAnswers:
+    return DatasetAnswers(
+        name, Task.CLASSIFICATION, rows(gold), answers(tuned), answers(base) if base is not None else None
+    )
 
 
 @pytest.fixture
@@ -99,13 +101,13 @@ def test_the_macro_mean_weighs_datasets_not_rows(data: tuple[np.ndarray, np.ndar
 
 def test_a_difference_is_tuned_minus_base_also_where_less_is_better() -> None:
     row = [EvaluationRow("t/0", "t", "text", ids=[1, 2])] * 40
-    answered = Answered("t", Task.TEXT, row, [Answer(nll=1.0, tokens=1)] * 40, [Answer(nll=2.0, tokens=1)] * 40)
+    answered = DatasetAnswers("t", Task.TEXT, row, [Answer(nll=1.0, tokens=1)] * 40, [Answer(nll=2.0, tokens=1)] * 40)
     by_name = {c.result.metric: c for c in compare([answered], []) if c.result.dataset == "t"}
     assert by_name["neg-loss"].result.difference is not None
     assert by_name["neg-loss"].result.difference.value == pytest.approx(1.0)
     assert by_name["perplexity"].result.difference is not None
     assert by_name["perplexity"].result.difference.value == pytest.approx(np.e - np.e**2)
-    assert by_name["perplexity"].lead["base"].value > 0
+    assert by_name["perplexity"].advantage["base"].value > 0
 
 
 def test_without_a_base_there_is_no_difference(data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
@@ -132,6 +134,6 @@ def test_label_table_and_confusion_matrix_are_scikit_learns(data: tuple[np.ndarr
 
 def test_rows_put_right_and_got_wrong_are_told_apart(data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     gold, base, tuned = data
-    fixed, broken = changes(dataset("d", gold, base, tuned))
+    fixed, broken = score_changes(dataset("d", gold, base, tuned))
     assert len(fixed) == ((base != gold) & (tuned == gold)).sum()
     assert len(broken) == ((base == gold) & (tuned != gold)).sum()

@@ -166,7 +166,7 @@ def test_a_metric_that_no_dataset_can_have_is_said(changed: Changed) -> None:
     run = EvaluationRun(run.config.model_copy(update={"spec": only}), run.manifest)
     stage.run(run.context())
     assert run.report().warnings == [
-        "evaluation.metrics: bleu is measured on question-answering, summarization; this job has no such dataset."
+        "evaluation.metrics: bleu applies only to question-answering, summarization; this job has no such dataset."
     ]
 
 
@@ -185,7 +185,7 @@ def test_without_an_export_the_train_stage_is_named(changed: Changed) -> None:
         path.unlink()
     error = sentence(run)
     assert error.failure_class is FailureClass.BAD_DATA
-    assert "the Train stage has to end first" in error.sentence
+    assert "the Train stage has to finish first" in error.sentence
 
 
 def test_an_altered_export_is_not_measured(changed: Changed) -> None:
@@ -205,7 +205,7 @@ def test_no_held_out_rows_at_all_are_an_error_and_one_dataset_without_is_a_warni
     rows = run.path / "prepared/evaluation"
     (rows / "chat.jsonl").write_text("")
     stage.run(run.context())
-    assert "Dataset chat has no held-out rows: nothing is said about it." in run.report().warnings
+    assert "Dataset chat has no held-out rows, so it is not evaluated." in run.report().warnings
     for path in rows.iterdir():
         path.unlink()
     error = sentence(run)

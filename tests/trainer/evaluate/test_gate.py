@@ -58,15 +58,15 @@ def test_the_gate(case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("too few rows of one dataset", "Undecided: too few held-out rows in few (29); at least 30 a dataset"),
+        ("too few rows of one dataset", "Undecided: too few held-out rows in few (29); each dataset needs at least 30"),
         (
             "better on the mean but worse on one dataset",
-            "three/accuracy changed by -0.150 (95% interval -0.200 to -0.100)",
+            "three accuracy dropped by 15.0 points (95% interval -20.0 to -10.0)",
         ),
-        ("not significantly better on the mean", "Not significant: the mean over datasets changed by +0.045"),
+        ("not significantly better on the mean", "Not significant: the mean over datasets improved by 4.5 points"),
         ("a minimum that is missed", "one/accuracy is 0.7, below the minimum of 0.71."),
-        ("a minimum of something not measured", "one/f1 of evaluation.gate.minimum was not measured; there are one/"),
-        ("better on the mean and nowhere worse", "Better than the base model: the mean over datasets changed by +0.06"),
+        ("a minimum of something not measured", "one/f1 of evaluation.gate.minimum was not measured. Available: one/"),
+        ("better on the mean and nowhere worse", "Better than the base model: the mean over datasets improved by 6"),
     ],
 )
 def test_the_sentence_says_why(case: str, words: str) -> None:

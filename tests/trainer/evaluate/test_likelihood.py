@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_llama
 from finetune_trainer.evaluate import likelihood
 from finetune_trainer.evaluate.likelihood import (
     Budget,
-    Closed,
+    ClosedQuestion,
     TargetSequence,
     as_sequences,
     plain_scores,
@@ -46,9 +46,11 @@ prompt = st.lists(tokens, min_size=1, max_size=12).map(tuple)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.builds(Closed, prompt, candidates), min_size=1, max_size=5), st.lists(tokens, max_size=12))
-def test_trees_give_what_one_sequence_a_candidate_gives(model: Any, rows: list[Closed], shared: list[int]) -> None:
-    rows = [Closed((*shared, *row.prompt), row.candidates) for row in rows]
+@given(st.lists(st.builds(ClosedQuestion, prompt, candidates), min_size=1, max_size=5), st.lists(tokens, max_size=12))
+def test_trees_give_what_one_sequence_a_candidate_gives(
+    model: Any, rows: list[ClosedQuestion], shared: list[int]
+) -> None:
+    rows = [ClosedQuestion((*shared, *row.prompt), row.candidates) for row in rows]
     for fast, plain in zip(tree_scores(model, rows), plain_scores(model, rows), strict=True):
         assert fast == pytest.approx(plain, abs=1e-4)
 
@@ -58,7 +60,7 @@ def test_the_attention_implementation_does_not_matter(model: Any, attention: str
     before = model.config._attn_implementation
     model.set_attn_implementation(attention)
     try:
-        assert tree_disagreement(model, [Closed((5, 6, 7), ((8, END), (8, 9, END)))]) < 1e-4
+        assert tree_disagreement(model, [ClosedQuestion((5, 6, 7), ((8, END), (8, 9, END)))]) < 1e-4
     finally:
         model.set_attn_implementation(before)
 
@@ -72,7 +74,7 @@ def test_77_labels_cost_a_tenth_of_one_sequence_a_label(model: Any) -> None:
     source = random.Random(1)
     named = tuple(source.randrange(4, 200) for _ in range(150))
     labels = intents(77)
-    rows = [Closed(named + tuple(source.randrange(4, 200) for _ in range(20)), labels) for _ in range(4)]
+    rows = [ClosedQuestion(named + tuple(source.randrange(4, 200) for _ in range(20)), labels) for _ in range(4)]
     fed: list[int] = []
     hook = model.register_forward_pre_hook(
         lambda _m, _a, given: fed.append(given["input_ids"].numel()), with_kwargs=True
@@ -89,7 +91,7 @@ def test_77_labels_cost_a_tenth_of_one_sequence_a_label(model: Any) -> None:
 
 
 def test_a_score_is_the_sum_of_log_probabilities_with_the_end_token(model: Any) -> None:
-    row = Closed((5, 6, 7), ((8, 9, END),))
+    row = ClosedQuestion((5, 6, 7), ((8, 9, END),))
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0].log_softmax(-1)
     expected = logits[2, 8] + logits[3, 9] + logits[4, END]
@@ -106,7 +108,7 @@ def test_a_label_that_begins_another_does_not_win_by_being_shorter() -> None:
 
 def test_batches_do_not_change_scores(model: Any) -> None:
     source = random.Random(2)
-    rows = [Closed(tuple(source.randrange(4, 99) for _ in range(n)), intents(5, n)) for n in range(3, 40, 4)]
+    rows = [ClosedQuestion(tuple(source.randrange(4, 99) for _ in range(n)), intents(5, n)) for n in range(3, 40, 4)]
     alone = [tree_scores(model, [row])[0] for row in rows]
     for budget in (Budget(tokens=1), Budget(tokens=120), Budget()):
         for a, b in zip(alone, tree_scores(model, rows, budget), strict=True):
@@ -115,7 +117,7 @@ def test_batches_do_not_change_scores(model: Any) -> None:
 
 def test_progress_counts_every_row_once(model: Any) -> None:
     counted: list[int] = []
-    tree_scores(model, [Closed((5, n), ((8, END),)) for n in range(7)], Budget(tokens=4), counted.append)
+    tree_scores(model, [ClosedQuestion((5, n), ((8, END),)) for n in range(7)], Budget(tokens=4), counted.append)
     assert sum(counted) == 7
     assert len(counted) > 1
 
@@ -137,7 +139,7 @@ def test_documents_are_scored_at_their_targets_whatever_stands_beside_them(model
 
 
 def test_a_candidate_continues_the_prompt_without_a_gap() -> None:
-    sequence = as_sequences(Closed((5, 6), ((8, 9, END),)))[0]
+    sequence = as_sequences(ClosedQuestion((5, 6), ((8, 9, END),)))[0]
     assert sequence == TargetSequence((5, 6, 8, 9), (1, 2, 3), (8, 9, END))
 
 
@@ -147,7 +149,7 @@ def test_a_model_that_ignores_masks_is_found_out(model: Any, monkeypatch: pytest
     def without_mask(self: Any, **given: Any) -> Any:
         return forward(self, **(given | {"attention_mask": None}))
 
-    rows = [Closed((5, 6, 7), ((8, 9, END), (8, 10, END), (11, 8, END)))]
+    rows = [ClosedQuestion((5, 6, 7), ((8, 9, END), (8, 10, END), (11, 8, END)))]
     assert tree_disagreement(model, rows) < 1e-4
     monkeypatch.setattr(likelihood, "_additive", lambda visible, of: torch.zeros(visible.shape)[:, None])
     assert tree_disagreement(model, rows) > 1e-2
@@ -164,7 +166,7 @@ def test_a_model_that_takes_no_such_arguments_is_found_out(model: Any, monkeypat
         return forward(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **rest)
 
     monkeypatch.setattr(type(model), "forward", picky)
-    assert tree_disagreement(model, [Closed((5, 6), ((8, END),))]) == float("inf")
+    assert tree_disagreement(model, [ClosedQuestion((5, 6), ((8, END),))]) == float("inf")
 
 
 def test_a_batch_too_large_for_the_gpu_is_halved_and_a_single_row_is_not() -> None:

@@ -12,14 +12,14 @@ from tests.support.tiny import tiny_llama, tiny_tokenizer
 from finetune_api.spec import Tuning
 from finetune_api.traits import Method
 from finetune_trainer.data.manifest import PreparedModel
-from finetune_trainer.evaluate.likelihood import Closed, has_virtual_tokens, plain_scores, tree_scores
-from finetune_trainer.evaluate.models import Source, opened, opened_both
+from finetune_trainer.evaluate.likelihood import ClosedQuestion, has_virtual_tokens, plain_scores, tree_scores
+from finetune_trainer.evaluate.models import ModelPair, opened, opened_both
 from finetune_trainer.export import Base, export_model
 from finetune_trainer.model.build import load_model
 from finetune_trainer.model.nf4 import write_nf4_copy
 
 IDS = [5, 40, 41, 42, 7]
-ROWS = [Closed((5, 40, 41), ((42, 43, 2), (44, 2)))]
+ROWS = [ClosedQuestion((5, 40, 41), ((42, 43, 2), (44, 2)))]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def exported(
     )  # fmt: skip
 
 
-def source(model: PreparedModel, out: Path, method: Method) -> Source:
-    return Source(
+def source(model: PreparedModel, out: Path, method: Method) -> ModelPair:
+    return ModelPair(
         export=out / "export", base=model, method=method, dtype=torch.float32, device=torch.device("cpu"),
         end_token_ids=(2,), pad_token_id=3, compute_dtype=torch.float32,
     )  # fmt: skip
@@ -171,7 +171,7 @@ def test_the_head_gets_batches_that_lie_in_one_piece(base: Path, tmp_path: Path,
 
     prepared, seen = exported(base, tmp_path, method), []
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
-    several = [Closed((5, *range(40, 40 + i)), ((42, 43, 2), (44, 2))) for i in (2, 5, 3)]
+    several = [ClosedQuestion((5, *range(40, 40 + i)), ((42, 43, 2), (44, 2))) for i in (2, 5, 3)]
     for variant, model in opened_both(source(prepared, tmp_path, method), base=True):
         model.get_output_embeddings().register_forward_pre_hook(
             lambda _, inputs, variant=variant: seen.append((variant, inputs[0].shape[:2], inputs[0].is_contiguous()))

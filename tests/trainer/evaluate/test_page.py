@@ -16,10 +16,10 @@ from tests.support.evaluation_runs import EvaluationRun
 from finetune_api.base import Stage
 from finetune_api.report import Failure, FailureClass, Interval, Results
 from finetune_trainer.data.evaluation_rows import EvaluationRow
-from finetune_trainer.evaluate.compare import Answered, compare
+from finetune_trainer.evaluate.compare import DatasetAnswers, compare
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.evaluate.metrics import Answer
-from finetune_trainer.evaluate.page.build import Prompted, Story, curves, page_html, smoothed
+from finetune_trainer.evaluate.page.build import PromptAnswers, ReportData, curves, page_html, smoothed
 from finetune_trainer.evaluate.page.charts import Level, Series, heatmap, level_chart, line_chart, number, ticks
 from finetune_trainer.reports import read_metrics, read_reports
 
@@ -44,7 +44,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def story(run: EvaluationRun, labels: list[str], words: str) -> Story:
+def data(run: EvaluationRun, labels: list[str], words: str) -> ReportData:
     random = np.random.default_rng(0)
     rows = [
         EvaluationRow(f"d/{i}", "classification", "classification", text=f"{words} {i}", candidates=labels, gold=i % 3)
@@ -52,7 +52,7 @@ def story(run: EvaluationRun, labels: list[str], words: str) -> Story:
     ]
     said = [random.integers(0, len(labels), 60), np.arange(60) % 3]
     base, tuned = ([Answer(text=labels[c], choice=int(c)) for c in choices] for choices in said)
-    answered = [Answered("classification", rows[0].task, rows, tuned, base, {"majority": base})]  # type: ignore[arg-type]
+    answered = [DatasetAnswers("classification", rows[0].task, rows, tuned, base, {"majority": base})]  # type: ignore[arg-type]
     answered = [replace(answered[0], task=run.manifest.datasets[0].task)]
     compared = compare(answered, [])
     metrics = [one.result for one in compared]
@@ -67,13 +67,13 @@ def story(run: EvaluationRun, labels: list[str], words: str) -> Story:
             "failure": Failure(failure_class=FailureClass.CUDA_OOM, sentence=words, time=datetime.now(UTC)),
         }
     )
-    return Story(
+    return ReportData(
         config=run.config,
         manifest=run.manifest,
         results=Results(split="test", metrics=metrics, gate=gate, export_digest="0" * 64),
         answered=answered,
         compared=compared,
-        prompted=[Prompted(words, words, words)],
+        prompted=[PromptAnswers(words, words, words)],
         reports=[*reports, (2, failed)],
         metrics=read_metrics(run.path / "metrics/train.jsonl"),
         origin={"model": {"source": words}},
@@ -82,7 +82,7 @@ def story(run: EvaluationRun, labels: list[str], words: str) -> Story:
 
 
 def test_a_strangers_words_are_shown_and_never_carried_out(prepared: EvaluationRun) -> None:
-    page = Page(page_html(story(prepared, [HOSTILE, "b", "c"], HOSTILE)))
+    page = Page(page_html(data(prepared, [HOSTILE, "b", "c"], HOSTILE)))
     assert "script" not in page.tags
     assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
@@ -105,11 +105,12 @@ def test_the_page_tells_the_verdict_the_numbers_and_where_they_come_from(evaluat
     results = evaluated.report().results
     assert results is not None
     text = " ".join(Page((evaluated.path / "evaluation/report.html").read_text()).text.split())
-    assert results.gate.sentence in text
+    assert results.gate.sentence.removeprefix("Better than the base model: ") in text
     accuracy = next(m for m in results.metrics if m.metric == "accuracy")
     assert f"{100 * accuracy.tuned:.1f}%" in text
     for words in (
-        "paired percentile bootstrap", "TF-IDF + logistic regression, fitted on the same training rows", "Put right",
+        "paired percentile bootstrap intervals", "TF-IDF + logistic regression, fitted on the same training rows",
+        "Fixed by tuning",
         "12 steps in all: the model will hardly change.", "How is: sun day?", "acme/tiny-base", "learningRate",
         "Attempts",
     ):  # fmt: skip
@@ -117,15 +118,15 @@ def test_the_page_tells_the_verdict_the_numbers_and_where_they_come_from(evaluat
 
 
 def test_failed_attempts_are_told(prepared: EvaluationRun) -> None:
-    text = Page(page_html(story(prepared, ["a", "b", "c"], "ran out of memory"))).text
+    text = Page(page_html(data(prepared, ["a", "b", "c"], "ran out of memory"))).text
     assert "cuda-oom: ran out of memory" in text
-    assert "went on from step 20" in text
+    assert "resumed from step 20" in text
 
 
 @pytest.mark.parametrize("count", [2, 3, 30, 77, 101])
 def test_any_number_of_labels_can_be_shown(prepared: EvaluationRun, count: int) -> None:
     labels = [f"label number {n}" for n in range(max(count, 3))]
-    html = page_html(story(prepared, labels, "x"))
+    html = page_html(data(prepared, labels, "x"))
     assert ("confusion matrix" in html) == (count <= 100)
 
 

@@ -13,19 +13,19 @@ from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.render import Rendering
 from finetune_trainer.prepare import workers
 from finetune_trainer.prepare.near_duplicates import SignatureFile
-from finetune_trainer.prepare.rendering import Order, Renderer
-from finetune_trainer.prepare.scan import Reading, open_reading, scan
+from finetune_trainer.prepare.rendering import Renderer, RowRequest
+from finetune_trainer.prepare.scan import DatasetReader, open_reader, scan
 from finetune_trainer.prepare.sources import open_path
-from finetune_trainer.prepare.split import Side
+from finetune_trainer.prepare.split import SplitName
 from finetune_trainer.prepare.workers import Workers
 
-SIDES: list[Side] = ["train", "validation", "left out"]
+SIDES: list[SplitName] = ["train", "validation", "left out"]
 
 
-def reading(work: Path, rows: list[dict[str, str] | str]) -> Reading:
+def reading(work: Path, rows: list[dict[str, str] | str]) -> DatasetReader:
     path = write_rows(work / "rows.jsonl", rows)
     spec = Dataset(name="d", path=str(path), task=Task.CLASSIFICATION)
-    return open_reading(spec, 0, open_path(path, str(path), None, "datasets[0]"))
+    return open_reader(spec, 0, open_path(path, str(path), None, "datasets[0]"))
 
 
 def rows_with_some_bad() -> list[dict[str, str] | str]:
@@ -41,15 +41,15 @@ def test_two_processes_see_and_render_what_one_does_in_the_same_order(tmp_path: 
     of_rows = reading(tmp_path, rows)
     split = of_rows.source.splits["train"]
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path / "tokenizer")))
-    how = Rendering(Task.CLASSIFICATION, chat, max_tokens=400, labels=("bad", "good", "x"))
-    renderer = Renderer(of_rows, split, how, 0, None)
+    rendering = Rendering(Task.CLASSIFICATION, chat, max_tokens=400, labels=("bad", "good", "x"))
+    renderer = Renderer(of_rows, split, rendering, 0, None)
     read: list[int] = []
 
-    def orders() -> Iterator[Order]:
+    def orders() -> Iterator[RowRequest]:
         for row in of_rows.rows(split):
             read.append(row.number)
             if row.fields and row.fields["text"]:
-                yield Order(row, SIDES[row.number % 3], scored=row.number % 3 == 1)
+                yield RowRequest(row, SIDES[row.number % 3], scored=row.number % 3 == 1)
 
     with Workers(1) as one, Workers(2) as two, SignatureFile() as first, SignatureFile() as second:
         alone = list(one.carry_out(renderer, orders(), expected=100_000))

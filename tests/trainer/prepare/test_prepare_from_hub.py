@@ -169,7 +169,7 @@ def test_a_dataset_with_a_loading_script_is_read_from_the_hub_s_conversion(
     repo.refs["refs/convert/parquet"] = converted.id
     context = prepare_context(tmp_path, SPEC)
     stage.run(context)
-    assert "read from refs/convert/parquet" in context.reporter.report.datasets[0].notes[0]
+    assert "read from the Hub's Parquet files (refs/convert/parquet)" in context.reporter.report.datasets[0].notes[0]
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_a_dataset_with_a_loading_script_is_read_from_the_hub_s_conversion(
         (
             {"gated": True, "consented": ("alice",)},
             "hf_of_nobody",
-            "The Hub does not know the token given for meta/tiny",
+            "The Hub rejected the token for meta/tiny",
         ),
         ({"private": True}, None, "There is no model meta/tiny on the Hub, or it is private"),
-        ({"private": True}, "hf_alice_reads", "There is no model meta/tiny on the Hub, or the token's account may not"),
+        ({"private": True}, "hf_alice_reads", "There is no model meta/tiny on the Hub, or the token's account has no"),
         ({"disabled": True}, "hf_alice_reads", "The model meta/tiny was disabled on the Hub: see {url}/meta/tiny"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_name_a_revision_or_a_configuration_that_is_not_there_is_refused(
     error = refused(tmp_path, SPEC | {"datasets": [SPEC["datasets"][0] | {"config": "c"}]})
     assert (error.field, error.sentence) == (
         "datasets[0].config",
-        "The dataset has no configuration 'c'. It has a, b.",
+        "The dataset has no configuration 'c'. Available: a, b.",
     )
 
 
@@ -270,7 +270,7 @@ def test_a_model_without_safetensors_is_refused_before_anything_is_downloaded(
     config = json.loads((model / "config.json").read_text())
     hub.add_repo("meta/tiny", {"config.json": json.dumps(config), "pytorch_model.bin": b"pickle"})
     hub.add_repo("acme/rows", {"train.csv": ROWS}, kind="datasets")
-    assert "pickles, which can run code" in refused(tmp_path, SPEC).sentence
+    assert "pickle files, which can run code" in refused(tmp_path, SPEC).sentence
     assert not hub.seen("GET", r"/resolve/.*\.bin")
 
 

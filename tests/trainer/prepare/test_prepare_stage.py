@@ -71,7 +71,7 @@ def test_three_tasks_on_real_text_are_prepared_together(work: Path) -> None:
     assert report.lengths.longest == int(train.lengths.max()) <= 600
     assert report.model is not None
     assert report.model.num_hidden_layers == 1
-    assert any("are not UTF-8" in sentence for sentence in report.warnings)
+    assert any("are not valid UTF-8" in sentence for sentence in report.warnings)
     rows = list(read_evaluation(context.prepared / "evaluation" / "tweets.jsonl"))
     assert len(rows) == manifest.dataset("tweets").test == 10
     assert all(len(row.few_shot_prompt_ids or []) > len(row.prompt_ids) for row in rows)
@@ -108,7 +108,7 @@ def test_rows_that_chose_the_checkpoint_do_not_measure_it(
     [dataset] = manifest.datasets
     assert dataset.evaluation_split == evaluation
     assert (dataset.train, dataset.validation, dataset.test) == counts
-    assert any("Nothing of d is held out" in warning for warning in report.warnings) == (evaluation == "none")
+    assert any("No rows of d are held out" in warning for warning in report.warnings) == (evaluation == "none")
 
 
 def test_the_dataset_s_own_splits_are_used(work: Path) -> None:
@@ -148,7 +148,7 @@ def test_held_out_rows_that_another_dataset_trains_on_are_told(work: Path) -> No
     spec["datasets"][1]["maxRows"] = 30  # so that the two are divided otherwise
     _, report = prepared(prepare_context(work, spec))
     assert any(
-        "held-out rows of a occur, nearly word for word, among the training rows of b" in w for w in report.warnings
+        "held-out rows of a occur, nearly word for word, in the training rows of b" in w for w in report.warnings
     )
 
 
@@ -158,7 +158,7 @@ def test_a_filter_leaves_rows_out_and_says_how_many(work: Path) -> None:
         prepare_context(work, classification(work, rows, filter="stars > 0 and text | length > 5"))
     )
     assert sum([manifest.datasets[0].train, manifest.datasets[0].validation, manifest.datasets[0].test]) == 60
-    assert "the filter left out 20 rows" in report.datasets[0].notes
+    assert "20 rows removed by the filter" in report.datasets[0].notes
 
 
 def test_a_few_bad_rows_are_named_and_left_out(work: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_few_bad_rows_are_named_and_left_out(work: Path) -> None:
     manifest, report = prepared(prepare_context(work, classification(work, rows)))
     assert sum([manifest.datasets[0].train, manifest.datasets[0].validation, manifest.datasets[0].test]) == 98
     assert report.datasets[0].bad_rows == 2
-    [note] = [note for note in report.datasets[0].notes if "cannot be used" in note]
+    [note] = [note for note in report.datasets[0].notes if "unusable rows" in note]
     assert "rows.jsonl, row 99: not JSON" in note
     assert "rows.jsonl, row 100: text is empty" in note
 
@@ -210,7 +210,7 @@ def test_an_attempt_that_was_replaced_publishes_nothing(work: Path, monkeypatch:
     def overtaken(*_: Any) -> None:
         (context.run / "fence.json").write_text(json.dumps({"attempt": "uid-1/prepare/2"}))
 
-    monkeypatch.setattr(stage, "say", lambda *_, **__: overtaken())
+    monkeypatch.setattr(stage, "report_split", lambda *_, **__: overtaken())
     with pytest.raises(TrainerError) as error:
         stage.run(context)
     assert error.value.failure_class is FailureClass.FENCED
@@ -222,10 +222,8 @@ def test_a_longer_limit_than_the_model_s_context_is_lowered_and_said(work: Path)
     spec = classification(work, rows) | {"tuning": {"method": "prompt", "prompt": {"virtualTokens": 100}}}
     manifest, report = prepared(prepare_context(work, spec))
     assert manifest.train.longest <= 500
-    assert any(
-        "maxSequenceLength 2048 is more than the model's context has room for: 500" in w for w in report.warnings
-    )
-    assert any("texts were cut at their end to fit 500 tokens" in note for note in report.datasets[0].notes)
+    assert any("maxSequenceLength 2,048 does not fit into the model's context; 500" in w for w in report.warnings)
+    assert any("texts truncated to fit 500 tokens" in note for note in report.datasets[0].notes)
 
 
 def test_a_base_model_without_a_template_gets_a_plain_one_and_is_told(work: Path) -> None:
@@ -239,24 +237,25 @@ def test_a_base_model_without_a_template_gets_a_plain_one_and_is_told(work: Path
 
 BAD: list[tuple[str, dict[str, Any], FailureClass, str, str]] = [
     ("no such file", {"path": "none.csv"}, FailureClass.BAD_SPEC, "datasets[0].path", "none.csv does not exist"),
-    ("no such format", {"path": "tiny/model.safetensors"}, FailureClass.BAD_SPEC, "datasets[0].path", "of no format"),
+    ("no such format", {"path": "tiny/model.safetensors"}, FailureClass.BAD_SPEC, "datasets[0].path",
+     "not in a supported format"),
     ("no such column", {"columns": {"text": "txt"}}, FailureClass.BAD_DATA, "datasets[0].columns.text",
      "d has no column 'txt'. Did you mean 'text'? Its columns: text, label."),
     ("column not found", {"task": "summarization"}, FailureClass.BAD_DATA, "datasets[0].columns.summary",
-     "d has no column for summary under a usual name"),
+     "d has no column with a usual name for summary"),
     ("no such split", {"splits": {"test": "tests"}}, FailureClass.BAD_SPEC, "datasets[0].splits.test",
      "d has no split 'tests'. Its splits: train."),
     ("no such group", {"groupBy": "autor"}, FailureClass.BAD_DATA, "datasets[0].groupBy", "no column 'autor'"),
     ("filter that names no column", {"filter": "txet | length > 3"}, FailureClass.BAD_SPEC, "datasets[0].filter",
-     "The expression uses 'txet', which is no column of the dataset. Did you mean 'text'?"),
+     "The expression uses 'txet', which is not a column of the dataset. Did you mean 'text'?"),
     ("filter that is none", {"filter": "text >"}, FailureClass.BAD_SPEC, "datasets[0].filter",
-     "This is not a jinja expression"),
+     "Not a valid Jinja expression"),
     ("filter that leaves nothing", {"filter": "text | length > 5000"}, FailureClass.BAD_DATA, "datasets[0]",
-     "the filter leaves none of 40"),
+     "the filter removes all 40"),
     ("template that names no column", {"template": "{{ txt }}"}, FailureClass.BAD_SPEC, "datasets[0].template",
      "The template uses 'txt'"),
     ("template that is none", {"template": "{% if %}"}, FailureClass.BAD_SPEC, "datasets[0].template",
-     "This is not a jinja template"),
+     "Not a valid Jinja template"),
     ("template that reaches out of its sandbox", {"template": "{{ text.__class__.__mro__ }}"}, FailureClass.BAD_DATA,
      "datasets[0]", "access to attribute '__class__'"),
     ("template without effect", {"task": "chat", "columns": {"messages": "text"}, "template": "{{ text }}"},
@@ -281,10 +280,13 @@ def test_a_dataset_that_cannot_be_used_is_refused_with_a_sentence(
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([], "d holds no rows"),
-        ([{"text": "", "label": "x"}] * 3, "Of the rows of d none can be used"),
-        ([*labelled(90), *[{"text": "x", "label": None}] * 10], "only 90 of 100 can be used; up to 5% may be unusable"),
-        (labelled(40, ("good",)), "d has one label only ('good')"),
+        ([], "d has no rows"),
+        ([{"text": "", "label": "x"}] * 3, "None of the 3 rows of d can be used"),
+        (
+            [*labelled(90), *[{"text": "x", "label": None}] * 10],
+            "Only 90 of 100 rows of d can be used; at most 5% may be unusable",
+        ),
+        (labelled(40, ("good",)), "d has only one label ('good')"),
     ],
     ids=["empty", "all bad", "a tenth bad", "one label"],
 )
@@ -305,7 +307,7 @@ def test_a_held_out_label_that_never_occurs_in_training_is_refused(work: Path) -
 
 def test_rows_longer_than_the_context_are_refused_where_they_may_not_be_cut(work: Path) -> None:
     rows = [{"question": f"q{i} " + "and on " * 200, "answer": "a"} for i in range(40)]
-    with pytest.raises(TrainerError, match=r"row 1: \d+ tokens do not fit into 600"):
+    with pytest.raises(TrainerError, match=r"row 1: [\d,]+ tokens do not fit into 600"):
         stage.run(prepare_context(work, classification(work, rows, task="question-answering")))
 
 
@@ -313,7 +315,7 @@ def test_rows_longer_than_the_context_are_refused_where_they_may_not_be_cut(work
     ("change", "sentence"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantised \(gptq\)"),
-        ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel is no causal language model"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel is not a causal language model"),
         ({"model_type": "no-such-model"}, "config cannot be read"),
     ],
 )
@@ -328,7 +330,7 @@ def test_a_model_that_cannot_be_tuned_is_refused(work: Path, change: dict[str, A
 
 def test_pickled_weights_are_refused(work: Path) -> None:
     (work / "tiny" / "model.safetensors").rename(work / "tiny" / "pytorch_model.bin")
-    with pytest.raises(TrainerError, match="pickles, which can run code"):
+    with pytest.raises(TrainerError, match="pickle files, which can run code"):
         stage.run(prepare_context(work, classification(work, labelled(40))))
 
 
@@ -346,12 +348,14 @@ def test_an_adapter_to_go_on_from_is_found_and_named_in_the_origin(work: Path) -
     model = {"path": "tiny", "adapter": {"path": "adapter"}}
     spec = classification(work, labelled(40)) | {"model": model}
     (work / "adapter").mkdir()
-    with pytest.raises(TrainerError, match=r"adapter holds no adapter: adapter_config\.json is missing"):
+    with pytest.raises(TrainerError, match=r"adapter is not an adapter: adapter_config\.json is missing"):
         stage.run(prepare_context(work, spec))
     (work / "adapter" / "adapter_model.safetensors").touch()
     for content, kind in (("{", "damaged"), ('{"peft_type": "IA3"}', "IA3")):
         (work / "adapter" / "adapter_config.json").write_text(content)
-        with pytest.raises(TrainerError, match=f"adapter is a {kind} adapter: only LoRA can be continued"):
+        with pytest.raises(
+            TrainerError, match=f"adapter is a {kind} adapter; only LoRA adapters can be trained further"
+        ):
             stage.run(prepare_context(work, spec))
     base = AutoModelForCausalLM.from_pretrained(work / "tiny")
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(work / "adapter")

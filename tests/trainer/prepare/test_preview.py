@@ -42,7 +42,7 @@ def test_three_examples_of_each_dataset_are_shown_with_what_is_learnt(work: Path
     assert text.count("│ Classify the text. Answer with one of: bad, good.") == 3
     assert text.count("⟦Hello.<|im_end|>⟧") == 6
     assert "d: classification" in text
-    assert "32 to train on, 4 for validation, 4 to measure (unseen half of validation)" in text
+    assert "32 rows for training, 4 for validation, 4 for evaluation (unseen half of validation)" in text
     assert not (work / "run" / "prepared").exists()
 
 
@@ -54,5 +54,5 @@ def test_on_a_terminal_learnt_tokens_are_coloured_and_not_bracketed(work: Path) 
 
 def test_preview_refuses_what_prepare_would_refuse(work: Path) -> None:
     write_rows(work / "rows.jsonl", [{"txt": "a", "label": "b"}])
-    with pytest.raises(TrainerError, match="d has no column for text under a usual name"):
+    with pytest.raises(TrainerError, match="d has no column with a usual name for text"):
         shown(work)

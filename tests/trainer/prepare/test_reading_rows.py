@@ -64,7 +64,7 @@ def test_a_broken_line_is_a_reason_and_the_next_line_is_read(tmp_path: Path) -> 
 
 def test_a_csv_row_with_too_many_fields_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y\n1,2\n1,2,3\n")
-    assert list(read_rows(tmp_path / "a.csv")) == [{"x": "1", "y": "2"}, "3 fields where the header has 2"]
+    assert list(read_rows(tmp_path / "a.csv")) == [{"x": "1", "y": "2"}, "3 fields, but the header has 2"]
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_row_with_half_of_a_character_cannot_be_used_and_says_which(tmp_path: 
     whole, first, second = SplitSource("train", (tmp_path / "a.jsonl",), ("text",))
     assert whole.fields == {"text": "\U0001f600"}
     assert (first.fields, second.fields) == (None, None)
-    assert first.problem == "a text holds half of a character, \\ud83d without its other half"
+    assert first.problem == "a text contains half of a surrogate pair, \\ud83d"
     assert "\\ude00" in second.problem
 
 
@@ -142,7 +142,7 @@ dataset_info:
     )
     assert choose_files(names, head, "other", "datasets[0]")[0] == {"train": ["other/a.csv"]}
     assert head.class_names("plain") == {"label": ["activate_my_card", "age_limit"]}
-    with pytest.raises(TrainerError, match=r"several configurations \(other, plain\): name one"):
+    with pytest.raises(TrainerError, match=r"several configurations \(other, plain\): set config"):
         choose_files(names, head, None, "datasets[0]")
     with pytest.raises(TrainerError, match=r"no configuration 'plian'\. Did you mean 'plain'"):
         choose_files(names, head, "plian", "datasets[0]")

@@ -7,14 +7,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare.split import Side, assign, content_key, draw, quotas
+from finetune_trainer.prepare.split import SplitName, assign, content_key, draw, quotas
 
 ROWS = st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 10_000)), min_size=2, max_size=200, unique=True)
 SHARES = st.sampled_from([(0.2, 0.0), (0.1, 0.1), (0.0, 0.3), (0.5, 0.25), (0.05, 0.0)])
 SEEDS = st.integers(0, 2**31)
 
 
-def split(rows: list[tuple[str, int]], shares: tuple[float, float], seed: int, stratify: bool = True) -> list[Side]:
+def split(
+    rows: list[tuple[str, int]], shares: tuple[float, float], seed: int, stratify: bool = True
+) -> list[SplitName]:
     ranks = [content_key(seed, repr(row)) for row in rows]
     strata = [label if stratify else "" for label, _ in rows]
     return assign(ranks, strata, np.arange(len(rows)), {"validation": shares[0], "test": shares[1]})
@@ -72,7 +74,7 @@ def test_rows_that_belong_together_are_on_one_side(
     ranks = [content_key(seed, repr(row)) for row in rows]
     together = np.array([number % groups for _, number in rows])
     sides = assign(ranks, [label for label, _ in rows], together, {"validation": shares[0], "test": shares[1]})
-    sides_of_group: dict[int, set[Side]] = {}
+    sides_of_group: dict[int, set[SplitName]] = {}
     for group, side in zip(together, sides, strict=True):
         sides_of_group.setdefault(group, set()).add(side)
     assert all(len(of) == 1 for of in sides_of_group.values())

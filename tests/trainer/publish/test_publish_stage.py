@@ -163,7 +163,7 @@ def test_another_complete_export_than_the_evaluated_one_is_not_published(
     write_json(run.path / "evaluation/results.json", results | {"exportDigest": "0" * 64})
     error = refusal(stage.run, run.context(Stage.PUBLISH, tokens=tokens(WRITER)))
     assert error.failure_class is FailureClass.BAD_DATA
-    assert "is not what was evaluated (000000000000…)" in error.sentence
+    assert "differs from what was evaluated (000000000000…)" in error.sentence
     assert not hub.requests
 
 
@@ -176,7 +176,7 @@ def test_the_gate_is_judged_anew_from_the_measured_values(hub: HubServer, publis
     write_json(run.path / "evaluation/results.json", results)
     error = refusal(stage.run, run.context(Stage.PUBLISH, tokens=tokens(WRITER)))
     assert error.failure_class is FailureClass.GATE_REFUSED
-    assert error.sentence.startswith("Worse than the base model: classification/accuracy changed by -0.100")
+    assert error.sentence.startswith("Worse than the base model: classification accuracy dropped by 10.0 points")
     assert not hub.requests
 
 
@@ -282,7 +282,7 @@ def test_a_hub_that_stays_away_is_said_to_be_unavailable_and_a_later_attempt_suc
     error = refusal(stage.run, run.context(Stage.PUBLISH, tokens=tokens(WRITER)))
     assert error.failure_class is FailureClass.HUB_UNAVAILABLE
     assert "status 503 after 5 tries" in error.sentence
-    assert "The model is safe" in error.sentence
+    assert "The model is kept" in error.sentence
     away.times = 0
     assert publish(run, tokens(WRITER)).commit == hub.repo("acme/weather").head.id
 
@@ -318,7 +318,7 @@ def test_a_directory_with_something_else_is_refused(published_run: Runs, step: C
     error = refusal(step, run.context(Stage.PUBLISH))
     assert error.failure_class is FailureClass.BAD_SPEC
     assert error.field == "publish.path"
-    assert "nothing is overwritten" in error.sentence
+    assert "which are not overwritten" in error.sentence
     assert [p.name for p in other.parent.iterdir()] == ["thesis.txt"]
 
 

@@ -1,7 +1,7 @@
 """How a conversation becomes tokens: the same for training, validation, evaluation and `finetune preview`.
 
-A chat is rendered by the tokenizer's own template and cut into segments: what is given, and what is learnt (an
-assistant turn with the token that ends it), found by prefix difference of rendered messages. Segments are tokenised
+A chat is rendered by the tokenizer's own template and cut into segments: context, and what the loss is computed on
+(an assistant turn with the token that ends it), found by prefix difference of rendered messages. Segments are tokenised
 one by one, so a prompt has the same tokens whether an answer follows or is still to be generated.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from finetune_trainer.data.beginnings import Surroundings, answers, surroundings
+from finetune_trainer.data.chat_turns import TemplateSkeleton, answer_turns, template_skeleton
 
 Message = dict[str, str]
 
@@ -38,14 +38,14 @@ class ChatTemplateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a rendered chat and whether it is learnt."""
+    """A piece of a rendered chat and whether the loss is computed on it."""
 
     text: str
-    learnt: bool
+    trainable: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class LabelledTokens:
     """A tokenised document. The token at index j is the target of position j - 1.
 
     ids: t token ids; target_position, target_id: l labelled positions.
@@ -56,12 +56,12 @@ class Tokens:
     target_id: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, pieces: Sequence[tuple[list[int], bool]]) -> Tokens:
-        """Join (ids, learnt) pieces. The first token of a document has nothing to be predicted from."""
+    def of(cls, pieces: Sequence[tuple[list[int], bool]]) -> LabelledTokens:
+        """Join (ids, trainable) pieces. The first token of a document has nothing to be predicted from."""
         ids: list[int] = []
         positions: list[int] = []
-        for piece, learnt in pieces:
-            if learnt:
+        for piece, trainable in pieces:
+            if trainable:
                 positions.extend(range(max(len(ids) - 1, 0), len(ids) + len(piece) - 1))
             ids.extend(piece)
         return cls(ids, positions, [ids[position + 1] for position in positions])
@@ -76,7 +76,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
-        self._surroundings = lru_cache(maxsize=1000)(self._find_surroundings)
+        self._skeleton = lru_cache(maxsize=1000)(self._find_skeleton)
         self._control_tokens = _control_token_pattern(tokenizer)
         self._anchor = _anchor(tokenizer)
         self.adds_bos = _adds_bos(tokenizer)
@@ -85,15 +85,15 @@ class ChatFormat:
         whole = self.render([*user, {"role": "assistant", "content": _PROBE_ANSWER}])
         if not whole.startswith(prompt) or _PROBE_ANSWER not in whole[len(prompt) :]:
             raise ChatTemplateError(
-                "the chat template does not begin a rendered answer with the prompt that asks for it, so what is "
-                "learnt cannot be told from what is given: set model.chatTemplate"
+                "the chat template does not render an answer as a continuation of its prompt, so the two cannot be "
+                "told apart: set model.chatTemplate"
             )
         suffix = whole[len(prompt) :].partition(_PROBE_ANSWER)[2]
         special = self._control_tokens.search(suffix) if self._control_tokens else None
         self.end_text: str = suffix[: special.end()] if special else ""
         """What follows an answer up to its end token, as text; empty where the template writes no such token."""
         self.end_token_ids: list[int] = self._end_tokens(special[0] if special else None)
-        """Tokens at which an answer ends; the first is the one that is learnt."""
+        """Tokens at which an answer ends; the first is the one that is trained."""
         self._after_end: str = suffix[len(self.end_text) :]
         self.keeps_history: bool = self._has_prefix_property()
         """Whether earlier turns are rendered alike in longer chats. Else each turn is a document of its own."""
@@ -119,7 +119,9 @@ class ChatFormat:
                 marked, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise ChatTemplateError(f"the chat template says: {str(error).splitlines()[0]}") from error
+            raise ChatTemplateError(
+                f"the chat template refuses these messages: {str(error).splitlines()[0]}"
+            ) from error
         return str(text)
 
     def with_system(self, system: str | None, messages: Sequence[Message]) -> list[Message]:
@@ -138,16 +140,16 @@ class ChatFormat:
         """Rendered text without the marks of `render`."""
         return text.replace(_OPEN, "").replace(_CLOSE, "")
 
-    def segments(self, messages: Sequence[Message], learn: Literal["all", "last"] = "all") -> list[list[Segment]]:
-        """Documents of a chat that ends with an assistant turn, each a list of segments ending with a learnt one.
+    def segments(self, messages: Sequence[Message], loss_on: Literal["all", "last"] = "all") -> list[list[Segment]]:
+        """Documents of a chat that ends with an assistant turn, each a list of segments ending with a trainable one.
 
-        One document, or one for each learnt turn where the template rewrites earlier turns.
+        One document, or one for each trainable turn where the template rewrites earlier turns.
         Raises ChatTemplateError where the template refuses the messages.
         """
         messages = self._marked(messages)
-        turns = answers([message["role"] for message in messages])
+        turns = answer_turns([message["role"] for message in messages])
         if not self.keeps_history:
-            chosen = turns if learn == "all" else turns[-1:]
+            chosen = turns if loss_on == "all" else turns[-1:]
             return [self._last_turn(messages[: turn + 1]) for turn in chosen]
         begun = self._beginnings(messages)
         pieces: list[Segment] = []
@@ -155,10 +157,10 @@ class ChatFormat:
         for turn in turns:
             prompt = begun(turn, True)
             if not prompt.startswith(done):
-                return [self._last_turn(messages[: turn + 1]) for turn in (turns if learn == "all" else turns[-1:])]
-            learnt = self._after(prompt, begun(turn + 1, False))
-            pieces += [Segment(prompt[len(done) :], False), Segment(learnt, learn == "all" or turn == turns[-1])]
-            done = prompt + learnt
+                return [self._last_turn(messages[: turn + 1]) for turn in (turns if loss_on == "all" else turns[-1:])]
+            answer = self._after(prompt, begun(turn + 1, False))
+            pieces += [Segment(prompt[len(done) :], False), Segment(answer, loss_on == "all" or turn == turns[-1])]
+            done = prompt + answer
         return [pieces]
 
     def _beginnings(self, marked: Sequence[Message]) -> Callable[[int, bool], str]:
@@ -170,35 +172,35 @@ class ChatFormat:
         def rendered(count: int, ask: bool) -> str:
             return self._render(marked[:count], add_generation_prompt=ask)
 
-        found = self._surroundings(tuple(message["role"] for message in marked))
-        if found is None:
+        skeleton = self._skeleton(tuple(message["role"] for message in marked))
+        if skeleton is None:
             return rendered
         try:
             whole = rendered(len(marked), False)
         except ChatTemplateError:
             return rendered  # which says so where it matters
-        ends = found.ends(whole, [message["content"] for message in marked])
+        ends = skeleton.ends(whole, [message["content"] for message in marked])
         if ends is None:
             return rendered
-        return lambda count, ask: whole[: ends[count - 1] + found.tails[count, ask]]
+        return lambda count, ask: whole[: ends[count - 1] + skeleton.suffix_lengths[count, ask]]
 
-    def _find_surroundings(self, roles: tuple[str, ...]) -> Surroundings | None:
+    def _find_skeleton(self, roles: tuple[str, ...]) -> TemplateSkeleton | None:
         try:
-            return surroundings(lambda messages, ask: self._render(messages, add_generation_prompt=ask), roles)
+            return template_skeleton(lambda messages, ask: self._render(messages, add_generation_prompt=ask), roles)
         except ChatTemplateError:
             return None
 
     def _last_turn(self, marked: Sequence[Message]) -> list[Segment]:
         prompt = self._render(marked[:-1], add_generation_prompt=True)
-        return [Segment(prompt, False), Segment(self._learnt(prompt, marked), True)]
+        return [Segment(prompt, False), Segment(self._answer(prompt, marked), True)]
 
-    def _learnt(self, prompt: str, marked: Sequence[Message]) -> str:
+    def _answer(self, prompt: str, marked: Sequence[Message]) -> str:
         """The last turn's text with its end token."""
         return self._after(prompt, self._render(marked))
 
     def _after(self, prompt: str, whole: str) -> str:
         if not whole.startswith(prompt) or not whole.endswith(self._after_end):
-            raise ChatTemplateError("the chat template renders this answer otherwise than its prompt promises")
+            raise ChatTemplateError("the chat template does not render this answer as a continuation of its prompt")
         return whole[len(prompt) : len(whole) - len(self._after_end)]
 
     # --- tokens ---
@@ -218,12 +220,12 @@ class ChatFormat:
         ids = self.encode([segments[1]], inside=True)[0]
         return tuple(ids if self.end_text else [*ids, self.end_token_ids[0]])
 
-    def tokens(self, segments: Sequence[Segment]) -> Tokens:
+    def tokens(self, segments: Sequence[Segment]) -> LabelledTokens:
         """Tokenise a document of `segments`."""
         pieces = self.encode(segments)
         if not self.end_text:
             pieces[-1] = [*pieces[-1], self.end_token_ids[0]]
-        return Tokens.of([(ids, segment.learnt) for ids, segment in zip(pieces, segments, strict=True)])
+        return LabelledTokens.of([(ids, segment.trainable) for ids, segment in zip(pieces, segments, strict=True)])
 
     def encode(self, segments: Sequence[Segment], *, inside: bool = False) -> list[list[int]]:
         """Ids of each segment; all but the first (or all, with `inside`) continue a text that has begun.
@@ -281,7 +283,7 @@ class ChatFormat:
         found = [self.tokenizer.convert_tokens_to_ids(end)] if end is not None else []
         ids = list(dict.fromkeys([*found, *([eos] if eos is not None else [])]))
         if not ids:
-            raise ChatTemplateError("neither the chat template nor the tokenizer has a token that ends an answer")
+            raise ChatTemplateError("neither the chat template nor the tokenizer defines a token that ends an answer")
         return ids
 
     def _has_prefix_property(self) -> bool:
@@ -289,7 +291,7 @@ class ChatFormat:
         marked = self._marked([*exchange, *exchange])
         try:
             prompt = self._render(marked[:1], add_generation_prompt=True)
-            first = prompt + self._learnt(prompt, marked[:2])
+            first = prompt + self._answer(prompt, marked[:2])
             return bool(self.end_text) and self._render(marked[:3], add_generation_prompt=True).startswith(first)
         except ChatTemplateError:
             return False
@@ -383,20 +385,24 @@ def choose_pad(tokenizer: Any, end_token_ids: Sequence[int]) -> PadChoice | None
     forbidden = {*end_token_ids, tokenizer.bos_token_id}
     own = tokenizer.pad_token
     if own is not None and tokenizer.pad_token_id not in forbidden:
-        return PadChoice(str(own), "the tokenizer's own")
-    reason = "the tokenizer's own also ends answers" if own is not None else "the tokenizer has none"
+        return PadChoice(str(own), "the tokenizer's own pad token")
+    reason = "the tokenizer's own pad token also ends answers" if own is not None else "the tokenizer has no pad token"
     template = tokenizer.chat_template or ""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     usable = [
         token for token in special if tokenizer.convert_tokens_to_ids(token) not in forbidden and token not in template
     ]
-    for pattern, kind in ((r"pad", "a pad token"), (r"reserved|unused", "a reserved token"), (r"unk", "unknown")):
+    for pattern, kind in (
+        (r"pad", "a token named like a pad token"),
+        (r"reserved|unused", "a reserved token"),
+        (r"unk", "the unknown token"),
+    ):
         found = next((token for token in usable if re.search(pattern, token, re.IGNORECASE)), None)
         if found is not None:
-            return PadChoice(found, f"{reason}; this is {kind}")
+            return PadChoice(found, f"{reason}; {kind} is used")
     if usable:
-        return PadChoice(usable[0], f"{reason}; this special token is not used by the template")
+        return PadChoice(usable[0], f"{reason}; a special token that the template does not use")
     # Byte 0xFF never occurs in UTF-8: in a byte-level vocabulary its symbol is free.
     if "ÿ" in tokenizer.get_vocab() and "Ġ" in tokenizer.get_vocab():
-        return PadChoice("ÿ", f"{reason}; this byte never occurs in text")
+        return PadChoice("ÿ", f"{reason}; a byte that never occurs in text")
     return None

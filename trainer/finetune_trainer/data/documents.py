@@ -39,7 +39,7 @@ ARRAYS: dict[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class StoredDocument:
     """One training example. Arrays are views of the mapped files: never write to them.
 
     ids: int32[t]; target_position, target_id: int32[l]; target_weight: float32[l], with l <= t - 1.
@@ -74,7 +74,7 @@ class DocumentBatch:
     def add(self, ids: IntSequence, target_position: IntSequence, target_id: IntSequence, row: int) -> None:
         """Append one document. Raises ValueError where a target lies outside it or the lengths disagree."""
         if len(target_position) != len(target_id):
-            raise ValueError("positions, targets and weights must have one length")
+            raise ValueError("positions, targets and weights must have the same length")
         if len(target_position) and not 0 <= min(target_position) <= max(target_position) < len(ids):
             raise ValueError("a target's position lies outside its document")
         self.ids.extend(ids)
@@ -123,7 +123,7 @@ class DocumentWriter:
         batch.add(ids, target_position, target_id, row)
         weights = np.ones(len(target_id), np.float32) if target_weight is None else np.asarray(target_weight)
         if len(target_id) != len(weights):
-            raise ValueError("positions, targets and weights must have one length")
+            raise ValueError("positions, targets and weights must have the same length")
         self._append(batch, weights, dataset)
         return self._count - 1
 
@@ -189,7 +189,7 @@ class DocumentStore:
         path, dtype = self.directory / f"{name}.bin", np.dtype(ARRAYS[name])
         size = path.stat().st_size if path.exists() else -1
         if size != length * dtype.itemsize:
-            raise ValueError(f"{path} is damaged: {size} bytes where {length * dtype.itemsize} are expected")
+            raise ValueError(f"{path} is damaged: {size} bytes, expected {length * dtype.itemsize}")
         return np.memmap(path, dtype=dtype, mode="r", shape=(length,)) if length else np.empty(0, dtype)
 
     def __len__(self) -> int:
@@ -205,12 +205,12 @@ class DocumentStore:
         """Labelled tokens of each document, int64[n]."""
         return np.diff(self.target_offsets)
 
-    def __getitem__(self, index: int) -> Document:
+    def __getitem__(self, index: int) -> StoredDocument:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         tokens = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         targets = slice(int(self.target_offsets[index]), int(self.target_offsets[index + 1]))
-        return Document(
+        return StoredDocument(
             ids=self.ids[tokens],
             target_position=self.target_position[targets],
             target_id=self.target_id[targets],
@@ -220,5 +220,5 @@ class DocumentStore:
             row=int(self.row[index]),
         )
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[StoredDocument]:
         return (self[index] for index in range(len(self)))

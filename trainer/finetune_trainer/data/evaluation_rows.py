@@ -19,7 +19,7 @@ class EvaluationRow:
 
     Closed answers (classification, multiple choice): `prompt_ids`, `candidate_ids` each with the end token, `gold`.
     Free answers (question answering, summarisation): `prompt_ids`, `answers`.
-    Likelihood only (chat, text): `ids`, `target_position`, `target_id` as in `Document`.
+    Likelihood only (chat, text): `ids`, `target_position`, `target_id` as in `StoredDocument`.
     """
 
     id: str

@@ -49,7 +49,7 @@ class Example:
     text: str
     """The raw input without prompt: for near-duplicates and the TF-IDF baselines."""
     answer: str = ""
-    """What is learnt: the label, the right choice, the first answer, the summary."""
+    """What the model has to answer: the label, the right choice, the first answer, the summary."""
     answers: list[str] = field(default_factory=list)
     """Everything that counts as right."""
     candidates: list[str] | None = None
@@ -78,7 +78,7 @@ def _multiple_choice(row: int, fields: Mapping[str, Any], found: Found, names: M
     letters, choices = _choices(fields, found["choices"])
     gold = _gold(fields.get(str(found["answer"])), letters, choices)
     if [choice.casefold() for choice in choices].count(choices[gold].casefold()) > 1:
-        raise BadRowError("the right choice stands there twice")
+        raise BadRowError("the right choice occurs twice")
     question = _text(fields, found, "question") if "question" in found else ""
     context = _optional_text(fields, found, "context")
     variables = {**fields, "question": question, "context": context, "choices": choices, "answer": choices[gold]}
@@ -150,13 +150,13 @@ def _all_text(fields: Mapping[str, Any], without: str = "") -> str:
 def _label(value: Any, names: list[str] | None) -> str:
     if names and isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < len(names):
-            raise BadRowError(f"label {value} has no name")
+            raise BadRowError(f"label {value} has no class name")
         return names[value]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     label = "" if value is None or value != value else str(value).strip()
     if not label or isinstance(value, list | dict):
-        raise BadRowError("label is empty" if not label else "label is neither a text nor a number")
+        raise BadRowError("label is empty" if not label else "label is neither text nor a number")
     return label
 
 
@@ -189,7 +189,7 @@ def _gold(value: Any, letters: list[str], choices: list[str]) -> int:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise BadRowError("answer is empty")
     if isinstance(value, (bool, list, dict)):
-        raise BadRowError("answer is neither letter, index nor text")
+        raise BadRowError("answer is not a letter, an index or text")
     text = str(value).strip()
     folded, upper = [choice.casefold() for choice in choices], [letter.upper() for letter in letters]
     if text.casefold() in folded and not isinstance(value, int):
@@ -198,12 +198,12 @@ def _gold(value: Any, letters: list[str], choices: list[str]) -> int:
         return upper.index(text.upper())
     if re.fullmatch(r"\d+", text):
         if int(text) >= len(choices):
-            raise BadRowError(f"answer {text} of {len(choices)} choices (indices count from 0)")
+            raise BadRowError(f"answer is index {text} of {len(choices)} choices (indices start at 0)")
         return int(text)
     lettered = re.match(r"\(?([A-Za-z0-9])[.):]\s*(.*)", text)
     if lettered and lettered[2].strip().casefold() in folded:
         return folded.index(lettered[2].strip().casefold())
-    raise BadRowError(f"answer {text[:40]!r} is none of the choices")
+    raise BadRowError(f"answer {text[:40]!r} is not one of the choices")
 
 
 def _answers(value: Any) -> list[str]:
@@ -244,22 +244,22 @@ def read_messages(value: Any) -> list[Message]:
     flat = [
         (part, turn) for turn, entry in enumerate(value) for part in (entry if isinstance(entry, list) else [entry])
     ]
-    spoken = [_spoken(part, turn) for part, turn in flat]
-    messages = _with_roles(spoken) if all(role in ROLES for role, _ in spoken) else _by_speaker(spoken)
+    turns = [_speaker_and_text(part, turn) for part, turn in flat]
+    messages = _with_roles(turns) if all(role in ROLES for role, _ in turns) else _by_speaker(turns)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not any(message["role"] == "assistant" for message in messages[1:]):
-        raise BadRowError("no assistant turn" if not messages else "no turn before the assistant's")
+        raise BadRowError("no assistant turn" if not messages else "nothing before the first assistant turn")
     if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
         raise BadRowError("an assistant turn is empty")
     return messages
 
 
-def _spoken(part: Any, turn: int) -> tuple[str, str]:
+def _speaker_and_text(part: Any, turn: int) -> tuple[str, str]:
     if isinstance(part, str):
         return f"turn {turn % 2}", part
     if not isinstance(part, dict):
-        raise BadRowError("a message is neither a text nor an object")
+        raise BadRowError("a message is neither text nor an object")
     content = next((part[key] for key in ("content", "value", "text", "message") if part.get(key) is not None), None)
     speaker = next((part[key] for key in ("role", "from", "sender", "speaker", "author") if part.get(key)), None)
     if isinstance(content, list):
@@ -269,17 +269,17 @@ def _spoken(part: Any, turn: int) -> tuple[str, str]:
     return str(speaker).strip().lower(), str(content)
 
 
-def _with_roles(spoken: Sequence[tuple[str, str]]) -> list[Message]:
-    return [{"role": ROLES[role], "content": content} for role, content in spoken]
+def _with_roles(turns: Sequence[tuple[str, str]]) -> list[Message]:
+    return [{"role": ROLES[role], "content": content} for role, content in turns]
 
 
-def _by_speaker(spoken: Sequence[tuple[str, str]]) -> list[Message]:
-    spoken = [(speaker, content) for speaker, content in spoken if content.strip()]
-    speakers = list(dict.fromkeys(speaker for speaker, _ in spoken))
+def _by_speaker(turns: Sequence[tuple[str, str]]) -> list[Message]:
+    turns = [(speaker, content) for speaker, content in turns if content.strip()]
+    speakers = list(dict.fromkeys(speaker for speaker, _ in turns))
     if len(speakers) > 2:
         raise BadRowError(f"{len(speakers)} speakers, none of them called user or assistant")
     messages: list[Message] = []
-    for speaker, content in spoken:
+    for speaker, content in turns:
         role = "user" if speaker == speakers[0] else "assistant"
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += "\n" + content

@@ -34,7 +34,7 @@ class PreparedDataset(ApiModel):
     """One dataset of the mixture."""
 
     index: int
-    """`Document.dataset` of its documents."""
+    """`StoredDocument.dataset` of its documents."""
     name: str
     """Name in the spec."""
     task: Task

@@ -23,7 +23,7 @@ FILLER_TOKENS = 8
 """Tokens of a micro-batch without a label, which a rank runs only to keep step with the others."""
 
 
-class Document(Protocol):
+class TokenizedDocument(Protocol):
     """What is needed of a tokenised document; positions are those of the hidden states that predict the targets."""
 
     @property
@@ -210,7 +210,7 @@ def share_out(rows: Sequence[list[int]], world_size: int) -> list[list[list[int]
 
 
 def collate_packed(
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     slots: Sequence[int],
     weights: Sequence[NDArray[np.float32]],
     pad_id: int,
@@ -258,7 +258,7 @@ class _Segment:
 
 
 def _segments(
-    documents: Sequence[Document], groups: Sequence[Shared]
+    documents: Sequence[TokenizedDocument], groups: Sequence[Shared]
 ) -> tuple[list[_Segment], tuple[tuple[int, int, int], ...]]:
     """The segments of a row in order, those of groups last; and `Batch.shared`."""
     grouped = {i for group in groups for i in group.members}
@@ -275,7 +275,7 @@ def _segments(
 
 
 def _target_places(
-    documents: Sequence[Document], segments: Sequence[_Segment], starts: NDArray[np.int64]
+    documents: Sequence[TokenizedDocument], segments: Sequence[_Segment], starts: NDArray[np.int64]
 ) -> list[NDArray[np.int64]]:
     """Where in the row each document's targets are predicted: in its own part, or at the end of its prefix."""
     places = [np.empty(0, np.int64)] * len(documents)
@@ -290,7 +290,7 @@ def _target_places(
 
 
 def collate_padded(
-    documents: Sequence[Document], slots: Sequence[int], weights: Sequence[NDArray[np.float32]], pad_id: int
+    documents: Sequence[TokenizedDocument], slots: Sequence[int], weights: Sequence[NDArray[np.float32]], pad_id: int
 ) -> Batch:
     """One document a row, padded on the right to the longest. Arguments as for `collate_packed`."""
     lengths = [len(document.ids) for document in documents]
@@ -317,7 +317,7 @@ def collate_padded(
 
 
 def _targets(
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     slots: Sequence[int],
     weights: Sequence[NDArray[np.float32]],
     positions: Sequence[NDArray[np.int64]],

@@ -1,4 +1,4 @@
-"""From an example to what the model sees and learns: one function for training, evaluation and preview.
+"""From an example to what the model sees, with its loss mask: one function for training, evaluation and preview.
 
 Every task is a chat of one question and one answer, but for `chat` (the turns as they are) and `text` (no chat).
 Answers are never cut: a question's text is cut where the task allows it, else the row does not fit.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetune_api.traits import Scoring, Task
-from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, Message, Segment, Tokens
+from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, LabelledTokens, Message, Segment
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.data.examples import UNANSWERABLE, BadRowError, Example
 from finetune_trainer.data.templates import TemplateRowError, compile_template
@@ -36,7 +36,7 @@ class Rendering:
     """Jinja; the task's own where empty."""
     answer_template: str = ""
     """Jinja; `{{ answer }}` where empty."""
-    learn: Literal["all", "last"] = "all"
+    loss_on: Literal["all", "last"] = "all"
     label_column: str = ""
     """Column whose value in an answer template is each candidate in turn."""
 
@@ -54,7 +54,7 @@ class Rendering:
 class Rendered:
     """The documents of one row."""
 
-    documents: list[Tokens]
+    documents: list[LabelledTokens]
     cut_tokens: int = 0
     """Tokens by which the prompt was cut to fit."""
     dropped_turns: int = 0
@@ -76,22 +76,22 @@ class FewShot:
     turns: list[Message] = field(default_factory=list)
 
 
-def render_training(how: Rendering, example: Example) -> Rendered:
+def render_training(rendering: Rendering, example: Example) -> Rendered:
     """Documents to learn from. Raises BadRowError where the row does not fit or the template refuses it."""
     try:
-        if how.task.traits.form == "text":
-            return Rendered(_text_documents(how, example))
-        if how.task.traits.form == "chat":
-            return _chat_documents(how, example)
-        answer = how.format.answer_ids(answer_text(how, example, example.answer))
-        question = _question(how, example, room=how.max_tokens - len(answer))
-        return Rendered([Tokens.of([(question.ids, False), (answer, True)])], question.cut_tokens)
+        if rendering.task.traits.form == "text":
+            return Rendered(_text_documents(rendering, example))
+        if rendering.task.traits.form == "chat":
+            return _chat_documents(rendering, example)
+        answer = rendering.format.answer_ids(answer_text(rendering, example, example.answer))
+        question = _question(rendering, example, room=rendering.max_tokens - len(answer))
+        return Rendered([LabelledTokens.of([(question.ids, False), (answer, True)])], question.cut_tokens)
     except (ChatTemplateError, TemplateRowError) as error:
         raise BadRowError(str(error)) from error
 
 
 def render_evaluation(
-    how: Rendering,
+    rendering: Rendering,
     example: Example,
     dataset: str,
     *,
@@ -103,14 +103,14 @@ def render_evaluation(
     answer_tokens: room kept for a generated answer. Raises BadRowError as `render_training` does.
     """
     key = f"{dataset}/{example.row}"
-    if how.task.traits.scoring is Scoring.LIKELIHOOD:
-        rendered = render_training(how, example).documents
+    if rendering.task.traits.scoring is Scoring.LIKELIHOOD:
+        rendered = render_training(rendering, example).documents
         ids = [key] if len(rendered) == 1 else [f"{key}#{number}" for number in range(1, len(rendered) + 1)]
         return [
             EvaluationRow(
                 id=name,
                 dataset=dataset,
-                task=how.task.value,
+                task=rendering.task.value,
                 ids=document.ids,
                 target_position=document.target_position,
                 target_id=document.target_id,
@@ -118,91 +118,93 @@ def render_evaluation(
             for name, document in zip(ids, rendered, strict=True)
         ]
     try:
-        return [_evaluation_row(how, example, key, dataset, answer_tokens, few_shot)]
+        return [_evaluation_row(rendering, example, key, dataset, answer_tokens, few_shot)]
     except (ChatTemplateError, TemplateRowError) as error:
         raise BadRowError(str(error)) from error
 
 
 def _evaluation_row(
-    how: Rendering, example: Example, key: str, dataset: str, answer_tokens: int, few_shot: FewShot | None
+    rendering: Rendering, example: Example, key: str, dataset: str, answer_tokens: int, few_shot: FewShot | None
 ) -> EvaluationRow:
-    candidates, gold = _candidates(how, example)
-    texts = [answer_text(how, example, candidate) for candidate in candidates or []]
-    candidate_ids = [how.format.answer_ids(text) for text in texts]
-    longest = max(map(len, candidate_ids), default=min(answer_tokens, how.max_tokens // 2))
-    question = _question(how, example, room=how.max_tokens - longest)
+    candidates, gold = _candidates(rendering, example)
+    texts = [answer_text(rendering, example, candidate) for candidate in candidates or []]
+    candidate_ids = [rendering.format.answer_ids(text) for text in texts]
+    longest = max(map(len, candidate_ids), default=min(answer_tokens, rendering.max_tokens // 2))
+    question = _question(rendering, example, room=rendering.max_tokens - longest)
     shown = None
     if few_shot is not None:
-        shown = _few_shot_ids(how, question, few_shot, room=how.max_tokens - longest)
+        shown = _few_shot_ids(rendering, question, few_shot, room=rendering.max_tokens - longest)
     return EvaluationRow(
         id=key,
         dataset=dataset,
-        task=how.task.value,
+        task=rendering.task.value,
         prompt=question.text,
         prompt_ids=question.ids,
         candidates=candidates,
         candidate_ids=candidate_ids if candidates else None,
         gold=gold,
-        answers=[answer_text(how, example, answer) for answer in example.answers],
+        answers=[answer_text(rendering, example, answer) for answer in example.answers],
         text=example.text,
         few_shot_prompt_ids=shown,
     )
 
 
-def _candidates(how: Rendering, example: Example) -> tuple[list[str] | None, int | None]:
-    if how.task.traits.has_labels:
-        return list(how.labels), how.labels.index(example.answer)
+def _candidates(rendering: Rendering, example: Example) -> tuple[list[str] | None, int | None]:
+    if rendering.task.traits.has_labels:
+        return list(rendering.labels), rendering.labels.index(example.answer)
     return example.candidates, example.gold
 
 
-def question_text(how: Rendering, variables: Mapping[str, Any]) -> str:
+def question_text(rendering: Rendering, variables: Mapping[str, Any]) -> str:
     """The prompt of a row, before the chat template."""
-    return compile_template(how.template or how.task.traits.template)({**variables, **how.constants}).strip()
+    return compile_template(rendering.template or rendering.task.traits.template)(
+        {**variables, **rendering.constants}
+    ).strip()
 
 
-def answer_text(how: Rendering, example: Example, answer: str) -> str:
+def answer_text(rendering: Rendering, example: Example, answer: str) -> str:
     """An answer of a row as the model has to write it."""
-    if not how.answer_template:
+    if not rendering.answer_template:
         return answer
-    named = {name: answer for name in ("answer", "label", "summary", how.label_column) if name}
-    text = compile_template(how.answer_template)({**example.variables, **how.constants, **named}).strip()
+    named = {name: answer for name in ("answer", "label", "summary", rendering.label_column) if name}
+    text = compile_template(rendering.answer_template)({**example.variables, **rendering.constants, **named}).strip()
     if not text:
-        raise BadRowError("the answer template leaves nothing")
+        raise BadRowError("the answer template renders an empty answer")
     return text
 
 
-def few_shot_of(how: Rendering, examples: Sequence[Example]) -> FewShot:
+def few_shot_of(rendering: Rendering, examples: Sequence[Example]) -> FewShot:
     """Solved examples as turns; those that a template refuses are left out."""
     turns: list[Message] = []
     for example in examples:
         try:
-            question = question_text(how, example.variables)
-            answer = answer_text(how, example, example.answer)
+            question = question_text(rendering, example.variables)
+            answer = answer_text(rendering, example, example.answer)
         except (TemplateRowError, BadRowError):
             continue
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return FewShot(turns)
 
 
-def _question(how: Rendering, example: Example, room: int) -> _Question:
+def _question(rendering: Rendering, example: Example, room: int) -> _Question:
     """The rendered prompt in at most `room` tokens, its text cut at the end where the task allows that."""
     variables = dict(example.variables)
-    cut = how.task.traits.cut_from
+    cut = rendering.task.traits.cut_from
     removed = 0
     for _ in range(MAX_CUTS):
-        messages = how.format.with_system(
-            how.system_prompt, [{"role": "user", "content": question_text(how, variables)}]
+        messages = rendering.format.with_system(
+            rendering.system_prompt, [{"role": "user", "content": question_text(rendering, variables)}]
         )
-        text, ids = how.format.prompt(messages)
+        text, ids = rendering.format.prompt(messages)
         excess = len(ids) - room
         if excess <= 0:
             return _Question(messages, text, ids, removed)
-        shorter = _cut_text(how.format, str(variables[cut]), excess) if cut in variables else ""
+        shorter = _cut_text(rendering.format, str(variables[cut]), excess) if cut in variables else ""
         if not shorter:
             break
         removed += excess
         variables = _with_shorter(variables, cut, shorter)
-    raise BadRowError(f"{len(ids) + how.max_tokens - room} tokens do not fit into {how.max_tokens}")
+    raise BadRowError(f"{len(ids) + rendering.max_tokens - room:,} tokens do not fit into {rendering.max_tokens:,}")
 
 
 def _with_shorter(variables: dict[str, Any], role: str, shorter: str) -> dict[str, Any]:
@@ -226,34 +228,36 @@ def _cut_text(chat: ChatFormat, text: str, tokens: int) -> str:
     return kept.rstrip()
 
 
-def _few_shot_ids(how: Rendering, question: _Question, few_shot: FewShot, room: int) -> list[int]:
+def _few_shot_ids(rendering: Rendering, question: _Question, few_shot: FewShot, room: int) -> list[int]:
     """The prompt after as many solved examples as fit."""
     system = [message for message in question.messages if message["role"] == "system"]
     asked = [message for message in question.messages if message["role"] != "system"]
     turns = few_shot.turns
     while True:
-        _, ids = how.format.prompt([*system, *turns, *asked])
+        _, ids = rendering.format.prompt([*system, *turns, *asked])
         if len(ids) <= room or not turns:
             return ids
         turns = turns[:-2]
 
 
-def _chat_documents(how: Rendering, example: Example) -> Rendered:
+def _chat_documents(rendering: Rendering, example: Example) -> Rendered:
     """The chat's documents; where they are too long, the oldest turns are dropped whole until they fit."""
-    turns = how.format.with_system(how.system_prompt, example.messages or [])
+    turns = rendering.format.with_system(rendering.system_prompt, example.messages or [])
     before = len(turns)
     while True:
-        documents = [how.format.tokens(segments) for segments in how.format.segments(turns, how.learn)]
-        excess = max((len(document.ids) for document in documents), default=0) - how.max_tokens
+        documents = [
+            rendering.format.tokens(segments) for segments in rendering.format.segments(turns, rendering.loss_on)
+        ]
+        excess = max((len(document.ids) for document in documents), default=0) - rendering.max_tokens
         if excess <= 0 and documents:
             return Rendered(documents, 0, before - len(turns))
-        shorter = _without_oldest(how, turns, excess)
+        shorter = _without_oldest(rendering, turns, excess)
         if shorter is None:
-            raise BadRowError(f"the last exchange alone has more than {how.max_tokens} tokens")
+            raise BadRowError(f"the last exchange alone has more than {rendering.max_tokens:,} tokens")
         turns = shorter
 
 
-def _without_oldest(how: Rendering, turns: list[Message], excess: int) -> list[Message] | None:
+def _without_oldest(rendering: Rendering, turns: list[Message], excess: int) -> list[Message] | None:
     """The chat without its oldest exchanges: as many as surely hold no more than `excess` tokens, at least one.
 
     The system message is kept. None where only one exchange is there.
@@ -264,20 +268,20 @@ def _without_oldest(how: Rendering, turns: list[Message], excess: int) -> list[M
     starts = [i for i in starts if any(message["role"] == "assistant" for message in rest[i:])]
     if not starts:
         return None
-    sizes = [len(how.format.encode([Segment(message["content"], False)], inside=True)[0]) for message in rest]
+    sizes = [len(rendering.format.encode([Segment(message["content"], False)], inside=True)[0]) for message in rest]
     # What the template puts around a turn, rounded up: so never more is dropped than needed.
-    around = math.ceil((how.max_tokens + excess - sum(sizes)) / len(rest)) + 1
+    around = math.ceil((rendering.max_tokens + excess - sum(sizes)) / len(rest)) + 1
     surely = [i for i in starts if sum(sizes[:i]) + around * i <= excess]
     return [*system, *rest[surely[-1] if surely else starts[0] :]]
 
 
-def _text_documents(how: Rendering, example: Example) -> list[Tokens]:
-    """The text in pieces of at most `max_tokens`, every token but a piece's first one learnt."""
-    text = question_text(how, example.variables) if how.template else str(example.variables["text"])
-    ids = how.format.plain_text_ids(text)
+def _text_documents(rendering: Rendering, example: Example) -> list[LabelledTokens]:
+    """The text in pieces of at most `max_tokens`, the loss on every token but a piece's first."""
+    text = question_text(rendering, example.variables) if rendering.template else str(example.variables["text"])
+    ids = rendering.format.plain_text_ids(text)
     return [
-        Tokens(piece, list(range(len(piece) - 1)), piece[1:])
-        for piece in _pieces(ids, how.max_tokens)
+        LabelledTokens(piece, list(range(len(piece) - 1)), piece[1:])
+        for piece in _pieces(ids, rendering.max_tokens)
         if len(piece) > 1
     ]
 

@@ -1,4 +1,4 @@
-"""A user's jinja templates and filters, carried out in a sandbox, with mistakes told in a sentence."""
+"""A user's jinja templates and filters, run in a sandbox, with mistakes explained in a sentence."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def check_template(source: str, known: Sequence[str], field: str, *, expression:
         tree = _environment.parse("{{ (" + source + ") }}" if expression else source)
         (compile_filter if expression else compile_template)(source)
     except TemplateSyntaxError as error:
-        sentence = f"This is not a jinja {kind}: {error.message} (line {error.lineno})."
+        sentence = f"Not a valid Jinja {kind}: {error.message} (line {error.lineno})."
         raise TrainerError(FailureClass.BAD_SPEC, sentence, field) from error
     for name in sorted(meta.find_undeclared_variables(tree) - {str(given) for given in known}):
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"The {kind} uses {name!r}, which is no column of the dataset.{near_match(name, list(known))} "
-            f"It may use {', '.join(sorted(known))}.",
+            f"The {kind} uses {name!r}, which is not a column of the dataset.{near_match(name, list(known))} "
+            f"Available: {', '.join(sorted(known))}.",
             field,
         )
 

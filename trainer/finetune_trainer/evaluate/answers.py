@@ -11,7 +11,7 @@ from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.evaluate.generation import greedy_answers
 from finetune_trainer.evaluate.likelihood import (
     Budget,
-    Closed,
+    ClosedQuestion,
     TargetSequence,
     plain_scores,
     sequence_scores,
@@ -19,11 +19,11 @@ from finetune_trainer.evaluate.likelihood import (
 )
 from finetune_trainer.evaluate.metrics import Answer
 
-Report = Callable[[int], None]
+RowsDone = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnswerSettings:
     """How answers are computed; nothing here changes what they are."""
 
     max_new_tokens: int
@@ -32,20 +32,20 @@ class Settings:
     """Score closed answers as trees; off for models that take no masks of their own."""
 
 
-def closed(row: EvaluationRow, *, few_shot: bool = False) -> Closed:
+def closed(row: EvaluationRow, *, few_shot: bool = False) -> ClosedQuestion:
     """The row's prompt and candidates; with `few_shot` the prompt after solved examples."""
     prompt = row.few_shot_prompt_ids if few_shot and row.few_shot_prompt_ids else row.prompt_ids
-    return Closed(tuple(prompt), tuple(tuple(ids) for ids in row.candidate_ids or ()))
+    return ClosedQuestion(tuple(prompt), tuple(tuple(ids) for ids in row.candidate_ids or ()))
 
 
 def answer_rows(
     model: Any,
     tokenizer: Any,
     rows: Sequence[EvaluationRow],
-    settings: Settings,
+    settings: AnswerSettings,
     *,
     few_shot: bool = False,
-    done: Report = lambda _rows: None,
+    done: RowsDone = lambda _rows: None,
 ) -> list[Answer]:
     """Answers to the rows of one dataset, in their order."""
     if not rows:
@@ -67,7 +67,7 @@ def answer_rows(
 
 
 def _closed_answers(
-    model: Any, rows: Sequence[EvaluationRow], settings: Settings, few_shot: bool, done: Report
+    model: Any, rows: Sequence[EvaluationRow], settings: AnswerSettings, few_shot: bool, done: RowsDone
 ) -> list[Answer]:
     score = tree_scores if settings.trees else plain_scores
     questions = [closed(row, few_shot=few_shot) for row in rows]
@@ -88,7 +88,9 @@ def _closed_answers(
     return answers
 
 
-def _document_answers(model: Any, rows: Sequence[EvaluationRow], settings: Settings, done: Report) -> list[Answer]:
+def _document_answers(
+    model: Any, rows: Sequence[EvaluationRow], settings: AnswerSettings, done: RowsDone
+) -> list[Answer]:
     sequences = [TargetSequence(tuple(r.ids), tuple(r.target_position), tuple(r.target_id)) for r in rows]
     scored = sequence_scores(model, sequences, settings.budget, done)
     return [Answer(nll=-s.sum, tokens=len(s.log_probabilities), right_tokens=s.right) for s in scored]

@@ -22,7 +22,7 @@ CONFIDENCE = 0.95
 SEED = 20_240_501
 CHUNK_VALUES = 4_000_000
 """Counts held at once, so that memory does not grow with resamples times rows."""
-STATEMENT = f"paired percentile bootstrap over rows, {RESAMPLES:,} resamples, 95%"
+STATEMENT = f"95% paired percentile bootstrap intervals over rows, {RESAMPLES:,} resamples"
 
 
 def resampled_values(measures: Sequence[Measure], seed: int, resamples: int = RESAMPLES) -> list[Float64]:

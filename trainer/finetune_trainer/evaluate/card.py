@@ -33,7 +33,7 @@ METRIC_TYPES = {"rouge-l": "rouge", "rouge-1": "rouge", "rouge-2": "rouge", "exa
 METRIC_TYPES |= {"macro-f1": "f1", "neg-loss": "loss"}
 
 REPRODUCED = ("model", "datasets", "split", "tuning", "training", "topology", "evaluation")
-"""Parts of the spec that decide the numbers; credentials, volumes, pods and targets are nobody else's business."""
+"""Parts of the spec that decide the numbers; not credentials, volumes, pods and targets."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,6 @@ def is_adapter(export: Path) -> bool:
 
 def _view(facts: CardFacts) -> dict[str, Any]:
     spec, results = facts.config.spec, facts.results
-    training = spec.training
     primary = [m for m in results.metrics if m.primary and m.dataset != MACRO]
     base = spec.model.repo or Path(spec.model.path or "").name
     return {
@@ -159,12 +158,9 @@ def _view(facts: CardFacts) -> dict[str, Any]:
         "data": [_data(facts, dataset) for dataset in spec.datasets],
         "training": _training(spec),
         "lora": spec.tuning.lora if spec.tuning.method.traits.low_rank else None,
-        "epochs": training.epochs,
         "origin": _origin(facts),
         "job": reproducible_job(facts),
-        "digest": results.export_digest,
         "operator_version": (facts.origin.get("versions") or {}).get("finetune-operator", ""),
-        "chat": any(d.task.traits.form == "chat" for d in facts.manifest.datasets),
         "few": min((m.rows for m in primary), default=0),
     }
 
@@ -198,7 +194,6 @@ def _data(facts: CardFacts, dataset: Dataset) -> dict[str, Any]:
     prepared = facts.manifest.dataset(dataset.name)
     return {
         "name": dataset.name,
-        "repo": dataset.repo,
         "source": public_source(prepared.source, dataset.path),
         "task": prepared.task.value,
         "train": prepared.train,
@@ -231,8 +226,8 @@ def _training(spec: FineTuneJobSpec) -> list[tuple[str, str]]:
             "Learning rate",
             f"{training.learning_rate:g}, {training.scheduler.type}, warm-up {training.scheduler.warmup_ratio:g}",
         ),
-        ("Examples a step", str(training.global_batch_size)),
-        ("Longest sequence", f"{training.max_sequence_length} tokens"),
+        ("Global batch size", f"{training.global_batch_size:,} examples"),
+        ("Maximum sequence length", f"{training.max_sequence_length:,} tokens"),
         ("Seeds", f"training {training.seed}, split {spec.split.seed}"),
     ]
     return lines
@@ -248,7 +243,7 @@ def _origin(facts: CardFacts) -> list[tuple[str, str]]:
     lines += [(f"Dataset {d['name']}", d["source"]) for d in (_data(facts, x) for x in facts.config.spec.datasets)]
     lines += [
         ("Prepared data", facts.manifest.digest),
-        ("These files", facts.results.export_digest),
+        ("Published files", facts.results.export_digest),
         ("Image", facts.config.image or "local processes"),
         ("Evaluated in", str(facts.origin.get("precision", ""))),
         ("Device", str(facts.origin.get("device", ""))),

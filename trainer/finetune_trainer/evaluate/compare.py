@@ -19,7 +19,7 @@ Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Answered:
+class DatasetAnswers:
     """One dataset with everybody's answers to its held-out rows."""
 
     name: str
@@ -31,19 +31,19 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Compared:
+class MetricComparison:
     """One metric of one dataset, with an interval for everything that was measured."""
 
     result: MetricResult
     values: dict[str, Interval]
     """By `tuned`, `base` and the baselines' names."""
-    lead: dict[str, Interval]
+    advantage: dict[str, Interval]
     """Tuned minus each of the others, paired; positive is better."""
 
 
-def compare(datasets: Sequence[Answered], asked: Sequence[str]) -> list[Compared]:
+def compare(datasets: Sequence[DatasetAnswers], asked: Sequence[str]) -> list[MetricComparison]:
     """Every metric of every dataset and, last, the mean of the primary metrics over datasets."""
-    compared: list[Compared] = []
+    compared: list[MetricComparison] = []
     macro: list[tuple[MetricResult, dict[str, Float64]]] = []
     for index, dataset in enumerate(datasets):
         names = metrics_of(dataset.task, asked)
@@ -57,19 +57,21 @@ def compare(datasets: Sequence[Answered], asked: Sequence[str]) -> list[Compared
     return [*compared, *([_macro(macro)] if macro else [])]
 
 
-def _compare_one(dataset: Answered, name: str, *, primary: bool, seed: int) -> tuple[Compared, dict[str, Float64]]:
+def _compare_one(
+    dataset: DatasetAnswers, name: str, *, primary: bool, seed: int
+) -> tuple[MetricComparison, dict[str, Float64]]:
     speakers = {"tuned": dataset.tuned, **({"base": dataset.base} if dataset.base is not None else {})}
     baselines = {who: answers for who, answers in dataset.baselines.items() if _answers_metric(name, answers)}
     measures = {who: measure(name, dataset.rows, answers) for who, answers in (speakers | baselines).items()}
     resampled = dict(zip(measures, resampled_values(list(measures.values()), seed), strict=True))
     values = {who: interval(m.value, resampled[who]) for who, m in measures.items()}
     sign = -1.0 if name in LOWER_IS_BETTER else 1.0
-    lead = {
+    advantage = {
         who: interval(sign * (measures["tuned"].value - m.value), sign * (resampled["tuned"] - resampled[who]))
         for who, m in measures.items()
         if who != "tuned"
     }
-    difference = lead.get("base")
+    difference = advantage.get("base")
     if difference is not None and sign < 0:
         difference = Interval(value=-difference.value, low=-difference.high, high=-difference.low)
     result = MetricResult(
@@ -82,7 +84,7 @@ def _compare_one(dataset: Answered, name: str, *, primary: bool, seed: int) -> t
         difference=difference,
         baselines={who: measures[who].value for who in baselines},
     )
-    return Compared(result, values, lead), resampled
+    return MetricComparison(result, values, advantage), resampled
 
 
 def _answers_metric(name: str, answers: Sequence[Answer]) -> bool:
@@ -90,7 +92,7 @@ def _answers_metric(name: str, answers: Sequence[Answer]) -> bool:
     return name not in ("neg-loss", "perplexity") or any(answer.tokens for answer in answers)
 
 
-def _macro(primary: Sequence[tuple[MetricResult, dict[str, Float64]]]) -> Compared:
+def _macro(primary: Sequence[tuple[MetricResult, dict[str, Float64]]]) -> MetricComparison:
     """Mean over datasets. Each dataset's rows are resampled on their own: the interval is that of these datasets."""
     results = [result for result, _ in primary]
     metrics = {result.metric for result in results}
@@ -112,7 +114,7 @@ def _macro(primary: Sequence[tuple[MetricResult, dict[str, Float64]]]) -> Compar
         tuned=tuned,
         difference=difference,
     )
-    return Compared(result, values, {"base": difference} if difference is not None else {})
+    return MetricComparison(result, values, {"base": difference} if difference is not None else {})
 
 
 # -- what a reader looks at -------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ class LabelLine:
     base_f1: float | None
 
 
-def label_table(dataset: Answered, labels: Sequence[str]) -> list[LabelLine]:
+def label_table(dataset: DatasetAnswers, labels: Sequence[str]) -> list[LabelLine]:
     """Precision, recall and F1 of each label, by scikit-learn."""
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -169,7 +171,7 @@ def confusion(rows: Sequence[EvaluationRow], answers: Sequence[Answer], labels: 
 
 
 @dataclass(frozen=True)
-class Change:
+class ScoreChange:
     """A row on which base and tuned model differ in score."""
 
     row: EvaluationRow
@@ -179,13 +181,13 @@ class Change:
     """The row's own score, tuned minus base."""
 
 
-def changes(dataset: Answered) -> tuple[list[Change], list[Change]]:
+def score_changes(dataset: DatasetAnswers) -> tuple[list[ScoreChange], list[ScoreChange]]:
     """Rows that became better and rows that became worse, the largest changes first, else in their order."""
     if dataset.base is None:
         return [], []
     name = dataset.task.traits.primary_metric
     all_ = [
-        Change(row, base, tuned, row_score(name, row, tuned) - row_score(name, row, base))
+        ScoreChange(row, base, tuned, row_score(name, row, tuned) - row_score(name, row, base))
         for row, base, tuned in zip(dataset.rows, dataset.base, dataset.tuned, strict=True)
     ]
     fixed = sorted((c for c in all_ if c.gain > 0), key=lambda c: -c.gain)

@@ -1,4 +1,4 @@
-"""The gate: whether what was measured is enough to publish. Pure; told in sentences."""
+"""The gate: whether what was measured is enough to publish. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from finetune_api.report import GateOutcome, Interval, MetricResult
 from finetune_api.spec import Gate
+from finetune_trainer.evaluate.metrics import PERCENT
 
 MACRO = "macro"
 LEAST_ROWS = 30
@@ -26,13 +27,13 @@ def decide_gate(gate: Gate, metrics: Sequence[MetricResult], *, baseline: bool) 
         return GateOutcome(
             passed=True,
             reason="not-asked",
-            sentence=f"{minimum_met}No improvement was asked for (evaluation.gate.mustImprove: false).",
+            sentence=f"{minimum_met}No improvement is required (evaluation.gate.mustImprove: false).",
         )
     if not baseline:
         return GateOutcome(
             passed=True,
             reason="not-asked",
-            sentence=f"{minimum_met}Nothing to compare with: the base model was not measured "
+            sentence=f"{minimum_met}The base model was not evaluated "
             "(evaluation.baseline: false), so only minimum metrics count.",
         )
     return _must_improve(metrics, minimum_met)
@@ -46,9 +47,8 @@ def _must_improve(metrics: Sequence[MetricResult], minimum_met: str) -> GateOutc
         return GateOutcome(
             passed=False,
             reason="undecided",
-            sentence=f"Undecided: too few held-out rows in {named}; at least {LEAST_ROWS} a dataset are needed to tell "
-            "whether the model is better. Hold out more rows (split.test or split.validation) or raise "
-            "evaluation.maxRows.",
+            sentence=f"Undecided: too few held-out rows in {named}; each dataset needs at least {LEAST_ROWS}. Hold out "
+            "more rows (split.test or split.validation) or, if it is set, raise evaluation.maxRows.",
         )
     worse = [m for m in primary if m.difference is not None and m.difference.high < 0]
     if worse:
@@ -73,20 +73,21 @@ def _below_minimum(gate: Gate, metrics: Sequence[MetricResult]) -> list[str]:
     sentences = []
     for name, least in gate.minimum.items():
         if name not in measured:
-            sentences.append(f"{name} of evaluation.gate.minimum was not measured; there are {', '.join(measured)}.")
+            sentences.append(f"{name} of evaluation.gate.minimum was not measured. Available: {', '.join(measured)}.")
         elif not measured[name] >= least:
             sentences.append(f"{name} is {measured[name]:.4g}, below the minimum of {least:.4g}.")
     return sentences
 
 
 def _differences(metrics: Sequence[MetricResult]) -> str:
-    return "; ".join(f"{_named(m)} {spoken(m.difference)}" for m in metrics if m.difference is not None)
+    return "; ".join(_difference(m, m.difference) for m in metrics if m.difference is not None)
 
 
-def _named(metric: MetricResult) -> str:
-    return f"{'the mean over datasets' if metric.dataset == MACRO else f'{metric.dataset}/{metric.metric}'} changed by"
-
-
-def spoken(interval: Interval) -> str:
-    """`+0.120 (95% interval +0.051 to +0.189)`."""
-    return f"{interval.value:+.3f} (95% interval {interval.low:+.3f} to {interval.high:+.3f})"
+def _difference(metric: MetricResult, change: Interval) -> str:
+    """`tweets accuracy improved by 28.1 points (95% interval +22.0 to +34.1)`."""
+    name = "the mean over datasets" if metric.dataset == MACRO else f"{metric.dataset} {metric.metric}"
+    # The mean of several metrics has no unit of its own.
+    scale, digits, unit = (100, 1, " points") if metric.metric in PERCENT else (1, 3, "")
+    value, low, high = (scale * number for number in (change.value, change.low, change.high))
+    verb = "dropped" if value < 0 else "improved"
+    return f"{name} {verb} by {abs(value):.{digits}f}{unit} (95% interval {low:+.{digits}f} to {high:+.{digits}f})"

@@ -9,7 +9,7 @@ import torch
 
 from finetune_trainer.evaluate.likelihood import batches_by_size, with_half_batches
 
-Report = Callable[[int], None]
+RowsDone = Callable[[int], None]
 MAX_BATCH = 64
 
 
@@ -21,7 +21,7 @@ def greedy_answers(
     *,
     max_new_tokens: int,
     tokens_per_batch: int,
-    done: Report = lambda _rows: None,
+    done: RowsDone = lambda _rows: None,
 ) -> list[str]:
     """The most probable continuation of each prompt (token ids), decoded without special tokens, stripped.
 

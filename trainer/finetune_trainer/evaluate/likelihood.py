@@ -19,7 +19,7 @@ import torch
 
 from finetune_trainer.data.prefixes import LEAST_SHARED_PREFIX, common_length
 
-Report = Callable[[int], None]
+RowsDone = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Closed:
+class ClosedQuestion:
     """A prompt with its candidates, each with the end token."""
 
     prompt: tuple[int, ...]
@@ -50,7 +50,7 @@ class TargetSequence:
 
 
 @dataclass(frozen=True)
-class Scored:
+class SequenceScore:
     """Log-probability of each target, and how many were the most probable token."""
 
     log_probabilities: tuple[float, ...]
@@ -104,7 +104,7 @@ def tree_of(candidates: tuple[tuple[int, ...], ...]) -> Tree:
 
 @torch.inference_mode()
 def tree_scores(
-    model: Any, rows: Sequence[Closed], budget: Budget = Budget(), done: Report = lambda _rows: None
+    model: Any, rows: Sequence[ClosedQuestion], budget: Budget = Budget(), done: RowsDone = lambda _rows: None
 ) -> list[list[float]]:
     """Summed log-probability of every candidate of every row, in the order of `rows`."""
     if not rows:
@@ -141,7 +141,7 @@ def _prefix_cache(model: Any, prefix: tuple[int, ...]) -> Any:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def _tree_batch(model: Any, rows: Sequence[Closed], shared: int, cache: Any) -> list[list[float]]:
+def _tree_batch(model: Any, rows: Sequence[ClosedQuestion], shared: int, cache: Any) -> list[list[float]]:
     """One forward pass: prompts padded on the left so that all trees begin at the same column."""
     trees = [tree_of(row.candidates) for row in rows]
     suffix = max(len(row.prompt) for row in rows) - shared
@@ -206,11 +206,11 @@ def _candidate_sums(logits: torch.Tensor, tree: Tree) -> list[float]:
 
 @torch.inference_mode()
 def sequence_scores(
-    model: Any, sequences: Sequence[TargetSequence], budget: Budget = Budget(), done: Report = lambda _rows: None
-) -> list[Scored]:
+    model: Any, sequences: Sequence[TargetSequence], budget: Budget = Budget(), done: RowsDone = lambda _rows: None
+) -> list[SequenceScore]:
     """Log-probabilities of the targets of every sequence, in the order given: padded on the right, no cache."""
     vocabulary = model.config.get_text_config().vocab_size
-    results: list[Scored] = [Scored((), 0)] * len(sequences)
+    results: list[SequenceScore] = [SequenceScore((), 0)] * len(sequences)
 
     def fits(count: int, length: int, _: int) -> bool:
         return count == 1 or (count * length <= budget.tokens and count * length * vocabulary <= budget.logits)
@@ -223,7 +223,7 @@ def sequence_scores(
     return results
 
 
-def _sequence_batch(model: Any, sequences: Sequence[TargetSequence]) -> list[Scored]:
+def _sequence_batch(model: Any, sequences: Sequence[TargetSequence]) -> list[SequenceScore]:
     width = max(len(s.ids) for s in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -241,14 +241,14 @@ def _sequence_batch(model: Any, sequences: Sequence[TargetSequence]) -> list[Sco
     return [_targets_of(logits[b], s, [column[p] for p in s.positions]) for b, s in enumerate(sequences)]
 
 
-def _targets_of(logits: torch.Tensor, sequence: TargetSequence, columns: list[int]) -> Scored:
+def _targets_of(logits: torch.Tensor, sequence: TargetSequence, columns: list[int]) -> SequenceScore:
     if not columns:
-        return Scored((), 0)
+        return SequenceScore((), 0)
     used = logits[columns].float()
     targets = torch.tensor(sequence.targets, device=logits.device)
     chosen = used.gather(1, targets[:, None]).squeeze(1) - used.logsumexp(dim=-1)
     right = int((used.argmax(dim=-1) == targets).sum())
-    return Scored(tuple(chosen.double().cpu().tolist()), right)
+    return SequenceScore(tuple(chosen.double().cpu().tolist()), right)
 
 
 def _keeps_chosen_logits(model: Any) -> bool:
@@ -265,14 +265,14 @@ def has_virtual_tokens(model: Any) -> bool:
     return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
 
 
-def as_sequences(row: Closed) -> list[TargetSequence]:
+def as_sequences(row: ClosedQuestion) -> list[TargetSequence]:
     """Prompt and candidate as one sequence for each candidate."""
     start = len(row.prompt) - 1
     return [TargetSequence(row.prompt + c[:-1], tuple(range(start, start + len(c))), c) for c in row.candidates]
 
 
 def plain_scores(
-    model: Any, rows: Sequence[Closed], budget: Budget = Budget(), done: Report = lambda _rows: None
+    model: Any, rows: Sequence[ClosedQuestion], budget: Budget = Budget(), done: RowsDone = lambda _rows: None
 ) -> list[list[float]]:
     """What `tree_scores` gives, one sequence a candidate."""
     sequences = [sequence for row in rows for sequence in as_sequences(row)]
@@ -282,9 +282,9 @@ def plain_scores(
     return results
 
 
-def tree_disagreement(model: Any, rows: Sequence[Closed]) -> float:
+def tree_disagreement(model: Any, rows: Sequence[ClosedQuestion]) -> float:
     """Largest difference between both ways on a few candidates of the first rows; infinite where trees fail."""
-    few = [Closed(row.prompt, row.candidates[:4]) for row in rows[:2]]
+    few = [ClosedQuestion(row.prompt, row.candidates[:4]) for row in rows[:2]]
     try:
         fast = tree_scores(model, few)
     except (TypeError, ValueError, RuntimeError, AttributeError):

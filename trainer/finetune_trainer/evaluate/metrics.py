@@ -34,6 +34,8 @@ EXTRA: dict[str, tuple[tuple[str, ...], frozenset[Scoring]]] = {
 """`evaluation.metrics`: what each asks for, and how rows are scored that it can be measured on."""
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
+PERCENT = frozenset({"accuracy", "macro-f1", "f1", "exact-match", "rouge-l", "rouge-1", "rouge-2"})
+"""Metrics between 0 and 1, shown as percentages."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ HEADROOM = 0.85
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelPair:
     """Everything that decides which two models are compared, and how they are held."""
 
     export: Path
@@ -58,12 +58,12 @@ class Source:
 
 
 @contextmanager
-def opened(source: Source, variant: Variant) -> Iterator[Any]:
+def opened(pair: ModelPair, variant: Variant) -> Iterator[Any]:
     """One of the two models, in evaluation mode. Its memory is given back at the end.
 
     To measure both, take `opened_both`: an adapter's base is then loaded once.
     """
-    model = _tuned(source) if variant == "tuned" else _base(source)
+    model = _tuned(pair) if variant == "tuned" else _base(pair)
     try:
         yield model
     finally:
@@ -71,19 +71,19 @@ def opened(source: Source, variant: Variant) -> Iterator[Any]:
         _free()
 
 
-def opened_both(source: Source, *, base: bool) -> Iterator[tuple[Variant, Any]]:
+def opened_both(pair: ModelPair, *, base: bool) -> Iterator[tuple[Variant, Any]]:
     """The tuned model, then (if asked) the base: at most one set of base weights in memory at any time."""
-    if not source.is_adapter:
-        with opened(source, "tuned") as model:
+    if not pair.is_adapter:
+        with opened(pair, "tuned") as model:
             yield "tuned", model
         if base:
-            with opened(source, "base") as model:
+            with opened(pair, "base") as model:
                 yield "base", model
         return
-    with opened(source, "tuned") as model:
+    with opened(pair, "tuned") as model:
         yield "tuned", model
-        if base and source.base.adapter_directory:
-            model.load_adapter(source.base.adapter_directory, adapter_name=STARTING_ADAPTER)
+        if base and pair.base.adapter_directory:
+            model.load_adapter(pair.base.adapter_directory, adapter_name=STARTING_ADAPTER)
             model.set_adapter(STARTING_ADAPTER)
             yield "base", model.eval()
         elif base and model.active_peft_config.is_prompt_learning:
@@ -93,30 +93,30 @@ def opened_both(source: Source, *, base: bool) -> Iterator[tuple[Variant, Any]]:
                 yield "base", model
 
 
-def _tuned(source: Source) -> Any:
-    if not source.is_adapter:
-        return _prepared(_load(source, source.export), source)
-    return _prepared(PeftModel.from_pretrained(_load(source, source.base_directory), str(source.export)), source)
+def _tuned(pair: ModelPair) -> Any:
+    if not pair.is_adapter:
+        return _prepared(_load(pair, pair.export), pair)
+    return _prepared(PeftModel.from_pretrained(_load(pair, pair.base_directory), str(pair.export)), pair)
 
 
-def _base(source: Source) -> Any:
-    model = _load(source, source.base_directory)
-    if source.base.adapter_directory:
-        model = PeftModel.from_pretrained(model, source.base.adapter_directory)
-    return _prepared(model, source)
+def _base(pair: ModelPair) -> Any:
+    model = _load(pair, pair.base_directory)
+    if pair.base.adapter_directory:
+        model = PeftModel.from_pretrained(model, pair.base.adapter_directory)
+    return _prepared(model, pair)
 
 
-def _load(source: Source, directory: Path) -> Any:
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=source.trust_remote_code)
+def _load(pair: ModelPair, directory: Path) -> Any:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=pair.trust_remote_code)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict):
-        quantization["bnb_4bit_compute_dtype"] = str(source.compute_dtype).removeprefix("torch.")
+        quantization["bnb_4bit_compute_dtype"] = str(pair.compute_dtype).removeprefix("torch.")
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
-        dtype=source.dtype,
-        device_map=source.device_map or {"": str(source.device)},
-        trust_remote_code=source.trust_remote_code,
+        dtype=pair.dtype,
+        device_map=pair.device_map or {"": str(pair.device)},
+        trust_remote_code=pair.trust_remote_code,
         use_safetensors=True,
     )
     if quantization is not None:
@@ -126,11 +126,11 @@ def _load(source: Source, directory: Path) -> Any:
     return model
 
 
-def _prepared(model: Any, source: Source) -> Any:
+def _prepared(model: Any, pair: ModelPair) -> Any:
     """Greedy decoding and nothing else: no sampling, penalty or stop word of a generation config takes part."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=list(source.end_token_ids), pad_token_id=source.pad_token_id
+        do_sample=False, eos_token_id=list(pair.end_token_ids), pad_token_id=pair.pad_token_id
     )
     model.generation_config = inner.generation_config
     head = model.get_output_embeddings()
@@ -174,11 +174,11 @@ def _weight_bytes(directory: Path, dtype: torch.dtype) -> int:
     return total
 
 
-def manifest_source(
+def model_pair(
     manifest: PreparedManifest, export: Path, method: Method, dtype: torch.dtype, device: torch.device, **rest: Any
-) -> Source:
-    """The source for an export of a run whose preparation is described by `manifest`."""
-    return Source(
+) -> ModelPair:
+    """The models of an export of a run whose preparation is described by `manifest`."""
+    return ModelPair(
         export=export,
         base=manifest.model,
         method=method,

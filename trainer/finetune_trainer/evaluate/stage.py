@@ -26,16 +26,16 @@ from finetune_trainer.data.evaluation_rows import EvaluationRow, read_baseline, 
 from finetune_trainer.data.manifest import MANIFEST_FILE, PreparedManifest
 from finetune_trainer.digest import export_digest
 from finetune_trainer.evaluate import baselines
-from finetune_trainer.evaluate.answers import Settings, answer_rows, closed
+from finetune_trainer.evaluate.answers import AnswerSettings, answer_rows, closed
 from finetune_trainer.evaluate.bootstrap import STATEMENT
 from finetune_trainer.evaluate.card import CardFacts, base_license, model_card
-from finetune_trainer.evaluate.compare import Answered, Compared, compare
+from finetune_trainer.evaluate.compare import DatasetAnswers, MetricComparison, compare
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.evaluate.generation import greedy_answers
 from finetune_trainer.evaluate.likelihood import Budget, has_virtual_tokens, tree_disagreement
 from finetune_trainer.evaluate.metrics import EXTRA, Answer
-from finetune_trainer.evaluate.models import Source, Variant, fits_on_one_device, manifest_source, opened_both
-from finetune_trainer.evaluate.page.build import Prompted, Story, write_page
+from finetune_trainer.evaluate.models import ModelPair, Variant, fits_on_one_device, model_pair, opened_both
+from finetune_trainer.evaluate.page.build import PromptAnswers, ReportData, write_page
 from finetune_trainer.evaluate.ranks import Ranks
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.device import choose_device, choose_precision
@@ -54,8 +54,8 @@ Key = tuple[str, str]
 
 
 @dataclass
-class Asked:
-    """Everything that is put to the models."""
+class EvaluationInputs:
+    """What the models have to answer."""
 
     manifest: PreparedManifest
     rows: dict[str, list[EvaluationRow]]
@@ -66,25 +66,25 @@ class Asked:
 
 
 def run(context: RunContext) -> None:
-    """Measure `export/` against what it started from and say whether it is better."""
+    """Compare `export/` with what it started from and decide whether it is better."""
     spec = context.config.spec
     with Ranks(context.rank, context.world_size) as ranks:
         context.reporter.activity("reading the held-out rows")
         manifest = _manifest(context)
         digest = _digest_of_export(context)
-        source = _source(context, manifest, ranks)
-        asked = _asked(context, manifest)
-        if source.device_map and ranks.rank:
-            asked.own = {name: [] for name in asked.rows}
+        pair = _model_pair(context, manifest, ranks)
+        inputs = _inputs(context, manifest)
+        if pair.device_map and ranks.rank:
+            inputs.own = {name: [] for name in inputs.rows}
         else:
-            alone = Ranks(0, 1) if source.device_map else ranks
-            asked.own = {name: alone.share([_size(row) for row in rows]) for name, rows in asked.rows.items()}
-        answers, prompted = _all_answers(context, source, asked)
+            alone = Ranks(0, 1) if pair.device_map else ranks
+            inputs.own = {name: alone.share([_size(row) for row in rows]) for name, rows in inputs.rows.items()}
+        answers, prompted = _all_answers(context, pair, inputs)
         everyone = ranks.gather(answers)
         if ranks.rank:
             return
-    _decode_documents(source, asked)
-    answered = _put_together(asked, everyone, baseline=spec.evaluation.baseline)
+    _decode_documents(pair, inputs)
+    answered = _put_together(inputs, everyone, baseline=spec.evaluation.baseline)
     context.reporter.activity("comparing")
     _add_baselines(context, answered)
     compared = compare(answered, spec.evaluation.metrics)
@@ -92,7 +92,7 @@ def run(context: RunContext) -> None:
     metrics = [one.result for one in compared]
     gate = decide_gate(spec.evaluation.gate, metrics, baseline=spec.evaluation.baseline)
     results = Results(split=manifest.evaluation_split, metrics=metrics, gate=gate, export_digest=digest)
-    story = Story(
+    data = ReportData(
         context.config,
         manifest,
         results,
@@ -101,15 +101,15 @@ def run(context: RunContext) -> None:
         prompted,
         _reports(context),
         read_metrics(context.metrics_file),
-        _origin(context, manifest, source, digest),
+        _origin(context, manifest, pair, digest),
         datetime.now(UTC),
     )
-    _write(context, story)
-    context.reporter.done(results=results, origin=story.origin)
+    _write(context, data)
+    context.reporter.done(results=results, origin=data.origin)
     log.info("%s", gate.sentence)
 
 
-# -- what is asked ----------------------------------------------------------------------------------------------
+# -- inputs ---------------------------------------------------------------------------------------------------
 
 
 def _manifest(context: RunContext) -> PreparedManifest:
@@ -127,35 +127,35 @@ def _digest_of_export(context: RunContext) -> str:
     if not (context.export / "config.json").exists() and not (context.export / "adapter_config.json").exists():
         raise TrainerError(
             FailureClass.BAD_DATA,
-            f"There is no exported model in {context.export}: the Train stage has to end first.",
+            f"There is no exported model in {context.export}: the Train stage has to finish first.",
             "export",
         )
     return export_digest(context.export) if context.rank == 0 else ""
 
 
-def _source(context: RunContext, manifest: PreparedManifest, ranks: Ranks) -> Source:
+def _model_pair(context: RunContext, manifest: PreparedManifest, ranks: Ranks) -> ModelPair:
     spec = context.config.spec
     device = choose_device(context.local_rank, context.gpus_per_node)
     dtype, choice = choose_precision(spec.training.precision, device)
     context.reporter.choose("evaluation.precision", choice.value, choice.why)
-    asked = spec.tuning.quantization.compute_dtype
-    source = manifest_source(
+    compute = spec.tuning.quantization.compute_dtype
+    pair = model_pair(
         manifest,
         context.export,
         spec.tuning.method,
         dtype,
         device,
-        compute_dtype=dtype if asked == "auto" else getattr(torch, asked),
+        compute_dtype=dtype if compute == "auto" else getattr(torch, compute),
         trust_remote_code=spec.model.trust_remote_code,
     )
-    weights = source.base_directory if source.is_adapter else source.export
+    weights = pair.base_directory if pair.is_adapter else pair.export
     if fits_on_one_device(weights, dtype, device):
-        return source
+        return pair
     context.reporter.choose("evaluation.devices", "spread", "the weights do not fit on one GPU of this node")
-    return replace(source, device_map="auto")
+    return replace(pair, device_map="auto")
 
 
-def _asked(context: RunContext, manifest: PreparedManifest) -> Asked:
+def _inputs(context: RunContext, manifest: PreparedManifest) -> EvaluationInputs:
     spec = context.config.spec
     rows = {}
     for dataset in manifest.datasets:
@@ -164,9 +164,9 @@ def _asked(context: RunContext, manifest: PreparedManifest) -> Asked:
             list(read_evaluation(path)) if path.exists() else [], spec.evaluation.max_rows, spec.split.seed
         )
         if not rows[dataset.name]:
-            context.reporter.warn(f"Dataset {dataset.name} has no held-out rows: nothing is said about it.")
+            context.reporter.warn(f"Dataset {dataset.name} has no held-out rows, so it is not evaluated.")
     few_shot = any(row.few_shot_prompt_ids for of_one in rows.values() for row in of_one[:1])
-    return Asked(manifest, rows, spec.evaluation.prompts, few_shot)
+    return EvaluationInputs(manifest, rows, spec.evaluation.prompts, few_shot)
 
 
 def _drawn(rows: list[EvaluationRow], max_rows: int | None, seed: int) -> list[EvaluationRow]:
@@ -185,57 +185,59 @@ def _size(row: EvaluationRow) -> int:
 
 
 def _all_answers(
-    context: RunContext, source: Source, asked: Asked
-) -> tuple[dict[Key, list[tuple[int, Answer]]], list[Prompted]]:
+    context: RunContext, pair: ModelPair, inputs: EvaluationInputs
+) -> tuple[dict[Key, list[tuple[int, Answer]]], list[PromptAnswers]]:
     """This rank's answers by who and dataset, and the free prompts as answered by both (rank 0)."""
     from transformers import AutoTokenizer
 
     spec = context.config.spec
     answers: dict[Key, list[tuple[int, Answer]]] = {}
     prompted: dict[Variant, list[str]] = {}
-    if source.device_map and context.rank:
+    if pair.device_map and context.rank:
         return answers, []
-    tokenizer = AutoTokenizer.from_pretrained(source.export, trust_remote_code=source.trust_remote_code)
-    progress = _RowProgress(context, asked, variants=(2 if spec.evaluation.baseline else 1) + asked.few_shot)
+    tokenizer = AutoTokenizer.from_pretrained(pair.export, trust_remote_code=pair.trust_remote_code)
+    progress = _RowProgress(context, inputs, variants=(2 if spec.evaluation.baseline else 1) + inputs.few_shot)
     context.reporter.activity("loading the model")
-    for variant, model in opened_both(source, base=spec.evaluation.baseline):
-        settings = _settings(context, variant, model, asked, source)
-        few_shots = (False, True) if variant == "base" and asked.few_shot else (False,)
+    for variant, model in opened_both(pair, base=spec.evaluation.baseline):
+        settings = _settings(context, variant, model, inputs, pair)
+        few_shots = (False, True) if variant == "base" and inputs.few_shot else (False,)
         for few_shot in few_shots:
             who = baselines.FEW_SHOT if few_shot else variant
             context.reporter.activity(f"scoring the {'base model with examples' if few_shot else variant + ' model'}")
-            for name, rows in asked.rows.items():
-                own = asked.own[name]
+            for name, rows in inputs.rows.items():
+                own = inputs.own[name]
                 given = answer_rows(
                     model, tokenizer, [rows[i] for i in own], settings, few_shot=few_shot, done=progress.add
                 )
                 answers[who, name] = list(zip(own, given, strict=True))
-        if context.rank == 0 and asked.prompts:
-            prompted[variant] = _answers_to_prompts(model, tokenizer, asked.prompts, settings)
+        if context.rank == 0 and inputs.prompts:
+            prompted[variant] = _answers_to_prompts(model, tokenizer, inputs.prompts, settings)
     both = zip(
-        asked.prompts, prompted.get("base", [None] * len(asked.prompts)), prompted.get("tuned", []), strict=False
+        inputs.prompts, prompted.get("base", [None] * len(inputs.prompts)), prompted.get("tuned", []), strict=False
     )
-    return answers, [Prompted(prompt, base, tuned) for prompt, base, tuned in both]
+    return answers, [PromptAnswers(prompt, base, tuned) for prompt, base, tuned in both]
 
 
-def _settings(context: RunContext, variant: Variant, model: Any, asked: Asked, source: Source) -> Settings:
-    """How this model is best asked; the faster way of scoring only where it agrees with the plain one."""
-    budget = GPU_BUDGET if source.device.type == "cuda" else CPU_BUDGET
-    settings = Settings(context.config.spec.evaluation.max_new_tokens, budget)
-    rows = [closed(row) for of_one in asked.rows.values() for row in of_one[:1] if row.candidate_ids]
+def _settings(
+    context: RunContext, variant: Variant, model: Any, inputs: EvaluationInputs, pair: ModelPair
+) -> AnswerSettings:
+    """How this model is scored: the faster way only where it agrees with the plain one."""
+    budget = GPU_BUDGET if pair.device.type == "cuda" else CPU_BUDGET
+    settings = AnswerSettings(context.config.spec.evaluation.max_new_tokens, budget)
+    rows = [closed(row) for of_one in inputs.rows.values() for row in of_one[:1] if row.candidate_ids]
     if not rows:
         return settings
     if has_virtual_tokens(model):
-        trees, why = False, "a soft prompt or prefix stands before the input"
+        trees, why = False, "a soft prompt or prefix precedes the input"
     else:
         difference = tree_disagreement(model, rows)
-        trees = difference <= TREE_TOLERANCE[source.dtype]
+        trees = difference <= TREE_TOLERANCE[pair.dtype]
         why = f"differs from one sequence a candidate by {difference:.2g}"
     context.reporter.choose(f"evaluation.scoring.{variant}", "tree" if trees else "one sequence a candidate", why)
-    return Settings(settings.max_new_tokens, budget, trees)
+    return AnswerSettings(settings.max_new_tokens, budget, trees)
 
 
-def _answers_to_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], settings: Settings) -> list[str]:
+def _answers_to_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], settings: AnswerSettings) -> list[str]:
     chat = ChatFormat(tokenizer)
     ids = [chat.prompt([{"role": "user", "content": prompt}])[1] for prompt in prompts]
     return greedy_answers(
@@ -250,10 +252,10 @@ def _answers_to_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], sett
 class _RowProgress:
     """Rows answered so far by all ranks, estimated from this one's."""
 
-    def __init__(self, context: RunContext, asked: Asked, variants: int) -> None:
+    def __init__(self, context: RunContext, inputs: EvaluationInputs, variants: int) -> None:
         self._context = context
-        self._total = variants * sum(len(rows) for rows in asked.rows.values())
-        own = variants * sum(len(rows) for rows in asked.own.values())
+        self._total = variants * sum(len(rows) for rows in inputs.rows.values())
+        own = variants * sum(len(rows) for rows in inputs.own.values())
         self._rows_per_own_row = self._total / own if own else 1.0
         self._done = 0
         self._start = time.monotonic()
@@ -270,20 +272,20 @@ class _RowProgress:
 # -- results ----------------------------------------------------------------------------------------------------
 
 
-def _decode_documents(source: Source, asked: Asked) -> None:
+def _decode_documents(pair: ModelPair, inputs: EvaluationInputs) -> None:
     """Give rows that came as tokens their text, for those who read the results."""
     from transformers import AutoTokenizer
 
-    if not any(row.ids for rows in asked.rows.values() for row in rows[:1]):
+    if not any(row.ids for rows in inputs.rows.values() for row in rows[:1]):
         return
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.export, trust_remote_code=source.trust_remote_code)
-    for name, rows in asked.rows.items():
-        asked.rows[name] = [replace(row, text=tokenizer.decode(row.ids)) if row.ids else row for row in rows]
+    tokenizer: Any = AutoTokenizer.from_pretrained(pair.export, trust_remote_code=pair.trust_remote_code)
+    for name, rows in inputs.rows.items():
+        inputs.rows[name] = [replace(row, text=tokenizer.decode(row.ids)) if row.ids else row for row in rows]
 
 
 def _put_together(
-    asked: Asked, everyone: Sequence[dict[Key, list[tuple[int, Answer]]]], *, baseline: bool
-) -> list[Answered]:
+    inputs: EvaluationInputs, everyone: Sequence[dict[Key, list[tuple[int, Answer]]]], *, baseline: bool
+) -> list[DatasetAnswers]:
     whole: dict[Key, dict[int, Answer]] = {}
     for answers in everyone:
         for key, pairs in answers.items():
@@ -291,16 +293,16 @@ def _put_together(
 
     def of(who: str, name: str) -> list[Answer]:
         found = whole[who, name]
-        return [found[i] for i in range(len(asked.rows[name]))]
+        return [found[i] for i in range(len(inputs.rows[name]))]
 
     answered = []
-    for dataset in asked.manifest.datasets:
-        rows = asked.rows[dataset.name]
+    for dataset in inputs.manifest.datasets:
+        rows = inputs.rows[dataset.name]
         if not rows:
             continue
         few_shot = baseline and any(row.few_shot_prompt_ids for row in rows)
         answered.append(
-            Answered(
+            DatasetAnswers(
                 dataset.name,
                 dataset.task,
                 rows,
@@ -319,7 +321,7 @@ def _put_together(
     return answered
 
 
-def _add_baselines(context: RunContext, answered: Sequence[Answered]) -> None:
+def _add_baselines(context: RunContext, answered: Sequence[DatasetAnswers]) -> None:
     for dataset in answered:
         path = context.prepared / "baseline" / f"{dataset.name}.jsonl"
         if dataset.task.traits.has_labels and path.exists():
@@ -329,12 +331,14 @@ def _add_baselines(context: RunContext, answered: Sequence[Answered]) -> None:
 def _warn_of_metrics_without_effect(context: RunContext, manifest: PreparedManifest) -> None:
     tasks = {dataset.task for dataset in manifest.datasets}
     measured = {name for task in tasks for name in task.traits.metrics}
-    for asked in context.config.spec.evaluation.metrics:
-        names, scorings = EXTRA[asked]
+    for metric in context.config.spec.evaluation.metrics:
+        names, scorings = EXTRA[metric]
         of_tasks = {task for task in Task if task.traits.scoring in scorings}
         if not tasks & of_tasks and not set(names) & measured:
-            wanted = ", ".join(sorted(of_tasks))
-            context.reporter.warn(f"evaluation.metrics: {asked} is measured on {wanted}; this job has no such dataset.")
+            tasks_of_metric = ", ".join(sorted(of_tasks))
+            context.reporter.warn(
+                f"evaluation.metrics: {metric} applies only to {tasks_of_metric}; this job has no such dataset."
+            )
 
 
 def _reports(context: RunContext) -> list[tuple[int, Report]]:
@@ -343,23 +347,23 @@ def _reports(context: RunContext) -> list[tuple[int, Report]]:
     return [*earlier, (context.attempt.number, context.reporter.report)]
 
 
-def _write(context: RunContext, story: Story) -> None:
+def _write(context: RunContext, data: ReportData) -> None:
     context.evaluation.mkdir(parents=True, exist_ok=True)
-    write_json(context.evaluation / "details.json", _details(story.compared))
+    write_json(context.evaluation / "details.json", _details(data.compared))
     aside = context.evaluation / ".predictions.jsonl"
     with aside.open("w", encoding="utf-8") as file:
-        for dataset in story.answered:
+        for dataset in data.answered:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(dataset))
     aside.replace(context.evaluation / "predictions.jsonl")
-    write_page(context.evaluation / "report.html", story)
-    licence = base_license(Path(story.manifest.model.directory))
-    card = model_card(CardFacts(context.config, story.manifest, story.results, story.origin, context.export, licence))
+    write_page(context.evaluation / "report.html", data)
+    licence = base_license(Path(data.manifest.model.directory))
+    card = model_card(CardFacts(context.config, data.manifest, data.results, data.origin, context.export, licence))
     (context.evaluation / "model-card.md").write_text(card, encoding="utf-8")
     # Last: whoever finds the results finds everything else.
-    write_json(context.evaluation / "results.json", story.results.to_wire())
+    write_json(context.evaluation / "results.json", data.results.to_wire())
 
 
-def _details(compared: Sequence[Compared]) -> dict[str, Any]:
+def _details(compared: Sequence[MetricComparison]) -> dict[str, Any]:
     lines = [
         {
             "dataset": one.result.dataset,
@@ -367,26 +371,26 @@ def _details(compared: Sequence[Compared]) -> dict[str, Any]:
             "rows": one.result.rows,
             "primary": one.result.primary,
             "values": {who: value.to_wire() for who, value in one.values.items()},
-            "tunedMinus": {who: value.to_wire() for who, value in one.lead.items()},
+            "tunedMinus": {who: value.to_wire() for who, value in one.advantage.items()},
         }
         for one in compared
     ]
     return {"intervals": STATEMENT, "metrics": lines}
 
 
-def _predictions(dataset: Answered) -> list[dict[str, Any]]:
+def _predictions(dataset: DatasetAnswers) -> list[dict[str, Any]]:
     lines = []
     for index, row in enumerate(dataset.rows):
         base = dataset.base[index] if dataset.base is not None else None
         line: dict[str, Any] = {"id": row.id, "dataset": dataset.name, "prompt": row.prompt or row.text}
         line["gold"] = row.candidates[row.gold or 0] if row.candidates else (row.answers or None)
-        line["base"], line["tuned"] = _spoken(base), _spoken(dataset.tuned[index])
-        line |= {name: _spoken(answers[index]) for name, answers in dataset.baselines.items()}
+        line["base"], line["tuned"] = _format_answer(base), _format_answer(dataset.tuned[index])
+        line |= {name: _format_answer(answers[index]) for name, answers in dataset.baselines.items()}
         lines.append(line)
     return lines
 
 
-def _spoken(answer: Answer | None) -> dict[str, Any] | str | None:
+def _format_answer(answer: Answer | None) -> dict[str, Any] | str | None:
     if answer is None:
         return None
     if answer.scores:
@@ -396,16 +400,16 @@ def _spoken(answer: Answer | None) -> dict[str, Any] | str | None:
     return answer.text
 
 
-def _origin(context: RunContext, manifest: PreparedManifest, source: Source, digest: str) -> dict[str, Any]:
+def _origin(context: RunContext, manifest: PreparedManifest, pair: ModelPair, digest: str) -> dict[str, Any]:
     model = manifest.model
     return {
         "model": f"{model.source}@{model.commit}" if model.commit else f"{model.source} sha256:{model.digest}",
         "datasets": {dataset.name: dataset.source for dataset in manifest.datasets},
         "prepared": manifest.digest,
         "export": digest,
-        "precision": str(source.dtype).removeprefix("torch."),
-        "quantized": source.is_adapter and source.method.traits.four_bit,
-        "device": torch.cuda.get_device_name() if source.device.type == "cuda" else "cpu",
+        "precision": str(pair.dtype).removeprefix("torch."),
+        "quantized": pair.is_adapter and pair.method.traits.four_bit,
+        "device": torch.cuda.get_device_name() if pair.device.type == "cuda" else "cpu",
         "ranks": context.world_size,
         "intervals": STATEMENT,
         "seed": context.config.spec.training.seed,

@@ -44,7 +44,7 @@ def find_columns(
             usual = ", ".join(USUAL_COLUMNS[role][:4])
             raise TrainerError(
                 FailureClass.BAD_DATA,
-                f"{where} has no column for {role} under a usual name ({usual}, …): set columns.{role} "
+                f"{where} has no column with a usual name for {role} ({usual}, …): set columns.{role} "
                 f"to one of its columns: {', '.join(present)}.",
                 f"{field}.columns.{role}",
             )

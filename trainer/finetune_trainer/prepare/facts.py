@@ -1,4 +1,4 @@
-"""What Prepare found, as the report and the manifest say it."""
+"""What the report and the manifest say of the prepared data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from finetune_api.report import DatasetFacts, LengthFacts
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, Span
-from finetune_trainer.prepare.mixture import UNSEEN_HALF, Division
-from finetune_trainer.prepare.rendering import Written
+from finetune_trainer.prepare.mixture import UNSEEN_HALF, SplitAssignment
+from finetune_trainer.prepare.rendering import RowCounts
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.versions import versions
 
@@ -19,30 +19,30 @@ FACTS = ("model", "lengths", "datasets", "origin", "choices", "warnings")
 """Fields of the report that Prepare fills."""
 
 
-def prepared_dataset(division: Division, written: Written) -> PreparedDataset:
+def prepared_dataset(assignment: SplitAssignment, written: RowCounts) -> PreparedDataset:
     """The manifest's line of one dataset."""
-    spec = division.reading.spec
+    spec = assignment.reader.spec
     return PreparedDataset(
-        index=division.reading.index,
+        index=assignment.reader.index,
         name=spec.name,
-        task=division.reading.task,
-        labels=list(division.labels),
-        source=division.reading.source.origin,
+        task=assignment.reader.task,
+        labels=list(assignment.labels),
+        source=assignment.reader.source.origin,
         train=written.train,
         validation=written.validation,
         test=written.scored,
-        evaluation_split=division.evaluation,
+        evaluation_split=assignment.evaluation,
         weight=spec.weight,
         loss_weight=spec.loss_weight,
     )
 
 
-def evaluation_split(divisions: list[Division]) -> str:
+def evaluation_split(assignments: list[SplitAssignment]) -> str:
     """Which rows are scored, with the datasets' names where they differ."""
-    kinds = {division.evaluation for division in divisions}
+    kinds = {assignment.evaluation for assignment in assignments}
     if len(kinds) == 1:
         return kinds.pop()
-    return ", ".join(f"{division.evaluation} ({division.reading.name})" for division in divisions)
+    return ", ".join(f"{assignment.evaluation} ({assignment.reader.name})" for assignment in assignments)
 
 
 def span(store: DocumentStore) -> Span:
@@ -51,57 +51,59 @@ def span(store: DocumentStore) -> Span:
     return Span(documents=len(store), tokens=len(store.ids), labelled=len(store.target_id), longest=longest)
 
 
-def say(reporter: Reporter, divisions: list[Division], manifest: PreparedManifest, *, selects: bool) -> None:
-    """Warnings and choices that follow from the division. selects: training picks a checkpoint by validation."""
-    for division in divisions:
-        for sentence in division.warnings:
+def report_split(
+    reporter: Reporter, assignments: list[SplitAssignment], manifest: PreparedManifest, *, selects_checkpoint: bool
+) -> None:
+    """Warnings and choices that follow from the split. selects_checkpoint: by validation."""
+    for assignment in assignments:
+        for sentence in assignment.warnings:
             reporter.warn(f"{sentence}.")
-        foreign = sum(scan.foreign for scan in division.scans.values())
+        foreign = sum(scan.foreign for scan in assignment.scans.values())
         if foreign:
+            reporter.warn(f"{foreign:,} rows of {assignment.reader.name} are not valid UTF-8; decoded as Windows-1252.")
+        if assignment.evaluation == "none":
             reporter.warn(
-                f"{foreign} rows of {division.reading.name} are not UTF-8: their odd bytes were read as Windows-1252."
-            )
-        if division.evaluation == "none":
-            reporter.warn(
-                f"Nothing of {division.reading.name} is held out, so nothing can be measured on it: "
+                f"No rows of {assignment.reader.name} are held out, so it cannot be evaluated: "
                 "set split.validation, split.test or datasets[].splits."
             )
-    if UNSEEN_HALF in {division.evaluation for division in divisions}:
+    if UNSEEN_HALF in {assignment.evaluation for assignment in assignments}:
         reporter.choose(
             "evaluationSplit",
             manifest.evaluation_split,
-            "a checkpoint is chosen on the validation rows (keepBest or earlyStopping), so half of them is kept unseen",
+            "a checkpoint is selected on the validation rows (keepBest or earlyStopping): half of them stay unseen",
         )
-    if not manifest.validation.documents and selects:
-        reporter.warn("There are no validation rows: the last checkpoint is exported, not the best one.")
+    if not manifest.validation.documents and selects_checkpoint:
+        reporter.warn("There are no validation rows, so the last checkpoint is exported instead of the best one.")
 
 
-def dataset_facts(division: Division, written: Written, most: int) -> DatasetFacts:
+def dataset_facts(assignment: SplitAssignment, written: RowCounts, most: int) -> DatasetFacts:
     """The report's line of one dataset. most: tokens of a document at most."""
-    scans = division.scans.values()
+    scans = assignment.scans.values()
     bad = sum(scan.bad.count for scan in scans) + written.bad.count
     first = [line for scan in scans for line in scan.bad.first] + written.bad.first
-    left_out = division.count("left out") + division.count("excluded")
+    left_out = assignment.count("left out") + assignment.count("excluded")
     filtered = sum(scan.filtered for scan in scans)
+    drawn, evaluation = assignment.scored is not None, assignment.evaluation
+    split = evaluation if evaluation == UNSEEN_HALF else f"{evaluation} split"
     notes = [
-        *division.reading.source.notes,
-        *([f"the filter left out {filtered} rows"] if filtered else []),
-        *([f"maxRows left out {left_out} rows"] if left_out else []),
-        *([f"{bad} rows cannot be used: {'; '.join(first[:3])}{'; …' if bad > 3 else ''}"] if bad else []),
-        *([f"evaluation.maxRows draws {written.scored} rows"] if division.scored is not None else []),
-        *([f"measured on the {division.evaluation}"] if division.evaluation != "none" else []),
-        *division.notes,
+        *assignment.reader.source.notes,
+        *([f"{filtered:,} rows removed by the filter"] if filtered else []),
+        *([f"{left_out:,} rows not drawn (maxRows)"] if left_out else []),
+        *([f"{bad:,} unusable rows: {'; '.join(first[:3])}{'; …' if bad > 3 else ''}"] if bad else []),
+        *([f"{written.scored:,} rows drawn for evaluation (evaluation.maxRows)"] if drawn else []),
+        *([f"evaluated on the {split}"] if evaluation != "none" else []),
+        *assignment.notes,
         *written.notes(most),
     ]
     return DatasetFacts(
-        name=division.reading.name,
-        source=division.reading.source.origin,
+        name=assignment.reader.name,
+        source=assignment.reader.source.origin,
         rows=sum(len(scan) for scan in scans) - written.bad.count,
         bad_rows=bad,
         train=written.train,
         validation=written.validation,
         test=written.scored,
-        labels=len(division.labels) or None,
+        labels=len(assignment.labels) or None,
         notes=notes,
     )
 

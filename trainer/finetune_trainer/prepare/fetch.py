@@ -7,7 +7,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
 from finetune_trainer.prepare.hub import Hub
 from finetune_trainer.prepare.readme import Head
-from finetune_trainer.prepare.scan import Reading, open_reading
+from finetune_trainer.prepare.scan import DatasetReader, open_reader
 from finetune_trainer.prepare.sources import DatasetSource, choose_files, open_path, open_source
 
 CONVERTED_REVISION = "refs/convert/parquet"
@@ -23,9 +23,9 @@ def hub_of(context: RunContext) -> Hub:
     return Hub(context.token("hub"), context.cache / "hub", progress)
 
 
-def open_datasets(context: RunContext, spec: FineTuneJobSpec, hub: Hub) -> list[Reading]:
+def open_datasets(context: RunContext, spec: FineTuneJobSpec, hub: Hub) -> list[DatasetReader]:
     """Every dataset on this machine, its columns found. Raises TrainerError as the parts do."""
-    readings = []
+    dataset_readers = []
     for index, dataset in enumerate(spec.datasets):
         field = f"datasets[{index}]"
         if dataset.path is not None:
@@ -33,8 +33,8 @@ def open_datasets(context: RunContext, spec: FineTuneJobSpec, hub: Hub) -> list[
             source = open_path(path, dataset.path, dataset.config, field)
         else:
             source = _open_repo(hub, str(dataset.repo), dataset.revision, dataset.config, field)
-        readings.append(open_reading(dataset, index, source))
-    return readings
+        dataset_readers.append(open_reader(dataset, index, source))
+    return dataset_readers
 
 
 def _open_repo(hub: Hub, repo: str, revision: str, config: str | None, field: str) -> DatasetSource:
@@ -46,7 +46,7 @@ def _open_repo(hub: Hub, repo: str, revision: str, config: str | None, field: st
         # The rows are where the script would fetch them; the Hub's own conversion holds them as files.
         resolved = hub.resolve(repo, CONVERTED_REVISION, "dataset", field)
         names = [file.name for file in resolved.files]
-        notes = (f"read from {CONVERTED_REVISION}, for the repository itself has a loading script",)
+        notes = (f"read from the Hub's Parquet files ({CONVERTED_REVISION}), as the repository has a loading script",)
     head = Head()
     if "README.md" in names:
         readme = hub.download(resolved, ["README.md"], field) / "README.md"

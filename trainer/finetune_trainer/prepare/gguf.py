@@ -13,7 +13,7 @@ from finetune_trainer.startup import restore_package
 log = logging.getLogger(__name__)
 
 DTYPE = "bfloat16"
-WHY_BFLOAT16 = "such models are published in it, and its rounding is finer than that of the quantised blocks"
+WHY_BFLOAT16 = "the usual precision of such models, and finer than their quantised blocks"
 
 
 def converted_directory(path: Path, models: Path) -> Path:

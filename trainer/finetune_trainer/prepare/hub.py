@@ -29,7 +29,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.hub_answers import first_line, root_of, status_of
+from finetune_trainer.hub_errors import first_line, root_of, status_of
 
 Kind = Literal["model", "dataset"]
 
@@ -138,10 +138,10 @@ def explain(error: BaseException, repo: str, revision: str, kind: Kind, field: s
             f"{field}.revision",
         )
     if isinstance(root, HFValidationError):
-        return TrainerError(FailureClass.BAD_SPEC, f"{repo!r} is no repository name: {root}", f"{field}.repo")
+        return TrainerError(FailureClass.BAD_SPEC, f"{repo!r} is not a valid repository name: {root}", f"{field}.repo")
     if isinstance(root, EntryNotFoundError) and not isinstance(root, LocalEntryNotFoundError):
         return TrainerError(
-            FailureClass.BAD_DATA, f"The {kind} {repo} has lost a file: {first_line(root)}", f"{field}.repo"
+            FailureClass.BAD_DATA, f"A file of the {kind} {repo} is missing: {first_line(root)}", f"{field}.repo"
         )
     if status is not None and status not in TRANSIENT_STATUS and status < 500:
         return TrainerError(
@@ -152,7 +152,7 @@ def explain(error: BaseException, repo: str, revision: str, kind: Kind, field: s
         answer = "HF_HUB_OFFLINE is set"
     return TrainerError(
         FailureClass.HUB_UNAVAILABLE,
-        f"The Hub did not give {repo} ({answer}). It is tried again; on a machine without the Hub use path.",
+        f"The Hub did not deliver {repo} ({answer}). Without access to the Hub, use path instead of repo.",
         f"{field}.repo",
     )
 
@@ -166,21 +166,21 @@ def _no_access(
         if not signed_in:
             return (
                 f"The {kind} {repo} is gated and no token was given: accept its terms at {page}, "
-                "then name a read token in credentials.hub (locally: HF_TOKEN)."
+                "then set a read token in credentials.hub (locally: HF_TOKEN)."
             )
         return f"The {kind} {repo} is gated: accept its terms at {page} with the account of the token, then run again."
     if status == 401 and signed_in and not isinstance(error, RepositoryNotFoundError):
-        return f"The Hub does not know the token given for {repo}: make one at {constants.ENDPOINT}/settings/tokens."
+        return f"The Hub rejected the token for {repo}: create one at {constants.ENDPOINT}/settings/tokens."
     if isinstance(error, RepositoryNotFoundError):
         who = (
-            "the token's account may not see it"
+            "the token's account has no access to it"
             if signed_in
-            else "it is private (then name a token in credentials.hub, locally HF_TOKEN)"
+            else "it is private (then set credentials.hub; locally: HF_TOKEN)"
         )
         return f"There is no {kind} {repo} on the Hub, or {who}: check the name at {page}."
     if status in (401, 403):
-        what = "The token that was given may not read" if signed_in else "A token is needed to read"
-        return f"{what} {repo}: name a read token in credentials.hub (locally: HF_TOKEN) and see {page}."
+        what = "The token has no read access to" if signed_in else "A token is needed to read"
+        return f"{what} {repo}: set a read token in credentials.hub (locally: HF_TOKEN) and see {page}."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Who learns, who is held out, over all datasets of the job: the sides of every row, and what is to be said of them."""
+"""Which rows are trained on and which are held out, over all datasets of the job, with notes and warnings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from finetune_api.spec import Split
 from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.near_duplicates import METHOD, joined, keep_together
-from finetune_trainer.prepare.scan import Reading, Scan
-from finetune_trainer.prepare.split import Side, assign, draw
+from finetune_trainer.prepare.scan import DatasetReader, Scan
+from finetune_trainer.prepare.split import SplitName, assign, draw
 
 EvaluationSplit = Literal["test", "validation", "unseen half of validation", "none"]
 UNSEEN_HALF: EvaluationSplit = "unseen half of validation"
@@ -23,16 +23,16 @@ Value = TypeVar("Value")
 
 
 @dataclass
-class Division:
+class SplitAssignment:
     """The sides of the rows of one dataset.
 
     `sides[split][i]` is the side of the i-th usable row of that split: train, validation (during training), test
     (what Evaluate scores) or left out. Where evaluation is on `validation`, rows of that side are scored too.
     """
 
-    reading: Reading
+    reader: DatasetReader
     scans: dict[str, Scan]
-    sides: dict[str, list[Side]]
+    sides: dict[str, list[SplitName]]
     evaluation: EvaluationSplit
     labels: tuple[str, ...]
     notes: list[str] = field(default_factory=list)
@@ -40,68 +40,72 @@ class Division:
     scored: set[tuple[str, int]] | None = None
     """(split, row number) of the rows that Evaluate scores, where `evaluation.maxRows` draws some; else all."""
 
-    def count(self, side: Side) -> int:
+    def count(self, side: SplitName) -> int:
         """Rows on that side."""
         return sum(sides.count(side) for sides in self.sides.values())
 
     @property
-    def scored_side(self) -> Side:
+    def scored_side(self) -> SplitName:
         """The side that Evaluate scores."""
         return "validation" if self.evaluation == "validation" else "test"
 
 
-def divide(
-    readings: Sequence[tuple[Reading, dict[str, Scan]]], split: Split, *, selects: bool, max_rows: int | None
-) -> list[Division]:
-    """The division of every dataset. selects: training picks a checkpoint by validation; max_rows: scored at most.
+def assign_splits(
+    dataset_readers: Sequence[tuple[DatasetReader, dict[str, Scan]]],
+    split: Split,
+    *,
+    selects_checkpoint: bool,
+    max_rows: int | None,
+) -> list[SplitAssignment]:
+    """The splits of every dataset. selects_checkpoint: by validation; max_rows: rows to score at most.
 
     Raises TrainerError (bad-data): a held-out label that never occurs in training, nothing left to train on.
     """
-    divisions = []
-    for reading, scans in readings:
-        division = _divide(reading, scans, split, selects)
-        _check_labels(division)
-        if not division.count("train"):
-            raise TrainerError(FailureClass.BAD_DATA, f"Nothing of {reading.name} is left to train on.", reading.field)
+    assignments = []
+    for reader, scans in dataset_readers:
+        assignment = _assign(reader, scans, split, selects_checkpoint)
+        _check_labels(assignment)
+        if not assignment.count("train"):
+            raise TrainerError(FailureClass.BAD_DATA, f"No rows of {reader.name} are left for training.", reader.field)
         if max_rows is not None:
-            division.scored = _draw_scored(division, max_rows)
-        divisions.append(division)
-    _say_contamination(divisions)
-    return divisions
+            assignment.scored = _draw_scored(assignment, max_rows)
+        assignments.append(assignment)
+    _note_contamination(assignments)
+    return assignments
 
 
-def _divide(reading: Reading, scans: dict[str, Scan], split: Split, selects: bool) -> Division:
-    spec, own = reading.spec, reading.spec.splits
+def _assign(reader: DatasetReader, scans: dict[str, Scan], split: Split, selects_checkpoint: bool) -> SplitAssignment:
+    spec, own = reader.spec, reader.spec.splits
     train = scans[own.train]
     strata = train.labels if split.stratify else [""] * len(train)
     chosen: Sequence[int] = range(len(train))
     if spec.max_rows is not None:
         chosen = [i for i, taken in enumerate(draw(train.ranks, strata, spec.max_rows)) if taken]
     together, large = _together(train, chosen)
-    shares: dict[Side, float] = {}
+    shares: dict[SplitName, float] = {}
     if own.test is None and split.test > 0:
         shares["test"] = split.test
     if own.validation is None and split.validation > 0:
         shares["validation"] = split.validation
-    sides: list[Side] = ["left out"] * len(train)
+    sides: list[SplitName] = ["left out"] * len(train)
     assigned = assign(_of(train.ranks, chosen), _of(strata, chosen), together, shares)
     for i, side in zip(chosen, assigned, strict=True):
         sides[i] = side
-    division = Division(reading, scans, {own.train: sides}, "none", ())
-    if reading.task.traits.has_labels:
+    assignment = SplitAssignment(reader, scans, {own.train: sides}, "none", ())
+    if reader.task.traits.has_labels:
         trained = {label for label, side in zip(train.labels, sides, strict=True) if side == "train"}
-        division.labels = tuple(sorted(trained))
+        assignment.labels = tuple(sorted(trained))
     if own.validation is not None:
-        division.sides[own.validation] = ["validation"] * len(scans[own.validation])
+        assignment.sides[own.validation] = ["validation"] * len(scans[own.validation])
     if own.test is not None:
-        division.sides[own.test] = ["test"] * len(scans[own.test])
-    division.evaluation = _evaluation_split(division, selects)
-    if division.evaluation == UNSEEN_HALF:
+        assignment.sides[own.test] = ["test"] * len(scans[own.test])
+    assignment.evaluation = _evaluation_split(assignment, selects_checkpoint)
+    if assignment.evaluation == UNSEEN_HALF:
         where = own.validation or own.train
-        _halve(division.sides[where], scans[where], split)
-    _exclude_held_out(division)
-    _say_duplicates(division, train, large, bool(shares))
-    return division
+        _halve(assignment.sides[where], scans[where], split)
+    _exclude_held_out(assignment)
+    _note_duplicates(assignment, train, large, bool(shares))
+    return assignment
 
 
 def _of(values: Sequence[Value], chosen: Sequence[int]) -> Sequence[Value]:
@@ -115,15 +119,15 @@ def _together(scan: Scan, chosen: Sequence[int]) -> tuple[npt.NDArray[np.int64],
     return (joined(together, _of(scan.groups, chosen)) if scan.groups else together), large
 
 
-def _evaluation_split(division: Division, selects: bool) -> EvaluationSplit:
-    if division.count("test"):
+def _evaluation_split(assignment: SplitAssignment, selects_checkpoint: bool) -> EvaluationSplit:
+    if assignment.count("test"):
         return "test"
-    if not division.count("validation"):
+    if not assignment.count("validation"):
         return "none"
-    return UNSEEN_HALF if selects else "validation"
+    return UNSEEN_HALF if selects_checkpoint else "validation"
 
 
-def _halve(sides: list[Side], scan: Scan, split: Split) -> None:
+def _halve(sides: list[SplitName], scan: Scan, split: Split) -> None:
     """Move half of the validation rows to `test`: a checkpoint chosen on rows is no longer measured by them."""
     held = [i for i, side in enumerate(sides) if side == "validation"]
     strata = [scan.labels[i] if split.stratify else "" for i in held]
@@ -133,88 +137,88 @@ def _halve(sides: list[Side], scan: Scan, split: Split) -> None:
         sides[i] = "test" if side == "test" else "validation"
 
 
-def _exclude_held_out(division: Division) -> None:
+def _exclude_held_out(assignment: SplitAssignment) -> None:
     """Keep rows that `maxRows` left out from a baseline where they repeat a held-out row."""
     held = {
-        int(division.scans[split].cluster[i])
-        for split, sides in division.sides.items()
+        int(assignment.scans[split].cluster[i])
+        for split, sides in assignment.sides.items()
         for i, side in enumerate(sides)
         if side in ("validation", "test")
     }
-    train = division.reading.spec.splits.train
-    own, sides = division.scans[train].cluster, division.sides[train]
+    train = assignment.reader.spec.splits.train
+    own, sides = assignment.scans[train].cluster, assignment.sides[train]
     for i, side in enumerate(sides):
         if side == "left out" and int(own[i]) in held:
             sides[i] = "excluded"
 
 
-def _check_labels(division: Division) -> None:
-    if not division.reading.task.traits.has_labels:
+def _check_labels(assignment: SplitAssignment) -> None:
+    if not assignment.reader.task.traits.has_labels:
         return
-    name, known = division.reading.name, set(division.labels)
-    for split, sides in division.sides.items():
-        scan = division.scans[split]
+    name, known = assignment.reader.name, set(assignment.labels)
+    for split, sides in assignment.sides.items():
+        scan = assignment.scans[split]
         for row, label, side in zip(scan.rows, scan.labels, sides, strict=True):
             if side in ("validation", "test") and label not in known:
-                lost = " maxRows may have drawn none: raise it." if division.reading.spec.max_rows else ""
+                lost = " maxRows may have drawn none of its rows: raise it." if assignment.reader.spec.max_rows else ""
                 raise TrainerError(
                     FailureClass.BAD_DATA,
                     f"Label {label!r} of {name} ({split}, row {row}) is held out but never occurs in training."
                     f"{near_match(label, list(known))}{lost}",
-                    f"{division.reading.field}.columns.label",
+                    f"{assignment.reader.field}.columns.label",
                 )
     if len(known) < 2:
         raise TrainerError(
             FailureClass.BAD_DATA,
-            f"{name} has one label only ({next(iter(known), '')!r}): there is nothing to tell apart.",
-            f"{division.reading.field}.columns.label",
+            f"{name} has only one label ({next(iter(known), '')!r}), so there is nothing to classify.",
+            f"{assignment.reader.field}.columns.label",
         )
 
 
-def _draw_scored(division: Division, max_rows: int) -> set[tuple[str, int]]:
+def _draw_scored(assignment: SplitAssignment, max_rows: int) -> set[tuple[str, int]]:
     held = [
         (scan.ranks[i], scan.labels[i], (split, scan.rows[i]))
-        for split, sides in division.sides.items()
-        for scan in [division.scans[split]]
+        for split, sides in assignment.sides.items()
+        for scan in [assignment.scans[split]]
         for i, side in enumerate(sides)
-        if side == division.scored_side
+        if side == assignment.scored_side
     ]
     drawn = draw([rank for rank, _, _ in held], [label for _, label, _ in held], max_rows)
     return {key for (_, _, key), taken in zip(held, drawn, strict=True) if taken}
 
 
-def _say_duplicates(division: Division, train: Scan, large: list[int], cut: bool) -> None:
+def _note_duplicates(assignment: SplitAssignment, train: Scan, large: list[int], cut: bool) -> None:
     duplicates = len(train) - len(np.unique(train.cluster))
     if duplicates:
         kept = ", kept on one side of the split" if cut else ""
-        division.notes.append(f"{duplicates} rows are near-duplicates of others{kept} ({METHOD})")
+        assignment.notes.append(f"{duplicates:,} rows are near-duplicates of others{kept} ({METHOD})")
     if large:
-        division.warnings.append(
-            f"{division.reading.name}: {len(large)} clusters of near-duplicates have more than 1% of the rows (the "
-            f"largest {large[0]}) and were divided like other rows; held-out scores may be too good"
+        assignment.warnings.append(
+            f"{assignment.reader.name}: {len(large)} clusters of near-duplicates have more than 1% of the rows (the "
+            f"largest {large[0]:,}) and were split like other rows, so held-out scores may be too high"
         )
 
 
-def _say_contamination(divisions: Sequence[Division]) -> None:
-    """Held-out rows that occur, nearly word for word, among the training rows of any dataset of the job."""
+def _note_contamination(assignments: Sequence[SplitAssignment]) -> None:
+    """Held-out rows that occur, nearly word for word, in the training rows of any dataset of the job."""
 
-    def of(division: Division, *wanted: Side) -> npt.NDArray[np.int64]:
+    def of(assignment: SplitAssignment, *wanted: SplitName) -> npt.NDArray[np.int64]:
         parts = [
-            division.scans[split].cluster[np.fromiter((side in wanted for side in sides), bool, len(sides))]
-            for split, sides in division.sides.items()
+            assignment.scans[split].cluster[np.fromiter((side in wanted for side in sides), bool, len(sides))]
+            for split, sides in assignment.sides.items()
         ]
         return np.concatenate(parts)
 
-    trained = [(division.reading.name, of(division, "train")) for division in divisions]
-    for division in divisions:
-        held, met = of(division, "validation", "test"), False
+    trained = [(assignment.reader.name, of(assignment, "train")) for assignment in assignments]
+    for assignment in assignments:
+        held, met = of(assignment, "validation", "test"), False
         for name, train in trained:
             count = int(np.isin(held, train).sum())
             if count:
                 met = True
-                division.warnings.append(
-                    f"{count} of {len(held)} held-out rows of {division.reading.name} occur, nearly word for word, "
-                    f"among the training rows of {name}"
+                assignment.warnings.append(
+                    f"{count:,} of {len(held):,} held-out rows of {assignment.reader.name} occur, nearly word for "
+                    f"word, in the training rows of {name}"
                 )
         if not met:
-            division.notes.append("no held-out row occurs among the training rows of any dataset")
+            assignment.notes.append("no held-out row occurs in the training rows of any dataset")

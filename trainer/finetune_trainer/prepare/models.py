@@ -91,11 +91,11 @@ def model_files(names: Sequence[str], model: Model, *, weights: bool = True) -> 
     where = model.repo or model.path
     field = "model.repo" if model.repo else "model.path"
     if "config.json" not in names:
-        raise TrainerError(FailureClass.BAD_SPEC, f"{where} holds no model: it has no config.json.", field)
+        raise TrainerError(FailureClass.BAD_SPEC, f"{where} is not a model: it has no config.json.", field)
     if not any(fnmatch(name, pattern) for name in names for pattern in WEIGHT_FILES[:2]):
         pickles = any(fnmatch(name, pattern) for name in names for pattern in PICKLES)
         why = (
-            "Its weights are pickles, which can run code when they are read: convert them to safetensors."
+            "Its weights are pickle files, which can run code when loaded: convert them to safetensors."
             if pickles
             else "It has no weights in safetensors."
         )
@@ -120,13 +120,13 @@ def fetch_adapter(model: Model, hub: Hub, resolve: Any) -> tuple[Path, str] | No
         origin, field = str(source.path), "model.adapter.path"
     if missing:
         raise TrainerError(
-            FailureClass.BAD_SPEC, f"{source.repo or source.path} holds no adapter: {missing[0]} is missing.", field
+            FailureClass.BAD_SPEC, f"{source.repo or source.path} is not an adapter: {missing[0]} is missing.", field
         )
     kind = _kind_of_adapter(directory)
     if kind != "LORA":
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"{source.repo or source.path} is a {kind} adapter: only LoRA can be continued.",
+            f"{source.repo or source.path} is a {kind} adapter; only LoRA adapters can be trained further.",
             field,
         )
     if source.repo is None:
@@ -164,8 +164,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"The model is already quantised ({method or 'unknown'!s}): it cannot be tuned further. "
-            "Name the unquantised model; with tuning.method qlora it is quantised here.",
+            f"The model is already quantised ({method or 'unknown'!s}) and cannot be tuned. "
+            "Use the unquantised model; tuning.method: qlora quantises it.",
             "model",
         )
     names = getattr(config, "architectures", None) or []
@@ -173,7 +173,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     if not known and not trust_remote_code:
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"{', '.join(names) or config.model_type} is no causal language model, and only those are trained here.",
+            f"{', '.join(names) or config.model_type} is not a causal language model; only those can be tuned.",
             "model",
         )
     return config

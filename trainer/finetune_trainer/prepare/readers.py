@@ -50,7 +50,7 @@ def read_rows(path: Path) -> Iterator[RowOrReason]:
     name = format_of(path.name)
     if name is None:
         known = ", ".join(suffix.removeprefix(".") for suffix in READERS)
-        raise UnreadableFileError(f"{path.name} has no format that is known here ({known})")
+        raise UnreadableFileError(f"{path.name} is not in a supported format ({known})")
     try:
         yield from READERS[name](path)
     except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
@@ -134,15 +134,15 @@ def _open_text(path: Path) -> TextIOWrapper:
 def _read_csv(path: Path, delimiter: str | None = None) -> Iterator[RowOrReason]:
     with _open_text(path) as file:
         first = file.readline()
-    found = delimiter or max(DELIMITERS, key=first.count)
+    delimiter = delimiter or max(DELIMITERS, key=first.count)
     with _open_text(path) as file:
-        lines = csv.reader(file, delimiter=found, strict=False)
+        lines = csv.reader(file, delimiter=delimiter, strict=False)
         header = [name.strip() for name in next(lines, [])]
         for fields in lines:
             if not fields:
                 continue
             if len(fields) != len(header):
-                yield f"{len(fields)} fields where the header has {len(header)}"
+                yield f"{len(fields)} fields, but the header has {len(header)}"
             else:
                 yield dict(zip(header, fields, strict=True))
 

@@ -10,22 +10,22 @@ from finetune_trainer.data.documents import DocumentBatch
 from finetune_trainer.data.evaluation_rows import BaselineRow, json_line
 from finetune_trainer.data.examples import BadRowError, Example
 from finetune_trainer.data.render import FewShot, Rendered, Rendering, render_evaluation, render_training
-from finetune_trainer.prepare.scan import BadRows, Reading
+from finetune_trainer.prepare.scan import BadRows, DatasetReader
 from finetune_trainer.prepare.sources import SourceRow, SplitSource
-from finetune_trainer.prepare.split import Side
+from finetune_trainer.prepare.split import SplitName
 
 
-class Order(NamedTuple):
-    """One row and what is wanted of it."""
+class RowRequest(NamedTuple):
+    """One row and what to render of it."""
 
     row: SourceRow
-    side: Side
+    side: SplitName
     scored: bool
     """Whether Evaluate scores it."""
 
 
 @dataclass
-class Written:
+class RowCounts:
     """What became of rows of one dataset."""
 
     train: int = 0
@@ -37,7 +37,7 @@ class Written:
     dropped_turns: int = 0
     bad: BadRows = field(default_factory=BadRows)
 
-    def add(self, later: Written) -> None:
+    def add(self, later: RowCounts) -> None:
         """Count the rows that follow."""
         self.train += later.train
         self.validation += later.validation
@@ -53,11 +53,11 @@ class Written:
         notes = []
         if self.cut_rows:
             mean = self.cut_tokens // self.cut_rows
-            notes.append(f"{self.cut_rows} texts were cut at their end to fit {most} tokens, by {mean} on average")
+            notes.append(f"{self.cut_rows:,} texts truncated to fit {most:,} tokens, by {mean:,} tokens on average")
         if self.shortened_chats:
             notes.append(
-                f"{self.shortened_chats} chats lost their oldest messages ({self.dropped_turns} in all) "
-                f"to fit {most} tokens"
+                f"{self.shortened_chats:,} chats lost their oldest messages ({self.dropped_turns:,} in total) "
+                f"to fit {most:,} tokens"
             )
         return notes
 
@@ -67,7 +67,7 @@ class Outcome:
     """What became of some rows, each part in their order."""
 
     rows: int
-    written: Written = field(default_factory=Written)
+    written: RowCounts = field(default_factory=RowCounts)
     train: DocumentBatch = field(default_factory=DocumentBatch)
     validation: DocumentBatch = field(default_factory=DocumentBatch)
     scored: str = ""
@@ -75,7 +75,7 @@ class Outcome:
     baseline: str = ""
     """Lines of `baseline/<dataset>.jsonl`."""
 
-    def add_documents(self, rendered: Rendered, row: int, side: Side) -> None:
+    def add_documents(self, rendered: Rendered, row: int, side: SplitName) -> None:
         """Append the documents of a row."""
         store = self.train if side == "train" else self.validation
         for document in rendered.documents:
@@ -93,28 +93,28 @@ class Outcome:
 class Renderer:
     """How the rows of one split are rendered. Pure: the same in every process."""
 
-    reading: Reading
+    reader: DatasetReader
     split: SplitSource
-    how: Rendering
+    rendering: Rendering
     answer_tokens: int
     shots: FewShot | None
 
-    def __call__(self, orders: Sequence[Order]) -> Outcome:
+    def __call__(self, orders: Sequence[RowRequest]) -> Outcome:
         """Render these rows."""
         outcome, scored, baseline = Outcome(len(orders)), list[str](), list[str]()
         for order in orders:
             try:
-                example = self.reading.example(order.row, self.split)
+                example = self.reader.example(order.row, self.split)
                 if example is None:
                     continue
                 lines = self._scored(example) if order.scored else []
                 if order.side in ("train", "validation"):
-                    outcome.add_documents(render_training(self.how, example), example.row, order.side)
+                    outcome.add_documents(render_training(self.rendering, example), example.row, order.side)
             except BadRowError as error:
                 outcome.written.bad.add(order.row.place, str(error))
                 continue
             scored += lines
-            if self.how.task.traits.has_labels and order.side in ("train", "left out"):
+            if self.rendering.task.traits.has_labels and order.side in ("train", "left out"):
                 baseline.append(json_line(BaselineRow(example.text, example.answer, used=order.side == "train")))
         outcome.written.scored = len(scored)
         outcome.scored, outcome.baseline = "".join(scored), "".join(baseline)
@@ -122,6 +122,6 @@ class Renderer:
 
     def _scored(self, example: Example) -> list[str]:
         rows = render_evaluation(
-            self.how, example, self.reading.name, answer_tokens=self.answer_tokens, few_shot=self.shots
+            self.rendering, example, self.reader.name, answer_tokens=self.answer_tokens, few_shot=self.shots
         )
         return [json_line(row) for row in rows]

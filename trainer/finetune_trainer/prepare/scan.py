@@ -1,4 +1,4 @@
-"""First look at a dataset: which rows can be used, and of each only what the split needs to know.
+"""First pass over a dataset: which rows can be used, and of each only what the split needs to know.
 
 What is kept of a row is a few numbers, so memory grows with the count of rows and not with their text.
 """
@@ -56,23 +56,23 @@ class BadRows:
         total = usable + self.count
         if not self.count or (usable and self.count <= MAX_BAD_SHARE * total):
             return
-        share = "none" if not usable else f"only {usable} of {total}"
+        share = f"None of the {total:,}" if not usable else f"Only {usable:,} of {total:,}"
         raise TrainerError(
             FailureClass.BAD_DATA,
-            f"Of the rows of {name} {share} can be used; up to {MAX_BAD_SHARE:.0%} may be unusable. "
+            f"{share} rows of {name} can be used; at most {MAX_BAD_SHARE:.0%} may be unusable. "
             f"{'; '.join(self.first)}{'; …' if self.count > len(self.first) else '.'}",
             field,
         )
 
 
 @dataclass
-class Reading:
+class DatasetReader:
     """How rows of one dataset become examples: the spec with the columns found."""
 
     spec: Dataset
     index: int
     task: Task
-    found: Mapping[str, str | tuple[str, ...]]
+    columns: Mapping[str, str | tuple[str, ...]]
     source: DatasetSource
 
     @property
@@ -106,7 +106,7 @@ class Reading:
                 return None
         except TemplateRowError as error:
             raise BadRowError(str(error)) from error
-        return read_example(self.task, row.number, row.fields, self.found, split.class_names)
+        return read_example(self.task, row.number, row.fields, self.columns, split.class_names)
 
     def examples(self, split: SplitSource, only: Container[int]) -> Iterator[Example]:
         """The examples of the rows with these numbers, of those that can be used."""
@@ -143,14 +143,16 @@ class Scan:
         return len(self.rows)
 
 
-def open_reading(spec: Dataset, index: int, source: DatasetSource) -> Reading:
+def open_reader(spec: Dataset, index: int, source: DatasetSource) -> DatasetReader:
     """Check splits, columns, templates and filter of a dataset against what is there.
 
     Raises TrainerError (bad-spec, bad-data) naming the field.
     """
     field = f"datasets[{index}]"
     if spec.task is None:
-        raise TrainerError(FailureClass.BAD_SPEC, f"Say the task of {spec.name}.", f"{field}.task")
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"Set the task of {spec.name} to one of {', '.join(Task)}.", f"{field}.task"
+        )
     for role, wanted in spec.splits.model_dump().items():
         if wanted is not None and wanted not in source.splits:
             raise TrainerError(
@@ -161,7 +163,7 @@ def open_reading(spec: Dataset, index: int, source: DatasetSource) -> Reading:
             )
     present = source.splits[spec.splits.train].columns
     if not present:
-        raise TrainerError(FailureClass.BAD_DATA, f"{spec.name} holds no rows ({source.origin}).", field)
+        raise TrainerError(FailureClass.BAD_DATA, f"{spec.name} has no rows ({source.origin}).", field)
     found = find_columns(
         spec.task, spec.columns, present, templated=spec.template is not None, where=spec.name, field=field
     )
@@ -173,7 +175,7 @@ def open_reading(spec: Dataset, index: int, source: DatasetSource) -> Reading:
             f"Its columns: {', '.join(present)}.",
             f"{field}.groupBy",
         )
-    return Reading(spec, index, spec.task, found, source)
+    return DatasetReader(spec, index, spec.task, found, source)
 
 
 def _check_templates(spec: Dataset, task: Task, present: tuple[str, ...], field: str) -> None:
@@ -192,40 +194,40 @@ def _check_templates(spec: Dataset, task: Task, present: tuple[str, ...], field:
 
 
 @dataclass
-class Look:
-    """The first look at rows of one split. Pure: the same in every process."""
+class RowScanner:
+    """The first pass over rows of one split. Pure: the same in every process."""
 
-    reading: Reading
+    reader: DatasetReader
     split: SplitSource
 
-    def __call__(self, rows: Sequence[SourceRow]) -> Seen:
+    def __call__(self, rows: Sequence[SourceRow]) -> ScanChunk:
         """What is kept of these rows."""
-        seen, texts = Seen(), list[str]()
-        classified, group_by = self.reading.task.traits.has_labels, self.reading.spec.group_by
+        chunk, texts = ScanChunk(), list[str]()
+        classified, group_by = self.reader.task.traits.has_labels, self.reader.spec.group_by
         for row in rows:
-            seen.foreign += row.foreign_bytes
+            chunk.foreign += row.foreign_bytes
             try:
-                example = self.reading.example(row, self.split)
+                example = self.reader.example(row, self.split)
             except BadRowError as error:
-                seen.bad.add(row.place, str(error))
+                chunk.bad.add(row.place, str(error))
                 continue
             if example is None:
-                seen.filtered += 1
+                chunk.filtered += 1
                 continue
-            seen.rows.append(example.row)
-            seen.contents.append(content_key(0, f"{example.text}\0{example.answer}"))
+            chunk.rows.append(example.row)
+            chunk.contents.append(content_key(0, f"{example.text}\0{example.answer}"))
             # Interned: every row has read a text of its own.
-            seen.labels.append(sys.intern(example.answer) if classified else "")
+            chunk.labels.append(sys.intern(example.answer) if classified else "")
             if group_by is not None:
-                seen.groups.append(content_key(0, repr(example.variables.get(group_by))))
-            seen.unanswerable |= self.reading.task.traits.may_be_unanswerable and example.answers == [UNANSWERABLE]
+                chunk.groups.append(content_key(0, repr(example.variables.get(group_by))))
+            chunk.unanswerable |= self.reader.task.traits.may_be_unanswerable and example.answers == [UNANSWERABLE]
             texts.append(example.text)
-        seen.signatures = signatures(texts)
-        return seen
+        chunk.signatures = signatures(texts)
+        return chunk
 
 
 @dataclass
-class Seen:
+class ScanChunk:
     """What is kept of some rows."""
 
     rows: array[int] = field(default_factory=lambda: array("q"))
@@ -239,8 +241,8 @@ class Seen:
     foreign: int = 0
     unanswerable: bool = False
 
-    def add(self, later: Seen) -> None:
-        """Append what was seen of the rows that follow; their signatures are not kept."""
+    def add(self, later: ScanChunk) -> None:
+        """Append what is kept of the rows that follow, but for their signatures."""
         self.rows += later.rows
         self.contents += later.contents
         self.groups += later.groups
@@ -252,7 +254,7 @@ class Seen:
 
 
 def scan(
-    reading: Reading,
+    reader: DatasetReader,
     split: str,
     seed: int,
     near: SignatureFile,
@@ -263,40 +265,48 @@ def scan(
 
     Raises TrainerError (bad-data) where too few rows can be used.
     """
-    source, seen = reading.source.splits[split], Seen()
-    for found in workers.carry_out(Look(reading, source), reading.rows(source)):
-        near.append(found.signatures)
-        seen.add(found)
-        tick(len(found.rows))
-    seen.bad.check(len(seen.rows), reading.name, reading.field)
-    if not seen.rows:
-        why = f": the filter leaves none of {seen.filtered}" if seen.filtered else ""
+    source, kept = reader.source.splits[split], ScanChunk()
+    for part in workers.carry_out(RowScanner(reader, source), reader.rows(source)):
+        near.append(part.signatures)
+        kept.add(part)
+        tick(len(part.rows))
+    kept.bad.check(len(kept.rows), reader.name, reader.field)
+    if not kept.rows:
+        why = f": the filter removes all {kept.filtered:,}" if kept.filtered else ""
         raise TrainerError(
             FailureClass.BAD_DATA,
-            f"{reading.name} holds no rows{why} ({split}, {reading.source.origin}).",
-            reading.field,
+            f"{reader.name} has no rows{why} ({split}, {reader.source.origin}).",
+            reader.field,
         )
-    ranks = _ranks(seen.contents, seed)
+    ranks = _ranks(kept.contents, seed)
     return Scan(
-        source, seen.rows, ranks, seen.labels, seen.groups, seen.bad, seen.filtered, seen.foreign, seen.unanswerable
+        source,
+        kept.rows,
+        ranks,
+        kept.labels,
+        kept.groups,
+        kept.bad,
+        kept.filtered,
+        kept.foreign,
+        kept.unanswerable,
     )
 
 
 def scan_all(
-    readings: Sequence[Reading],
+    dataset_readers: Sequence[DatasetReader],
     seed: int,
     workers: Workers,
     tick: Callable[[int], None] = lambda rows: None,
     directory: Path | None = None,
-) -> list[tuple[Reading, dict[str, Scan]]]:
-    """The first look at every split that is used, with near-duplicates over all of them.
+) -> list[tuple[DatasetReader, dict[str, Scan]]]:
+    """The first pass over every split that is used, with near-duplicates over all of them.
 
     directory: where 256 bytes a row lie until this is done; the system's place for such files where left out.
     """
     with SignatureFile(directory) as near:
         found = [
-            (reading, {split: scan(reading, split, seed, near, workers, tick) for split in used_splits(reading)})
-            for reading in readings
+            (reader, {split: scan(reader, split, seed, near, workers, tick) for split in used_splits(reader)})
+            for reader in dataset_readers
         ]
         clusters = near.clusters()
     begin = 0
@@ -307,9 +317,9 @@ def scan_all(
     return found
 
 
-def used_splits(reading: Reading) -> list[str]:
+def used_splits(reader: DatasetReader) -> list[str]:
     """Names of the dataset's own splits that the job uses, train first."""
-    own = reading.spec.splits
+    own = reader.spec.splits
     return list(dict.fromkeys(filter(None, (own.train, own.validation, own.test))))
 
 

@@ -96,7 +96,7 @@ def choose_files(names: Sequence[str], head: Head, config: str | None, field: st
         inside = [name for name in data if config in Path(name).parts[:-1]]
         if not inside:
             folders = sorted({part for name in data for part in Path(name).parts[:-1]})
-            known = f" It has {', '.join(folders)}." if folders else " It has no configurations."
+            known = f" Available: {', '.join(folders)}." if folders else " It has no configurations."
             raise TrainerError(
                 FailureClass.BAD_SPEC, f"The dataset has no configuration {config!r}.{known}", f"{field}.config"
             )
@@ -104,7 +104,7 @@ def choose_files(names: Sequence[str], head: Head, config: str | None, field: st
     if not data:
         raise TrainerError(
             FailureClass.BAD_DATA,
-            "The dataset holds no file that can be read here (csv, tsv, jsonl, json, parquet, arrow, txt).",
+            "The dataset has no files in a supported format (csv, tsv, jsonl, json, parquet, arrow, txt).",
             field,
         )
     return _by_names(data), config or "default"
@@ -117,7 +117,7 @@ def _choose_config(configs: Sequence[Config], wanted: str | None, field: str) ->
             raise TrainerError(
                 FailureClass.BAD_SPEC,
                 f"The dataset has no configuration {wanted!r}.{near_match(wanted, by_name)} "
-                f"It has {', '.join(sorted(by_name))}.",
+                f"Available: {', '.join(sorted(by_name))}.",
                 f"{field}.config",
             )
         return by_name[wanted]
@@ -126,7 +126,7 @@ def _choose_config(configs: Sequence[Config], wanted: str | None, field: str) ->
         return defaults[0] if defaults else by_name.get("default", next(iter(by_name.values())))
     raise TrainerError(
         FailureClass.BAD_SPEC,
-        f"The dataset has several configurations ({', '.join(sorted(by_name))}): name one.",
+        f"The dataset has several configurations ({', '.join(sorted(by_name))}): set config to one of them.",
         f"{field}.config",
     )
 
@@ -189,7 +189,7 @@ def open_path(path: Path, given: str, config: str | None, field: str) -> Dataset
         if format_of(path.name) is None:
             known = ", ".join(suffix.removeprefix(".") for suffix in readers.READERS)
             raise TrainerError(
-                FailureClass.BAD_SPEC, f"{given} is of no format that can be read here ({known}).", f"{field}.path"
+                FailureClass.BAD_SPEC, f"{given} is not in a supported format ({known}).", f"{field}.path"
             )
         files, root, names = {"train": [path.name]}, path.parent, {}
     else:
@@ -216,7 +216,7 @@ def _source_row(number: int, file: str, in_file: int, row: Row | str) -> SourceR
     texts = [text for text in readers.texts_in(row) if not text.isascii()]
     half = next(filter(None, map(readers.half_character, texts)), None)
     if half:
-        problem = f"a text holds half of a character, {half} without its other half"
+        problem = f"a text contains half of a surrogate pair, {half}"
         return SourceRow(number, file, in_file, None, problem)
     foreign = any(map(readers.has_foreign_bytes, texts))
     return SourceRow(number, file, in_file, readers.decoded(row) if foreign else row, "", foreign)

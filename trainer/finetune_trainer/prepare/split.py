@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Side = Literal["train", "validation", "test", "left out", "excluded"]
+SplitName = Literal["train", "validation", "test", "left out", "excluded"]
 """`left out`: not drawn by maxRows, free for a baseline; `excluded`: the same, but too like a held-out row."""
 
 
@@ -81,8 +81,8 @@ def assign(
     ranks: Sequence[int],
     strata: Sequence[Hashable],
     together: npt.NDArray[np.int64],
-    shares: dict[Side, float],
-) -> list[Side]:
+    shares: dict[SplitName, float],
+) -> list[SplitName]:
     """The side of each row; what no share asks for is `train`.
 
     ranks: a row's `content_key`; strata: what is kept in proportion (the label; a constant for none); together:
@@ -94,7 +94,7 @@ def assign(
     wanted = {side: Counter(quotas(dict(sizes), share)) for side, share in shares.items()}
     _leave_one_to_train(wanted, sizes)
     remaining = Counter(sizes)
-    sides: list[Side] = ["train"] * len(ranks)
+    sides: list[SplitName] = ["train"] * len(ranks)
     for unit in units_of(ranks, strata, together):
         if all(lacking.total() <= 0 for lacking in wanted.values()):
             break  # nothing is asked for any more
@@ -108,7 +108,7 @@ def assign(
     return sides
 
 
-def _side_of(unit: Unit, wanted: dict[Side, Counter[Hashable]], remaining: Counter[Hashable]) -> Side:
+def _side_of(unit: Unit, wanted: dict[SplitName, Counter[Hashable]], remaining: Counter[Hashable]) -> SplitName:
     size = len(unit.rows)
     if any(remaining[stratum] - count < 1 for stratum, count in unit.strata.items()):
         return "train"
@@ -124,7 +124,7 @@ def _side_of(unit: Unit, wanted: dict[Side, Counter[Hashable]], remaining: Count
     )
 
 
-def _leave_one_to_train(wanted: dict[Side, Counter[Hashable]], sizes: Counter[Hashable]) -> None:
+def _leave_one_to_train(wanted: dict[SplitName, Counter[Hashable]], sizes: Counter[Hashable]) -> None:
     for stratum, size in sizes.items():
         for held in wanted.values():
             excess = sum(other[stratum] for other in wanted.values()) - (size - 1)

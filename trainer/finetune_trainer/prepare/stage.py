@@ -29,12 +29,12 @@ from finetune_trainer.prepare.facts import (
     length_facts,
     origin_of,
     prepared_dataset,
-    say,
+    report_split,
     span,
 )
 from finetune_trainer.prepare.fetch import hub_of, open_datasets
 from finetune_trainer.prepare.hub import Hub
-from finetune_trainer.prepare.mixture import Division, divide
+from finetune_trainer.prepare.mixture import SplitAssignment, assign_splits
 from finetune_trainer.prepare.models import (
     LocalModel,
     describe,
@@ -44,7 +44,7 @@ from finetune_trainer.prepare.models import (
     model_digest,
     nf4_copy,
 )
-from finetune_trainer.prepare.rendering import Written
+from finetune_trainer.prepare.rendering import RowCounts
 from finetune_trainer.prepare.scan import scan_all
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat
 from finetune_trainer.prepare.workers import Workers
@@ -79,7 +79,7 @@ def config_digest(config: RunConfig) -> str:
         "datasets": [dataset.to_wire() for dataset in spec.datasets],
         "split": spec.split.to_wire(),
         "tuning": [spec.tuning.method, spec.tuning.quantization.to_wire(), spec.tuning.virtual_tokens],
-        "training": [training.max_sequence_length, selects(spec)],
+        "training": [training.max_sequence_length, selects_checkpoint(spec)],
         "evaluation": [evaluation.few_shot, evaluation.max_rows, evaluation.max_new_tokens],
         "paths": [config.paths.source, config.paths.cache],
     }
@@ -113,7 +113,7 @@ def _prepare(context: RunContext, digest: str, aside: Path) -> None:
     spec = resolve(context.config.spec)
     context.reporter.activity("checking model and datasets")
     light = fetch_light(context, spec, hub)
-    readings = open_datasets(context, spec, hub)
+    dataset_readers = open_datasets(context, spec, hub)
     adapter = fetch_adapter(spec.model, hub, context.resolve_source)
     tokenizer, chat = open_chat(context, spec, light)
     tokenizer.save_pretrained(aside / "tokenizer")
@@ -121,11 +121,13 @@ def _prepare(context: RunContext, digest: str, aside: Path) -> None:
     most = document_limit(context, spec, config)
 
     with Workers() as workers:
-        context.reporter.activity("dividing the rows")
-        scans = scan_all(readings, spec.split.seed, workers, _ticker(context, 0), aside)
-        divisions = divide(scans, spec.split, selects=selects(spec), max_rows=spec.evaluation.max_rows)
+        context.reporter.activity("splitting the rows")
+        scans = scan_all(dataset_readers, spec.split.seed, workers, _ticker(context, 0), aside)
+        assignments = assign_splits(
+            scans, spec.split, selects_checkpoint=selects_checkpoint(spec), max_rows=spec.evaluation.max_rows
+        )
         context.reporter.activity("rendering and tokenising")
-        written = _write_all(context, spec, divisions, chat, most, aside, workers)
+        written = _write_all(context, spec, assignments, chat, most, aside, workers)
 
     context.reporter.activity("fetching the model")
     pinned = spec.model.model_copy(update={"revision": light.commit or spec.model.revision})
@@ -136,18 +138,18 @@ def _prepare(context: RunContext, digest: str, aside: Path) -> None:
         model=_prepared_model(context, spec, local, adapter),
         pad_token_id=int(tokenizer.pad_token_id),
         end_token_ids=chat.end_token_ids,
-        datasets=[prepared_dataset(d, w) for d, w in zip(divisions, written, strict=True)],
+        datasets=[prepared_dataset(d, w) for d, w in zip(assignments, written, strict=True)],
         train=span(train),
         validation=span(validation),
-        evaluation_split=evaluation_split(divisions),
+        evaluation_split=evaluation_split(assignments),
         digest=directory_digest(aside),
     )
-    say(context.reporter, divisions, manifest, selects=selects(spec))
+    report_split(context.reporter, assignments, manifest, selects_checkpoint=selects_checkpoint(spec))
     told = context.reporter.report.model_copy(
         update={
             "model": describe(config, local.directory),
             "lengths": length_facts(train, manifest.datasets),
-            "datasets": [dataset_facts(d, w, most) for d, w in zip(divisions, written, strict=True)],
+            "datasets": [dataset_facts(d, w, most) for d, w in zip(assignments, written, strict=True)],
             "origin": origin_of(manifest, spec.training.seed),
         }
     ).to_wire()
@@ -165,7 +167,7 @@ def fetch_light(context: RunContext, spec: FineTuneJobSpec, hub: Hub) -> LocalMo
     return fetch_model(spec.model, hub, context.resolve_source, context.cache)
 
 
-def selects(spec: FineTuneJobSpec) -> bool:
+def selects_checkpoint(spec: FineTuneJobSpec) -> bool:
     """Whether training chooses by validation, so that those rows can no longer measure."""
     return spec.training.keep_best or spec.training.early_stopping is not None
 
@@ -184,19 +186,19 @@ def _ticker(context: RunContext, total: int) -> Callable[[int], None]:
 def _write_all(
     context: RunContext,
     spec: FineTuneJobSpec,
-    divisions: list[Division],
+    assignments: list[SplitAssignment],
     chat: ChatFormat,
     most: int,
     aside: Path,
     workers: Workers,
-) -> list[Written]:
-    total = sum(len(sides) for division in divisions for sides in division.sides.values())
+) -> list[RowCounts]:
+    total = sum(len(sides) for assignment in assignments for sides in assignment.sides.values())
     tick = _ticker(context, total)
     with DocumentWriter(aside / "train") as train, DocumentWriter(aside / "validation") as validation:
         return [
             DatasetWriter(
-                division,
-                rendering_of(division, chat, most),
+                assignment,
+                rendering_of(assignment, chat, most),
                 train,
                 validation,
                 aside,
@@ -205,7 +207,7 @@ def _write_all(
                 workers=workers,
                 tick=tick,
             ).write()
-            for division in divisions
+            for assignment in assignments
         ]
 
 

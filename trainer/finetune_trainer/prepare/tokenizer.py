@@ -22,12 +22,12 @@ def open_chat(context: RunContext, spec: FineTuneJobSpec, local: LocalModel) -> 
     tokenizer = load_tokenizer(local.directory, trust_remote_code=spec.model.trust_remote_code)
     if spec.model.chat_template is not None:
         tokenizer.chat_template = spec.model.chat_template
-        context.reporter.choose("chatTemplate", "model.chatTemplate", "given in the spec")
+        context.reporter.choose("chatTemplate", "model.chatTemplate", "set in the spec")
     elif with_plain_template(tokenizer):
-        context.reporter.choose("chatTemplate", "plain", "the tokenizer has none")
+        context.reporter.choose("chatTemplate", "plain", "the tokenizer has no chat template")
         context.reporter.warn(
-            "The tokenizer has no chat template: a plain one is used (`User:`, `Assistant:`) and exported with the "
-            "model. Give model.chatTemplate to use another."
+            "The tokenizer has no chat template, so a plain one (`User:`, `Assistant:`) is used and exported with the "
+            "model. Set model.chatTemplate to use another."
         )
     try:
         chat = ChatFormat(tokenizer)
@@ -38,7 +38,7 @@ def open_chat(context: RunContext, spec: FineTuneJobSpec, local: LocalModel) -> 
     if pad is None:
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            "The tokenizer has no token that could pad: all it has end answers. Set pad_token in its "
+            "The tokenizer has no token to pad with: all of its special tokens end answers. Set pad_token in its "
             "tokenizer_config.json to a token that no text uses.",
             "model",
         )
@@ -49,12 +49,12 @@ def open_chat(context: RunContext, spec: FineTuneJobSpec, local: LocalModel) -> 
     if not chat.keeps_history:
         context.reporter.choose(
             "chatDocuments",
-            "one a turn",
-            "the chat template renders earlier turns otherwise in longer chats, so each answer is learnt on its own",
+            "one per turn",
+            "the chat template rewrites earlier turns, so each answer is an example of its own",
         )
     if not chat.end_text:
         context.reporter.warn(
-            "The chat template writes no token after an answer: the tokenizer's end token is put there, "
+            "The chat template writes no token after an answer. The tokenizer's end token is appended, "
             "so that the model learns to stop."
         )
     if local.converted:
@@ -83,6 +83,6 @@ def document_limit(context: RunContext, spec: FineTuneJobSpec, config: Any) -> i
     room = longest - spec.tuning.virtual_tokens if longest else asked
     if asked > room:
         context.reporter.warn(
-            f"training.maxSequenceLength {asked} is more than the model's context has room for: {room} is used."
+            f"training.maxSequenceLength {asked:,} does not fit into the model's context; {room:,} is used."
         )
     return min(asked, room)

@@ -20,12 +20,12 @@ def refuse_other_content(directory: Path, files: Files | None = None) -> None:
         return
     if not directory.is_dir():
         raise TrainerError(
-            FailureClass.BAD_SPEC, f"{directory} is a file: publish.path names a directory.", "publish.path"
+            FailureClass.BAD_SPEC, f"{directory} is a file: set publish.path to a directory.", "publish.path"
         )
     if any(directory.iterdir()) and not (files is not None and holds(directory, files)):
         raise TrainerError(
             FailureClass.BAD_SPEC,
-            f"{directory} holds something else, and nothing is overwritten: empty it or name another directory.",
+            f"{directory} contains other files, which are not overwritten: empty it or choose another directory.",
             "publish.path",
         )
 

@@ -30,7 +30,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.hub_answers import first_line, root_of, status_of
+from finetune_trainer.hub_errors import first_line, root_of, status_of
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Target:
         if token is None:
             raise TrainerError(
                 FailureClass.NO_ACCESS,
-                f"Publishing to {repo} needs a write token: make one at {constants.ENDPOINT}/settings/tokens and name "
+                f"Publishing to {repo} needs a write token: create one at {constants.ENDPOINT}/settings/tokens and set "
                 "it in credentials.publish (locally: HF_PUBLISH_TOKEN).",
                 "credentials.publish",
             )
@@ -119,7 +119,7 @@ class Target:
         orgs = {org["name"] for org in account.get("orgs", [])}
         if namespace != account["name"] and namespace not in orgs:
             raise self._no_access(
-                f"There is no repository {self.repo}, and the account {account['name']} cannot make one in "
+                f"There is no repository {self.repo}, and the account {account['name']} cannot create one in "
                 f"{namespace}: use a name under {account['name']}, or ask to join {constants.ENDPOINT}/{namespace}."
             )
         token = account.get("auth", {}).get("accessToken", {})
@@ -129,7 +129,7 @@ class Target:
         )
         if token.get("role") == "read" or (token.get("role") == "fineGrained" and not may):
             raise self._no_access(
-                f"The token may not write to {namespace}: make one with the right to write at "
+                f"The token has no write access to {namespace}: create one with write access at "
                 f"{constants.ENDPOINT}/settings/tokens."
             )
 
@@ -151,7 +151,7 @@ class Target:
             self._api.create_repo(self.repo, private=self.private, exist_ok=True)
             info = self._info()
             if info is None:
-                raise self._no_access(f"The repository {self.repo} could not be made with this token.")
+                raise self._no_access(f"The repository {self.repo} could not be created with this token.")
         self._check_privacy(info)
         operations: list[Any] = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=c) for n, c in files.items()]
         present = [sibling.rfilename for sibling in info.siblings or []]
@@ -168,7 +168,7 @@ class Target:
             if held.get(name) not in (digest(content, "sha256"), digest(content, "git")):
                 raise TrainerError(
                     FailureClass.HUB_UNAVAILABLE,
-                    f"{name} on {self.repo} at {commit} is not what was uploaded.",
+                    f"{name} on {self.repo} at {commit} differs from what was uploaded.",
                     "publish",
                 )
 
@@ -184,7 +184,7 @@ class Target:
                 if number == TRIES or not _may_pass(root):
                     raise
                 pause = _pause(root, number)
-                log.warning("the Hub answered %s; trying again in %.0f s", _answer(root), pause)
+                log.warning("the Hub answered %s; retrying in %.0f s", _answer(root), pause)
                 time.sleep(pause)
         raise AssertionError("the loop returns or raises")
 
@@ -207,21 +207,23 @@ class Target:
         if status == 401 and not isinstance(error, RepositoryNotFoundError):
             return TrainerError(
                 FailureClass.NO_ACCESS,
-                f"The Hub does not know the token for {self.repo}: make one with the right to write at "
+                f"The Hub rejected the token for {self.repo}: create one with write access at "
                 f"{constants.ENDPOINT}/settings/tokens.",
                 "credentials.publish",
             )
         if status == 403 or isinstance(error, RepositoryNotFoundError):
             return self._no_access(
-                f"The token may not write to {self.repo}: give it the right to write at "
+                f"The token has no write access to {self.repo}: give it write access at "
                 f"{constants.ENDPOINT}/settings/tokens, or ask the owner for access at {page}."
             )
         if isinstance(error, HFValidationError):
-            return TrainerError(FailureClass.BAD_SPEC, f"{self.repo!r} is no repository name: {error}", "publish.repo")
+            return TrainerError(
+                FailureClass.BAD_SPEC, f"{self.repo!r} is not a valid repository name: {error}", "publish.repo"
+            )
         if _may_pass(error) or isinstance(error, OfflineModeIsEnabled):
             return TrainerError(
                 FailureClass.HUB_UNAVAILABLE,
-                f"The Hub did not take {self.repo} ({_answer(error)} after {TRIES} tries). The model is safe in the "
+                f"The upload to {self.repo} failed ({_answer(error)} after {TRIES} tries). The model is kept in the "
                 "run directory and is uploaded when this stage runs again.",
                 "publish.repo",
             )

@@ -46,7 +46,7 @@ def run(context: RunContext) -> None:
     """Publish what was evaluated, if it passed the gate."""
     publish = context.config.spec.publish
     if publish is None:
-        raise TrainerError(FailureClass.BAD_SPEC, "The job names nothing to publish to: set spec.publish.", "publish")
+        raise TrainerError(FailureClass.BAD_SPEC, "The job has no publish target: set spec.publish.", "publish")
     context.reporter.activity("checking what was evaluated")
     results = read_results(context)
     refuse_unless_better(context, results)
@@ -91,7 +91,7 @@ def files_to_publish(context: RunContext, results: Results) -> dict[str, Path | 
     if found != results.export_digest:
         raise TrainerError(
             FailureClass.BAD_DATA,
-            f"export/ (digest {found[:12]}…) is not what was evaluated ({results.export_digest[:12]}…): "
+            f"export/ (digest {found[:12]}…) differs from what was evaluated ({results.export_digest[:12]}…): "
             "run the Evaluate stage again. Nothing was published.",
             "export",
         )
@@ -100,7 +100,7 @@ def files_to_publish(context: RunContext, results: Results) -> dict[str, Path | 
     if pickles:
         raise TrainerError(
             FailureClass.BAD_DATA,
-            f"export/{pickles[0]} is a pickle, which can run code: it is not published.",
+            f"export/{pickles[0]} is a pickle file, which can run code when loaded; it is not published.",
             "export",
         )
     card = model_card(card_facts(context, results))

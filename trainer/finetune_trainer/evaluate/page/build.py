@@ -27,9 +27,17 @@ from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest
 from finetune_trainer.evaluate.baselines import WORDS
 from finetune_trainer.evaluate.bootstrap import STATEMENT
-from finetune_trainer.evaluate.compare import Answered, Change, Compared, LabelLine, changes, confusion, label_table
+from finetune_trainer.evaluate.compare import (
+    DatasetAnswers,
+    LabelLine,
+    MetricComparison,
+    ScoreChange,
+    confusion,
+    label_table,
+    score_changes,
+)
 from finetune_trainer.evaluate.gate import MACRO
-from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER
+from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER, PERCENT
 from finetune_trainer.evaluate.page.charts import Level, Series, heatmap, level_chart, line_chart, minus
 from finetune_trainer.reports import newest_done
 
@@ -38,8 +46,6 @@ EXAMPLES_SHOWN = 8
 CONFUSIONS_SHOWN = 12
 MOST_LABELS_IN_A_MATRIX = 100
 LONGEST_TEXT = 700
-PERCENT = frozenset({"accuracy", "macro-f1", "f1", "exact-match", "rouge-l", "rouge-1", "rouge-2"})
-"""Metrics between 0 and 1, shown as percentages."""
 
 BADGES: dict[str, tuple[str, str]] = {
     "improved": ("good", "Better than the base model"),
@@ -47,12 +53,12 @@ BADGES: dict[str, tuple[str, str]] = {
     "worse": ("bad", "Worse than the base model"),
     "below-minimum": ("bad", "Below the minimum"),
     "undecided": ("wait", "Undecided: too few rows"),
-    "not-asked": ("wait", "Measured, not judged"),
+    "not-asked": ("wait", "Evaluated, no improvement required"),
 }
 
 
 @dataclass(frozen=True)
-class Prompted:
+class PromptAnswers:
     """A free prompt with the answers of both models."""
 
     prompt: str
@@ -61,71 +67,71 @@ class Prompted:
 
 
 @dataclass(frozen=True)
-class Story:
-    """All that the page tells."""
+class ReportData:
+    """What the page is made from."""
 
     config: RunConfig
     manifest: PreparedManifest
     results: Results
-    answered: Sequence[Answered]
-    compared: Sequence[Compared]
-    prompted: Sequence[Prompted]
+    answered: Sequence[DatasetAnswers]
+    compared: Sequence[MetricComparison]
+    prompted: Sequence[PromptAnswers]
     reports: Sequence[tuple[int, Report]]
     metrics: Sequence[dict[str, Any]]
     origin: dict[str, Any]
     created: datetime
 
 
-def write_page(path: Path, story: Story) -> None:
+def write_page(path: Path, data: ReportData) -> None:
     """Write the page so that a reader sees the old or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(page_html(story), encoding="utf-8")
+    aside.write_text(page_html(data), encoding="utf-8")
     aside.replace(path)
 
 
-def page_html(story: Story) -> str:
+def page_html(data: ReportData) -> str:
     """The whole page."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"value": value, "change": change}
     template = environment.get_template("page.html.j2")
     # The style sheet is ours; everything else is escaped.
-    return template.render(css=Markup((HERE / "page.css").read_text()), **_view(story))
+    return template.render(css=Markup((HERE / "page.css").read_text()), **_view(data))
 
 
-def _view(story: Story) -> dict[str, Any]:
-    spec, results = story.config.spec, story.results
+def _view(data: ReportData) -> dict[str, Any]:
+    spec, results = data.config.spec, data.results
     kind, word = BADGES[results.gate.reason]
-    train = newest_done(list(story.reports), Stage.TRAIN)
-    prepare = newest_done(list(story.reports), Stage.PREPARE)
+    train = newest_done(list(data.reports), Stage.TRAIN)
+    prepare = newest_done(list(data.reports), Stage.PREPARE)
     return {
-        "job": story.config.job.name,
-        "created": story.created.strftime("%d %B %Y, %H:%M UTC"),
-        "model": story.manifest.model.source,
+        "job": data.config.job.name,
+        "created": data.created.strftime("%d %B %Y, %H:%M UTC"),
+        "model": data.manifest.model.source,
         "method": spec.tuning.method.traits.title,
-        "dataset_names": _and([dataset.name for dataset in story.answered]),
-        "rows": f"{sum(len(dataset.rows) for dataset in story.answered):,}",
+        "dataset_names": _and([dataset.name for dataset in data.answered]),
+        "rows": f"{sum(len(dataset.rows) for dataset in data.answered):,}",
         "split": results.split,
         "badge": {"kind": kind, "word": word},
-        "gate": results.gate,
-        "headline": headline(story.compared),
-        "main": _main(story.compared),
-        "charts": [_level_view(one) for one in story.compared if one.result.primary and one.result.dataset != MACRO],
-        "lines": [_line(one, _all_percent(story.compared)) for one in _without_lone_macro(story.compared)],
+        "sentence": results.gate.sentence.removeprefix(f"{word}: "),
+        "headline": headline(data.compared),
+        "main": _main(data.compared),
+        "charts": [_level_view(one) for one in data.compared if one.result.primary and one.result.dataset != MACRO],
+        "lines": [_line(one, _all_percent(data.compared)) for one in _without_lone_macro(data.compared)],
         "statement": STATEMENT,
-        "precision": story.origin.get("precision", "") + (", 4-bit base" if story.origin.get("quantized") else ""),
-        "how_scored": _how_scored({dataset.task.traits.scoring for dataset in story.answered}),
-        "curves": curves(story.metrics),
-        "training_facts": _training_facts(train, story.metrics),
-        "prompted": story.prompted,
-        "datasets": [_dataset_view(dataset, story.manifest.dataset(dataset.name)) for dataset in story.answered],
-        "warnings": _distinct(sentence for _, report in story.reports for sentence in report.warnings),
+        "precision": data.origin.get("precision", "") + (", 4-bit base" if data.origin.get("quantized") else ""),
+        "scoring": _scoring({dataset.task.traits.scoring for dataset in data.answered}),
+        "curves": curves(data.metrics),
+        "training_facts": _training_facts(train, data.metrics),
+        "prompted": data.prompted,
+        "datasets": [_dataset_view(dataset, data.manifest.dataset(dataset.name)) for dataset in data.answered],
+        "warnings": _distinct(sentence for _, report in data.reports for sentence in report.warnings),
         "data_facts": prepare.datasets if prepare else [],
         "plan": _plan_lines(prepare.plan) if prepare and prepare.plan else [],
-        "choices": sorted({name: c for _, report in story.reports for name, c in report.choices.items()}.items()),
+        "choices": sorted({name: c for _, report in data.reports for name, c in report.choices.items()}.items()),
         "attempts": [
-            _attempt_line(number, report) for number, report in story.reports if report.stage != Stage.EVALUATE
+            _attempt_line(number, report) for number, report in data.reports if report.stage != Stage.EVALUATE
         ],
-        "origin": [(name, str(value)) for name, value in leaves(story.origin) if value not in (None, "", [])],
+        "origin": [(name, str(value)) for name, value in leaves(data.origin) if value not in (None, "", [])],
         "spec": yaml.safe_dump(spec.to_wire(), sort_keys=False, allow_unicode=True, width=100),
     }
 
@@ -147,17 +153,17 @@ def change(number: float, percent: bool) -> str:
     return minus(f"{number:+,.0f}" if abs(number) >= 1000 else f"{number:+.3g}")
 
 
-def headline(compared: Sequence[Compared]) -> list[str]:
-    """What must be said beside the verdict: how the tuned model stands to the simple baselines."""
+def headline(compared: Sequence[MetricComparison]) -> list[str]:
+    """Baselines that the tuned model does not beat: they belong beside the verdict."""
     sentences = []
     for one in compared:
         if not one.result.primary or one.result.dataset == MACRO:
             continue
-        for who, lead in one.lead.items():
-            if who == "base" or lead.low > 0:
+        for who, advantage in one.advantage.items():
+            if who == "base" or advantage.low > 0:
                 continue
             percent = one.result.metric in PERCENT
-            verdict = "better than the tuned model" if lead.high < 0 else "not significantly different"
+            verdict = "better than the tuned model" if advantage.high < 0 else "not significantly different"
             sentences.append(
                 f"{one.result.dataset}: {_lower(WORDS.get(who, who))} reaches "
                 f"{value(one.values[who].value, percent)}, {verdict} ({value(one.result.tuned, percent)})."
@@ -165,16 +171,16 @@ def headline(compared: Sequence[Compared]) -> list[str]:
     return sentences
 
 
-def _level_view(one: Compared) -> dict[str, Any]:
+def _level_view(one: MetricComparison) -> dict[str, Any]:
     percent = one.result.metric in PERCENT
     levels = [Level("tuned model", one.values["tuned"], "tuned")]
     levels += [Level("base model", one.values["base"], "base")] if "base" in one.values else []
     levels += [Level(SHORT.get(who, who), v) for who, v in one.values.items() if who not in ("tuned", "base")]
     sentences = [
         f"{WORDS[who]}: {value(one.values[who].value, percent)}. Tuned minus this: "
-        f"{change(lead.value, percent)}{' points' if percent else ''} ({change(lead.low, percent)} to "
-        f"{change(lead.high, percent)}{', not significant' if lead.low <= 0 <= lead.high else ''})."
-        for who, lead in one.lead.items()
+        f"{change(advantage.value, percent)}{' points' if percent else ''} ({change(advantage.low, percent)} to "
+        f"{change(advantage.high, percent)}{', not significant' if advantage.low <= 0 <= advantage.high else ''})."
+        for who, advantage in one.advantage.items()
         if who in WORDS
     ]
     return {
@@ -193,7 +199,7 @@ SHORT = {
 }
 
 
-def _main(compared: Sequence[Compared]) -> dict[str, Any] | None:
+def _main(compared: Sequence[MetricComparison]) -> dict[str, Any] | None:
     """The figure at the top: the mean over datasets, or the one dataset's primary metric."""
     primary = [one for one in compared if one.result.primary]
     if not primary:
@@ -205,12 +211,12 @@ def _main(compared: Sequence[Compared]) -> dict[str, Any] | None:
     return view | {"levels": len(units) == 1}
 
 
-def _all_percent(compared: Sequence[Compared]) -> bool:
+def _all_percent(compared: Sequence[MetricComparison]) -> bool:
     """Whether the mean over datasets is one of percentages."""
     return all(one.result.metric in PERCENT for one in compared if one.result.primary and one.result.dataset != MACRO)
 
 
-def _line(one: Compared, macro_percent: bool) -> dict[str, Any]:
+def _line(one: MetricComparison, macro_percent: bool) -> dict[str, Any]:
     several = one.result.dataset == MACRO
     metric = "primary metrics" if one.result.metric == "primary" else one.result.metric
     return {
@@ -223,20 +229,23 @@ def _line(one: Compared, macro_percent: bool) -> dict[str, Any]:
     }
 
 
-def _without_lone_macro(compared: Sequence[Compared]) -> Sequence[Compared]:
+def _without_lone_macro(compared: Sequence[MetricComparison]) -> Sequence[MetricComparison]:
     """The mean over one dataset says nothing new."""
     lone = sum(one.result.primary for one in compared) == 2
     return [one for one in compared if not (lone and one.result.dataset == MACRO)]
 
 
-def _how_scored(scorings: set[Scoring]) -> str:
+def _scoring(scorings: set[Scoring]) -> str:
     sentences = []
     if Scoring.CANDIDATES in scorings:
-        sentences.append("Closed answers: the candidate with the highest log-probability, end token included.")
+        sentences.append(
+            "For classification and multiple choice, the answer is the candidate with the highest total "
+            "log-probability, end token included."
+        )
     if Scoring.GENERATION in scorings:
-        sentences.append("Free answers: greedy decoding.")
+        sentences.append("For question answering and summarisation, answers are generated by greedy decoding.")
     if Scoring.LIKELIHOOD in scorings:
-        sentences.append("Chat and text: likelihood of the held-out tokens (neg-loss is minus the mean loss in nats).")
+        sentences.append("For chat and text, neg-loss is minus the mean loss per token, in nats.")
     return " ".join(sentences)
 
 
@@ -247,7 +256,7 @@ def curves(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Loss, validation, learning rate and gradient norm over the steps, as far as they were logged."""
     steps = [row for row in metrics if "loss" in row]
     losses = _points(steps, "loss")
-    loss = [Series("training, each step", losses, "muted"), Series("training, smoothed", smoothed(losses), "tuned")]
+    loss = [Series("training, every step", losses, "muted"), Series("training, smoothed", smoothed(losses), "tuned")]
     validated = [
         (row["step"], row["validation"]["loss"])
         for row in metrics
@@ -261,14 +270,14 @@ def curves(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     drawn = [
         ("Loss", loss, "loss"),
-        ("Validation accuracy", [Series("validation", accuracy, "base", dots=True)], "accuracy"),
+        ("Validation accuracy, teacher-forced", [Series("validation", accuracy, "base", dots=True)], "accuracy"),
         ("Learning rate", [Series("learning rate", _points(steps, "learningRate"))], "learning rate"),
         ("Gradient norm", [Series("before clipping", _points(steps, "gradNorm"))], "gradient norm"),
-        ("Speed", [Series("tokens a second", _points(steps, "tokensPerSecond"))], "tokens/s"),
+        ("Speed", [Series("tokens per second", _points(steps, "tokensPerSecond"))], "tokens/s"),
     ]
     views = []
     for title, series, y in drawn:
-        svg = line_chart(series, x="step", y=y, from_zero=title not in ("Loss", "Validation accuracy"))
+        svg = line_chart(series, x="step", y=y, from_zero=y not in ("loss", "accuracy"))
         if svg:
             views.append({"title": title, "series": [s for s in series if s.points], "svg": svg})
     return views
@@ -293,15 +302,15 @@ def _training_facts(train: Report | None, metrics: Sequence[dict[str, Any]]) -> 
     if not steps:
         return ""
     tokens = sum(row.get("tokens") or 0 for row in steps)
-    exported = f"; the exported weights are those of step {train.export.step}" if train and train.export else ""
+    exported = f"; the weights of step {train.export.step:,} were exported" if train and train.export else ""
     return f"{len(steps):,} steps, {tokens:,} tokens{exported}."
 
 
 # -- one dataset ------------------------------------------------------------------------------------------------
 
 
-def _dataset_view(dataset: Answered, prepared: PreparedDataset) -> dict[str, Any]:
-    fixed, broken = changes(dataset)
+def _dataset_view(dataset: DatasetAnswers, prepared: PreparedDataset) -> dict[str, Any]:
+    fixed, broken = score_changes(dataset)
     view: dict[str, Any] = {
         "name": dataset.name,
         "task": dataset.task.value,
@@ -334,13 +343,13 @@ def _dataset_view(dataset: Answered, prepared: PreparedDataset) -> dict[str, Any
     return view
 
 
-def _change(change_: Change, task: Task) -> dict[str, str]:
+def _change(change_: ScoreChange, task: Task) -> dict[str, str]:
     row = change_.row
     if task.traits.scoring is Scoring.LIKELIHOOD:
         gold, said = "–", [f"loss {a.nll / max(1, a.tokens):.3f}" for a in (change_.base, change_.tuned)]
     else:
         gold = row.candidates[row.gold or 0] if row.candidates else " | ".join(row.answers)
-        said = [change_.base.text or "(nothing)", change_.tuned.text or "(nothing)"]
+        said = [change_.base.text or "(empty)", change_.tuned.text or "(empty)"]
     question = row.text or row.prompt or row.id
     return {"question": _cut(question), "gold": _cut(gold), "base": _cut(said[0]), "tuned": _cut(said[1])}
 
@@ -356,13 +365,13 @@ def _plan_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [
         ("Ranks", f"{plan.world_size:,}"),
         ("Optimiser steps", f"{plan.steps:,}"),
-        ("Training examples an epoch", f"{plan.examples:,}"),
+        ("Training examples per epoch", f"{plan.examples:,}"),
         ("Training tokens", f"{plan.tokens:,}"),
         ("Trained parameters", f"{plan.trainable_parameters:,} of {plan.parameters:,}"),
-        ("Tokens a packed row", f"{plan.micro_batch_tokens:,}"),
+        ("Tokens per packed sequence", f"{plan.micro_batch_tokens:,}"),
     ]
-    lines += [(f"Memory a rank: {part.name}", size(part.bytes)) for part in plan.memory]
-    return [*lines, ("Memory a rank in all", size(plan.memory_bytes))] if plan.memory_bytes else lines
+    lines += [(f"Memory per rank: {part.name}", size(part.bytes)) for part in plan.memory]
+    return [*lines, ("Memory per rank, total", size(plan.memory_bytes))] if plan.memory_bytes else lines
 
 
 def size(count: int) -> str:
@@ -379,9 +388,9 @@ def _attempt_line(number: int, report: Report) -> dict[str, Any]:
     if report.failure is not None:
         end = f"{report.failure.failure_class}: {report.failure.sentence}"
     else:
-        end = "done" if report.done else f"not ended ({report.activity or 'no word'})"
+        end = "done" if report.done else f"not finished ({report.activity or 'no activity reported'})"
     if report.resumed_from_step is not None:
-        end = f"went on from step {report.resumed_from_step}; {end}"
+        end = f"resumed from step {report.resumed_from_step:,}; {end}"
     return {"stage": report.stage.value, "number": number, "end": end}
 
 

@@ -1,6 +1,6 @@
 """Where every beginning of a rendered chat ends, read off one rendering of the whole chat. Pure but for the template.
 
-What is learnt of a chat is found from the template's text for its first 1, 2, … n messages: n renderings, of n / 2
+The loss mask of a chat is found from the template's text for its first 1, 2, … n messages: n renderings, of n / 2
 messages on average. Chats of the same roles mostly have the same text around their messages' contents, so that text is
 found once, from a chat of placeholders. Where a chat's text is that text around its own contents, to the last
 character, its beginnings end where those of the placeholders do. (What a template would do to a last message alone, and
@@ -20,14 +20,14 @@ _PLACEHOLDER = re.compile(f"({_SPACE}?)\ue0f2(\\d+)\ue0f3({_SPACE}?)")
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class TemplateSkeleton:
     """The text around the contents of a chat of n messages."""
 
     pieces: tuple[str, ...]
     """n + 1: before the first content, between two, after the last."""
     trimmed: tuple[bool, ...]
     """Whether white space around a content is left out, for each message."""
-    tails: Mapping[tuple[int, bool], int]
+    suffix_lengths: Mapping[tuple[int, bool], int]
     """(messages, whether an answer is asked for) -> characters of that beginning after its last content."""
 
     def ends(self, whole: str, contents: Sequence[str]) -> list[int] | None:
@@ -39,12 +39,14 @@ class Surroundings:
         return list(accumulate(map(len, parts)))[1::2]
 
 
-def answers(roles: Sequence[str]) -> list[int]:
+def answer_turns(roles: Sequence[str]) -> list[int]:
     """Which messages answer. A greeting at the very beginning answers nothing: it is part of what is given."""
     return [i for i, role in enumerate(roles) if role == "assistant" and i > 0]
 
 
-def surroundings(render: Callable[[Sequence[dict[str, str]], bool], str], roles: Sequence[str]) -> Surroundings | None:
+def template_skeleton(
+    render: Callable[[Sequence[dict[str, str]], bool], str], roles: Sequence[str]
+) -> TemplateSkeleton | None:
     """The text around the contents of chats of these roles; `render` takes messages and whether to ask for an answer.
 
     None where a beginning is not the beginning of the whole, or where contents do not stand in it as they are.
@@ -57,11 +59,11 @@ def surroundings(render: Callable[[Sequence[dict[str, str]], bool], str], roles:
     in_order = [int(place[2]) for place in places] == list(range(len(roles)))
     if not in_order or any(place[1] != place[3] for place in places):
         return None
-    tails = {}
-    for turn in answers(roles):
+    suffix_lengths = {}
+    for turn in answer_turns(roles):
         for count, ask in ((turn, True), (turn + 1, False)):
             text = render(messages[:count], ask)
-            tails[count, ask] = len(text) - places[count - 1].end()
-            if not whole.startswith(text) or tails[count, ask] < 0:
+            suffix_lengths[count, ask] = len(text) - places[count - 1].end()
+            if not whole.startswith(text) or suffix_lengths[count, ask] < 0:
                 return None
-    return Surroundings(pieces, tuple(not place[1] for place in places), tails)
+    return TemplateSkeleton(pieces, tuple(not place[1] for place in places), suffix_lengths)
