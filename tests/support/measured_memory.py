@@ -84,7 +84,6 @@ class Case:
         return Batch(
             ids=torch.zeros(1, tokens, dtype=torch.int64),
             positions=at[None] % self.document,
-            documents=at // self.document,
             cu_seqlens=torch.arange(0, tokens + 1, self.document, dtype=torch.int32),
             bounds=tuple(range(0, tokens + 1, self.document)),
             max_length=self.document,

@@ -1,8 +1,8 @@
 """Shapes of language models: every tensor of a model from its config, without torch.
 
 `model_facts` reads a `config.json`; `shape_of` lists the matrices and vectors of a layer as transformers names
-them. Architectures in `FAMILIES` are exact (tests build each with transformers and compare); any other is taken
-for a Llama, and says so.
+them. Architectures in `FAMILIES` are exact (tests build each with transformers and compare); any other is assumed
+to be like Llama, and `Shape.known` is False.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _expert_width(shape: Shape) -> int:
 
 
 class UnknownShapeError(ValueError):
-    """A config that does not say what is needed."""
+    """A config without a size that the shape needs."""
 
 
 _TIED_BY_DEFAULT = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Starcoder2ForCausalLM")
@@ -215,7 +215,7 @@ def model_facts(config: dict[str, Any], parameters: int | None = None) -> ModelF
         heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
         layers, vocabulary = int(text["num_hidden_layers"]), int(text["vocab_size"])
     except KeyError as error:
-        raise UnknownShapeError(f"its config.json does not say {error.args[0]}") from None
+        raise UnknownShapeError(f"its config.json has no {error.args[0]}") from None
     experts = int(text.get("num_local_experts") or text.get("num_experts") or 0)
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", architecture in _TIED_BY_DEFAULT))
     facts = ModelFacts(

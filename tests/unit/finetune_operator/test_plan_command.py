@@ -105,7 +105,7 @@ def test_a_config_that_is_none_is_said(home: Path) -> None:
     with pytest.raises(UserError, match=r"is not a model's config\.json"):
         model_estimate(_spec({}), [home], home / "other.json")
     (home / "other.json").write_text("{}")
-    with pytest.raises(UserError, match="does not say num_attention_heads"):
+    with pytest.raises(UserError, match="has no num_attention_heads"):
         model_estimate(_spec({}), [home], home / "other.json")
 
 

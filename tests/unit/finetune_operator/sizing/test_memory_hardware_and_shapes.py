@@ -95,7 +95,7 @@ def test_a_text_model_inside_another_is_found() -> None:
 
 
 def test_a_config_without_sizes_is_refused_with_the_name_of_what_is_missing() -> None:
-    with pytest.raises(UnknownShapeError, match=r"its config\.json does not say num_hidden_layers"):
+    with pytest.raises(UnknownShapeError, match=r"its config\.json has no num_hidden_layers"):
         model_facts({key: value for key, value in LLAMA.items() if key != "num_hidden_layers"})
 
 
