@@ -216,8 +216,9 @@ class Cluster:
             fields = {"attempt": attempt.id, "stage": attempt.stage, "time": datetime.now(UTC), "done": True}
             report = Report.model_validate(fields | world().product(attempt.stage))
             self.reports[attempt.stage] = report.to_wire()
+        name = f"{job}-{attempt.stage}-report"
         data = {str(attempt.stage): json.dumps(self.reports[attempt.stage] | {"attempt": attempt.id, "time": now()})}
-        await self.ask("PATCH", f"/api/v1/namespaces/{NAMESPACE}/configmaps/{job}-report", {"data": data})
+        await self.ask("PATCH", f"/api/v1/namespaces/{NAMESPACE}/configmaps/{name}", {"data": data})
 
     async def ask(self, method: str, path: str, body: Object) -> Object:
         """One request."""

@@ -1,6 +1,6 @@
 """What the trainer tells the operator: one report per attempt, rewritten as a whole while the attempt runs.
 
-On a cluster it is the data of the ConfigMap `<job>-report`, locally a file `reports/<stage>-<n>.json` in the
+On a cluster it is the data of the ConfigMap `<job>-<stage>-report`, locally a file `reports/<stage>-<n>.json` in the
 run directory. A failing rank also writes its `Failure` to its termination message and to the volume.
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from finetune_api.base import API_VERSION, Stage
+from finetune_api.base import API_VERSION, STAGES, Stage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.act import Actor
@@ -32,7 +32,7 @@ from finetune_operator.decision.model import (
     StartAttempt,
 )
 from finetune_operator.manifests.backend import Backend
-from finetune_operator.manifests.names import child_name, shared_name
+from finetune_operator.manifests.names import channel_name, child_name, shared_name
 from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
@@ -176,13 +176,17 @@ class Reconciler:
             invalid=invalid,
             carriers=(*self.store.of("Job", key), *self.store.of(self.backend.kind, key)),
             pods=pods,
-            report=self.store.named("ConfigMap", key, shared_name(name, "report")),
+            channels={stage: self._channel(key, name, stage) for stage in STAGES},
             out_of_service=await self._out_of_service(pods),
             missing=(*needs.missing, *refused),
             credentials_version=needs.credentials_version,
             environment=self.settings.environment(spec),
         )
         return observe(seen, self.backend, self.clock())
+
+    def _channel(self, key: Key, name: str, stage: Stage) -> Object | None:
+        """The ConfigMap that a stage of a job reports into."""
+        return self.store.named("ConfigMap", key, channel_name(name, stage))
 
     def _spec(self, job: Object, cache: JobCache) -> tuple[FineTuneJobSpec, str]:
         meta = job["metadata"]
@@ -274,7 +278,8 @@ class Reconciler:
             match action:
                 case StartAttempt(attempt):
                     config = self.store.named("ConfigMap", key, shared_name(observation.name, "config"))
-                    refused = await self._actor.start(observation, attempt, config)
+                    channel = self._channel(key, observation.name, attempt.stage)
+                    refused = await self._actor.start(observation, attempt, config, channel)
                     cache.refused = before if _same(before, refused) else refused
                     outcome = "start refused:" if refused else "started"
                     log.info("%s %s", outcome, attempt.id, extra=_about(key, attempt.id))

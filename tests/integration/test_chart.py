@@ -418,7 +418,7 @@ def test_the_operator_can_hand_on_the_right_to_patch_one_report_and_no_other_rig
     helm, namespace = release
     helm.install(namespace)
     operator = Api(control_plane.kubeconfig_for(NAME, namespace))
-    rule = {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["live-report"], "verbs": ["patch"]}
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["live-train-report"], "verbs": ["patch"]}
 
     def role(name: str, **changes: list[str]) -> Resource:
         kind = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": name}}

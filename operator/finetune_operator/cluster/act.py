@@ -18,7 +18,7 @@ from finetune_operator.manifests.children import child_manifests
 from finetune_operator.manifests.job import UID_LABEL, Job
 from finetune_operator.manifests.labels import ATTEMPT, STAGE
 from finetune_operator.manifests.names import child_name, shared_name
-from finetune_operator.manifests.shared import run_config, shared_manifests
+from finetune_operator.manifests.shared import shared_manifests, stage_channel
 
 log = logging.getLogger(__name__)
 REPORTING_CONTROLLER = "finetune.dev/operator"
@@ -30,16 +30,23 @@ class Actor:
     def __init__(self, api: Api, backend: Backend, on_created: Callable[[Object], None]) -> None:
         self._api, self._backend, self._on_created = api, backend, on_created
 
-    async def start(self, observation: Observation, attempt: Attempt, config: Object | None) -> Missing | None:
-        """Create what all stages share, then the child of an attempt. Returns what blocks it, if anything."""
+    async def start(
+        self, observation: Observation, attempt: Attempt, config: Object | None, channel: Object | None
+    ) -> Missing | None:
+        """Create the child of an attempt, and before it what is missing: what all stages share, the stage's channel.
+
+        Returns what blocks it, if anything.
+        """
         image = snapshot_image(config, observation.uid)
         job = job_of(observation, image or observation.spec.image or observation.environment.image)
         try:
-            if image is None:
-                await self._share(job)
+            shared = shared_manifests(job) if image is None else []
+            own = stage_channel(job, attempt.stage) if channel is None or owner_uid(channel) != job.uid else []
+            for manifest in (*shared, *own):
+                await self._make(manifest, job.uid)
             await self._check_alone(observation, attempt)
             for manifest in child_manifests(job, attempt, self._backend):
-                await self._make(manifest, observation.uid)
+                await self._make(manifest, job.uid)
         except ApiError as error:
             missing = in_the_way(error, self._backend)
             if missing is None:
@@ -48,13 +55,6 @@ class Actor:
         except LeftoverError as error:
             return Missing("Leftover", error.name, str(error))
         return None
-
-    async def _share(self, job: Job) -> None:
-        """Create the shared objects; the run config comes last, so that its presence means that all exist."""
-        marker = run_config(job)["metadata"]["name"]
-        manifests = sorted(shared_manifests(job), key=lambda manifest: manifest["metadata"]["name"] == marker)
-        for manifest in manifests:
-            await self._make(manifest, job.uid)
 
     async def _check_alone(self, observation: Observation, attempt: Attempt) -> None:
         """Before another attempt: check that no pod of the previous one is left, with the API server, not the store."""

@@ -53,7 +53,8 @@ class JobObjects:
     carriers: tuple[Object, ...] = ()
     """Jobs and PyTorchJobs that carry its label."""
     pods: tuple[Object, ...] = ()
-    report: Object | None = None
+    channels: Mapping[Stage, Object | None] = field(default_factory=dict)
+    """The ConfigMaps that the stages report into."""
     config: Object | None = None
     out_of_service: frozenset[str] = frozenset()
     """Nodes that carry the out-of-service taint."""
@@ -78,7 +79,7 @@ def observe(objects: JobObjects, backend: Backend, now: datetime) -> Observation
         deleting="deletionTimestamp" in meta,
         invalid=objects.invalid,
         children=children(uid, objects.carriers, objects.pods, objects.out_of_service, backend),
-        reports=reports(objects.report, uid),
+        reports=reports(objects.channels, uid),
         missing=objects.missing,
         credentials_version=objects.credentials_version,
         environment=objects.environment,
@@ -95,16 +96,21 @@ def read_spec(job: Object) -> tuple[FineTuneJobSpec, str]:
         return UNREADABLE, f"{path}: {first['msg']}."
 
 
-def reports(config_map: Object | None, uid: str) -> tuple[Report, ...]:
-    """The reports in the ConfigMap of this job; unreadable ones are ignored."""
-    if config_map is None or owner_uid(config_map) != uid:
-        return ()
-    parsed = []
-    for text in (config_map.get("data") or {}).values():
-        if len(text) <= MAX_REPORT_BYTES:
-            with contextlib.suppress(ValidationError):
-                parsed.append(Report.model_validate_json(text))
-    return tuple(parsed)
+def reports(channels: Mapping[Stage, Object | None], uid: str) -> tuple[Report, ...]:
+    """What the stages of this job report, each in its own ConfigMap; what cannot be used is ignored."""
+    found = (_report_of(stage, channel, uid) for stage, channel in channels.items() if channel is not None)
+    return tuple(report for report in found if report is not None)
+
+
+def _report_of(stage: Stage, channel: Object, uid: str) -> Report | None:
+    """The report in a stage's ConfigMap, unless it is another's: the pods can write anything there."""
+    text = (channel.get("data") or {}).get(stage, "")
+    if owner_uid(channel) == uid and len(text) <= MAX_REPORT_BYTES:
+        with contextlib.suppress(ValidationError):
+            report = Report.model_validate_json(text)
+            named = report.attempt.rpartition("/")[0]
+            return report if (report.stage, named) == (stage, f"{uid}/{stage}") else None
+    return None
 
 
 def children(

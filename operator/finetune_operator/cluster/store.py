@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
+from finetune_api.base import STAGES
+from finetune_api.report import MAX_REPORT_BYTES
 from finetune_api.runconfig import RUN_CONFIG_FILE
 from finetune_api.status import Phase
 from finetune_operator.cluster.api import Object
 from finetune_operator.manifests.labels import JOB
-from finetune_operator.manifests.names import label_value
+from finetune_operator.manifests.names import channel_name, label_value, shared_name
 
 FINE_TUNE_JOB = "FineTuneJob"
 COMPRESSED_FROM = 16384
@@ -24,6 +26,9 @@ COMPRESSED_FROM = 16384
 ENDED = frozenset({Phase.COMPLETE, Phase.FAILED})
 APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 READ = ("apiVersion", "kind", "spec", "status")
+KEYS = frozenset({RUN_CONFIG_FILE, *STAGES})
+MAX_TEXT = 2 * MAX_REPORT_BYTES
+"""Characters of a value of a ConfigMap, which a job's pods can write, that are kept."""
 UNREAD = frozenset({"managedFields", "finalizers", "generateName", "selfLink"})
 
 
@@ -136,7 +141,21 @@ def key_of(kind: str, body: Object) -> Key | None:
     if kind == FINE_TUNE_JOB:
         return Key(meta["namespace"], label_value(meta["name"]))
     label = (meta.get("labels") or {}).get(JOB)
-    return Key(meta["namespace"], label) if label else None
+    if not label or (kind == "ConfigMap" and meta["name"] not in _config_maps_of(_owner(meta), label)):
+        return None
+    return Key(meta["namespace"], label)
+
+
+def _owner(meta: Object) -> str:
+    """Name of the FineTuneJob that controls an object; empty if none does."""
+    owners = meta.get("ownerReferences") or []
+    return next((owner["name"] for owner in owners if owner.get("controller") and owner["kind"] == FINE_TUNE_JOB), "")
+
+
+def _config_maps_of(job: str, label: str) -> frozenset[str]:
+    """Names of the ConfigMaps of a job with that label; anybody may put the label on others, to fill our memory."""
+    names = {shared_name(job, "config"), *(channel_name(job, stage) for stage in STAGES)}
+    return frozenset(names) if job and label_value(job) == label else frozenset()
 
 
 def slim(kind: str, body: Object) -> Object:
@@ -149,7 +168,8 @@ def slim(kind: str, body: Object) -> Object:
         meta["annotations"] = kept
     elif kind == "ConfigMap":
         data = body.get("data") or {}
-        kept_body["data"] = {name: _image(text) if name == RUN_CONFIG_FILE else text for name, text in data.items()}
+        texts = {name: _image(text) if name == RUN_CONFIG_FILE else text for name, text in data.items() if name in KEYS}
+        kept_body["data"] = {name: text for name, text in texts.items() if len(text) <= MAX_TEXT}
     elif "spec" in body:
         kept_body["spec"] = _pod_spec(body["spec"]) if kind == "Pod" else _without_pods(body["spec"])
     return kept_body

@@ -7,7 +7,7 @@ from finetune_api.runconfig import Attempt
 from finetune_operator.manifests.backend import Backend
 from finetune_operator.manifests.batch import batch_child
 from finetune_operator.manifests.job import Job, Manifest
-from finetune_operator.manifests.shared import shared_manifests
+from finetune_operator.manifests.shared import shared_manifests, stage_channel
 
 
 def child_manifests(job: Job, attempt: Attempt, backend: Backend) -> list[Manifest]:
@@ -20,8 +20,8 @@ def child_manifests(job: Job, attempt: Attempt, backend: Backend) -> list[Manife
 def all_manifests(job: Job, backend: Backend) -> list[Manifest]:
     """What the operator creates for a job whose stages all succeed at the first attempt."""
     wanted = [stage for stage in STAGES if stage is not Stage.PUBLISH or job.spec.publish is not None]
-    children = [child_manifests(job, first_attempt(job, stage), backend) for stage in wanted]
-    return [*shared_manifests(job), *(manifest for made in children for manifest in made)]
+    stages = [[*stage_channel(job, s), *child_manifests(job, first_attempt(job, s), backend)] for s in wanted]
+    return [*shared_manifests(job), *(manifest for made in stages for manifest in made)]
 
 
 def first_attempt(job: Job, stage: Stage) -> Attempt:

@@ -52,19 +52,9 @@ class Job:
         return self.spec.storage.run.claim_name or shared_name(self.name, "run")
 
     @property
-    def report_name(self) -> str:
-        """Name of the ConfigMap that the pods report into."""
-        return shared_name(self.name, "report")
-
-    @property
     def config_name(self) -> str:
         """Name of the ConfigMap with the run config."""
         return shared_name(self.name, "config")
-
-    @property
-    def account_name(self) -> str:
-        """Name of the pods' ServiceAccount, its Role and its RoleBinding."""
-        return shared_name(self.name, "trainer")
 
     def run_config(self) -> RunConfig:
         """The snapshot that determines what the trainer computes."""

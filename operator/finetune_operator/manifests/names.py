@@ -35,5 +35,10 @@ def child_name(job: str, stage: Stage, number: int) -> str:
 
 
 def shared_name(job: str, what: str) -> str:
-    """Name of an object that all stages share: `config`, `report`, `run`, `trainer`, …"""
+    """Name of an object that all stages share: `config`, `run`, `trainer`, …"""
     return bounded(job, f"-{what}")
+
+
+def channel_name(job: str, stage: Stage) -> str:
+    """Name of the ConfigMap that a stage reports into, and of the account, role and binding that allow it."""
+    return shared_name(job, f"{stage}-report")

@@ -10,6 +10,7 @@ from finetune_api.base import Stage
 from finetune_api.rendezvous import Rendezvous
 from finetune_api.runconfig import REPORT_VARIABLE, RESUME_VARIABLE, RUN_CONFIG_FILE, TOKENS_VARIABLE, Attempt
 from finetune_operator.manifests.job import CACHE_VOLUME, RUN_VOLUME, Job, Manifest, labels
+from finetune_operator.manifests.names import channel_name
 from finetune_operator.programs import COMPUTING_STAGES, Program, programs_of, secret_of, trainer_environment
 
 CONFIG_DIRECTORY = "/etc/finetune"
@@ -44,7 +45,7 @@ def pod_template(
     environment = [*_as_list(_environment(job, attempt, rendezvous)), *variables]
     template = job.spec.pod_template
     spec: Manifest = {
-        "serviceAccountName": job.account_name,
+        "serviceAccountName": channel_name(job.name, attempt.stage),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "restartPolicy": "Never",
@@ -118,7 +119,7 @@ def _environment(job: Job, attempt: Attempt, rendezvous: Rendezvous | None) -> d
         "HOME": "/tmp",
         "USER": "trainer",
         TOKENS_VARIABLE: TOKENS_DIRECTORY,
-        REPORT_VARIABLE: f"{job.namespace}/{job.report_name}",
+        REPORT_VARIABLE: f"{job.namespace}/{channel_name(job.name, attempt.stage)}",
         **({RESUME_VARIABLE: _resume_mount(job)} if resumes else {}),
     }
 

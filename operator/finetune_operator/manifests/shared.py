@@ -1,17 +1,19 @@
-"""What all stages of a job share: run config, report, the pods' rights, the run's claim, the network policy."""
+"""What the pods of a job need: run config, the run's claim, the network policy, and each stage's report channel."""
 
 from __future__ import annotations
 
 import json
 
+from finetune_api.base import Stage
 from finetune_api.runconfig import RUN_CONFIG_FILE, resolve
 from finetune_operator.manifests.job import INSTANCE_LABEL, UID_LABEL, Job, Manifest, labels, metadata
+from finetune_operator.manifests.names import channel_name, shared_name
 
 
 def shared_manifests(job: Job) -> list[Manifest]:
-    """Every shared object, in the order of creation."""
+    """What all stages share, in the order of creation: the presence of the run config means that all exist."""
     claim = [run_claim(job)] if job.spec.storage.run.claim_name is None else []
-    return [*claim, run_config(job), report(job), service_account(job), role(job), role_binding(job), isolation(job)]
+    return [*claim, isolation(job), run_config(job)]
 
 
 def run_config(job: Job) -> Manifest:
@@ -26,42 +28,28 @@ def run_config(job: Job) -> Manifest:
     }
 
 
-def report(job: Job) -> Manifest:
-    """The ConfigMap that the pods write their reports to: one key per stage."""
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(job, job.report_name)}
+def stage_channel(job: Job, stage: Stage) -> list[Manifest]:
+    """How the pods of one stage report: an account that may patch one ConfigMap and nothing else.
 
-
-def service_account(job: Job) -> Manifest:
-    """The identity of the pods; its token is mounted only where a pod reports."""
-    return {
-        "apiVersion": "v1",
-        "kind": "ServiceAccount",
-        "metadata": metadata(job, job.account_name),
-        "automountServiceAccountToken": False,
-    }
-
-
-def role(job: Job) -> Manifest:
-    """The pods may patch the job's report and nothing else."""
-    return {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "Role",
-        "metadata": metadata(job, job.account_name),
-        "rules": [
-            {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [job.report_name], "verbs": ["patch"]}
-        ],
-    }
-
-
-def role_binding(job: Job) -> Manifest:
-    """Binds the role to the pods' ServiceAccount."""
-    return {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "RoleBinding",
-        "metadata": metadata(job, job.account_name),
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": job.account_name},
-        "subjects": [{"kind": "ServiceAccount", "name": job.account_name, "namespace": job.namespace}],
-    }
+    The ConfigMap comes last, so that its presence means that all exist.
+    """
+    name = channel_name(job.name, stage)
+    meta = metadata(job, name)
+    rbac = "rbac.authorization.k8s.io"
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [name], "verbs": ["patch"]}
+    return [
+        # Its token is mounted only where a pod reports.
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta, "automountServiceAccountToken": False},
+        {"apiVersion": f"{rbac}/v1", "kind": "Role", "metadata": meta, "rules": [rule]},
+        {
+            "apiVersion": f"{rbac}/v1",
+            "kind": "RoleBinding",
+            "metadata": meta,
+            "roleRef": {"apiGroup": rbac, "kind": "Role", "name": name},
+            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": job.namespace}],
+        },
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta},
+    ]
 
 
 def run_claim(job: Job) -> Manifest:
@@ -91,7 +79,7 @@ def isolation(job: Job) -> Manifest:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": metadata(job, job.account_name),
+        "metadata": metadata(job, shared_name(job.name, "trainer")),
         "spec": {
             "podSelector": pods,
             "policyTypes": ["Ingress"],

@@ -53,6 +53,7 @@ class FakeCluster:
         self.requests: list[tuple[str, str]] = []
         self.fault: Fault = lambda number, verb, when: None
         self.script: Callable[[Attempt, int], str | None] = lambda attempt, rank: None
+        self.gate_passes = True
         self.uploads: list[str] = []
         self.refused: list[tuple[str, str]] = []
         self.unheard: frozenset[str] = frozenset()
@@ -208,15 +209,21 @@ class FakeCluster:
         pod["status"] = {"phase": phase, "containerStatuses": [{"state": {"terminated": ended}}]}
 
     def _report(self, attempt: Attempt) -> None:
-        product = world().product(attempt.stage) | ({"plan": plan()} if attempt.stage is Stage.PREPARE else {})
+        given = world()
+        given.gate_passes = self.gate_passes
+        product = given.product(attempt.stage) | ({"plan": plan()} if attempt.stage is Stage.PREPARE else {})
         report = Report.model_validate(
             {"attempt": attempt.id, "stage": attempt.stage, "time": self.now, "done": True, **product}
         )
         if attempt.stage is Stage.PUBLISH:
             self.uploads.append(attempt.id)
-        config_map = self.objects["ConfigMap", "support-report"]
         text = report.model_dump_json(by_alias=True, exclude_none=True)
-        config_map["data"] = config_map.get("data", {}) | {str(attempt.stage): text}
+        self.patch_data(f"support-{attempt.stage}-report", {str(attempt.stage): text})
+
+    def patch_data(self, name: str, data: dict[str, str]) -> None:
+        """Patch a ConfigMap as a pod can; its keys come sorted from the API server."""
+        config_map = self.objects["ConfigMap", name]
+        config_map["data"] = dict(sorted((config_map.get("data", {}) | data).items()))
         self._touch(config_map)
 
     def _conclude(self, child: Object, *, failed: bool) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 from tests.unit.finetune_operator.decision.world import SPEC
+from tests.unit.finetune_operator.decision.world import job as world
 from tests.unit.finetune_operator.fake_cluster import KEY, FakeCluster, Fault, Killed
 
 from finetune_api.base import STAGES, Stage
+from finetune_api.report import Report
 from finetune_api.runconfig import Attempt
 from finetune_operator.cluster.api import ApiError
 from finetune_operator.manifests.trainjob import TrainJobBackend
@@ -46,7 +48,7 @@ async def test_killed_after_any_request_a_fresh_operator_brings_the_same_end(scr
     undisturbed = await run(nothing, script)
     assert undisturbed.is_true("Complete")
     total = len(undisturbed.requests)
-    assert 30 < total < 80
+    assert 40 < total < 90
     for k in range(total):
         killed = await run(lambda n, _, when, k=k: Killed() if (n, when) == (k, "after") else None, script)  # type: ignore[misc]
         assert endings(killed) == endings(undisturbed), k
@@ -75,7 +77,7 @@ async def test_refused_at_any_request_or_timed_out_after_the_server_acted_the_en
 async def test_a_job_costs_few_writes() -> None:
     cluster = await run(nothing)
     writes = [request for request in cluster.requests if request[0] in ("create", "update", "delete")]
-    assert len(writes) <= 30, writes
+    assert len(writes) <= 42, writes
 
 
 async def test_a_fresh_operator_writes_nothing_for_a_job_that_has_not_changed() -> None:
@@ -207,3 +209,23 @@ async def test_a_job_whose_deletion_was_missed_is_let_go() -> None:
     cluster.requests.clear()
     assert await operator.reconcile(KEY) is None
     assert cluster.requests == []
+
+
+async def test_a_training_pod_cannot_say_what_evaluate_and_publish_found() -> None:
+    honest, forged = FakeCluster(), FakeCluster()
+
+    def forge(attempt: Attempt, rank: int) -> str | None:
+        for stage in (Stage.EVALUATE, Stage.PUBLISH) if attempt.stage is Stage.TRAIN else ():
+            name = {"attempt": f"{attempt.uid}/{stage}/1", "stage": stage, "time": forged.now, "done": True}
+            report = Report.model_validate(name | {"wandbUrl": "https://evil.example"} | world().product(stage))
+            text = report.model_dump_json(by_alias=True, exclude_none=True)
+            forged.patch_data("support-train-report", {"a": text, str(stage): text})
+        return None
+
+    forged.script = forge
+    for cluster in (honest, forged):
+        cluster.gate_passes = False
+        await cluster.carry_on()
+    assert honest.is_true("Failed")
+    assert forged.status.to_wire() == honest.status.to_wire()
+    assert forged.uploads == []

@@ -7,6 +7,7 @@ import pytest
 from tests.unit.finetune_operator.decision.world import job
 from tests.unit.finetune_operator.fake_cluster import FakeCluster
 
+from finetune_api.base import STAGES
 from finetune_operator.cluster.act import event_manifest, in_the_way, snapshot_image
 from finetune_operator.cluster.api import ApiError, Object
 from finetune_operator.cluster.observe import JobObjects, observe, read_spec
@@ -120,10 +121,10 @@ async def test_of_what_the_store_leaves_out_an_observation_needs_nothing() -> No
 
     def seen(read: Callable[[str, Object], Object]) -> Observation:
         carriers = [read(kind, body) for kind in ("Job", "PyTorchJob") for body in cluster.of(kind)]
-        report = read("ConfigMap", cluster.objects["ConfigMap", "support-report"])
+        channels = {s: read("ConfigMap", cluster.objects["ConfigMap", f"support-{s}-report"]) for s in STAGES}
         pods = tuple(read("Pod", pod) for pod in cluster.of("Pod"))
         spec, _ = read_spec(job)
-        whole = JobObjects(read("FineTuneJob", job), spec, carriers=tuple(carriers), pods=pods, report=report)
+        whole = JobObjects(read("FineTuneJob", job), spec, carriers=tuple(carriers), pods=pods, channels=channels)
         return observe(whole, backend, cluster.now)
 
     small, whole = seen(slim), seen(lambda _, body: body)
@@ -145,3 +146,23 @@ def test_a_body_comes_out_of_the_store_as_it_went_in_however_long_it_is() -> Non
     long = body("long", 1) | {"status": {"conditions": [{"message": f"Grüße {n}"} for n in range(500)]}}
     store.put("Pod", long)
     assert store.of("Pod", KEY) == (long,)
+
+
+def config_map(name: str, *owners: dict[str, object], label: str = "support", **data: str) -> Object:
+    found = body(name, 1, uid=name, label=label)
+    found["metadata"] = found["metadata"] | {"ownerReferences": list(owners)}  # type: ignore[operator]
+    return found | {"data": data}
+
+
+def test_config_maps_that_no_job_owns_cannot_fill_the_store() -> None:
+    store, filler = Store(), "x" * 2**20
+    owner: dict[str, object] = {"kind": "FineTuneJob", "name": "support", "uid": "u", "controller": True}
+    for number in range(60):
+        store.put("ConfigMap", config_map(f"filler-{number}", label="nojob", train=filler))
+        store.put("ConfigMap", config_map(f"filler-{number}", owner, train=filler))
+    store.put("ConfigMap", config_map("nojob-train-report", owner, label="nojob", train=filler))
+    store.put("ConfigMap", config_map("support-train-report", owner | {"kind": "Pod"}, train=filler))
+    assert store.of("ConfigMap", KEY) == store.of("ConfigMap", Key("ml", "nojob")) == ()
+    store.put("ConfigMap", config_map("support-train-report", owner, train=filler, a="{}", evaluate="{}"))
+    (kept,) = store.of("ConfigMap", KEY)
+    assert kept["data"] == {"evaluate": "{}"}

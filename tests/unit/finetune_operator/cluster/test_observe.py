@@ -155,16 +155,26 @@ def test_objects_that_carry_no_attempt_are_no_children() -> None:
 
 def report_map(uid: str = "u1") -> Body:
     report = Report(attempt="u1/train/1", stage=Stage.TRAIN, time=datetime(2026, 1, 1, tzinfo=UTC))
-    data = {"train": report.model_dump_json(by_alias=True, exclude_none=True), "prepare": "{cut off"}
+    data = {"train": report.model_dump_json(by_alias=True, exclude_none=True)}
     return {"metadata": {"name": "r", "ownerReferences": [{"uid": uid, "controller": True}]}, "data": data}
 
 
 def test_reports_that_can_be_read_are_read() -> None:
-    assert [report.attempt for report in reports(report_map(), "u1")] == ["u1/train/1"]
+    cut_off = report_map() | {"data": {"prepare": "{cut off"}}
+    found = reports({Stage.PREPARE: cut_off, Stage.TRAIN: report_map(), Stage.EVALUATE: None}, "u1")
+    assert [report.attempt for report in found] == ["u1/train/1"]
+
+
+@pytest.mark.parametrize("attempt", ["u1/evaluate/1", "u0/train/1", "train", "u1/train", "u1/train/1/evaluate/1"])
+def test_a_report_of_another_stage_or_job_is_not_listened_to(attempt: str) -> None:
+    for stage in (Stage.TRAIN, Stage.EVALUATE):
+        report = Report(attempt=attempt, stage=stage, time=datetime(2026, 1, 1, tzinfo=UTC))
+        data = {"train": report.model_dump_json(by_alias=True, exclude_none=True)}
+        assert reports({Stage.TRAIN: report_map() | {"data": data}}, "u1") == ()
 
 
 def test_reports_of_an_older_job_of_the_name_are_not_listened_to() -> None:
-    assert reports(report_map(uid="u0"), "u1") == ()
+    assert reports({Stage.TRAIN: report_map(uid="u0")}, "u1") == ()
 
 
 def test_a_spec_that_cannot_be_read_says_where() -> None:
@@ -182,7 +192,9 @@ def test_a_job_is_observed_as_it_is_persisted() -> None:
     }
     job = {"metadata": meta, "spec": SPEC, "status": {"phase": "Training", "fieldOfANewerVersion": 1}}
     seen = observe(
-        JobObjects(job=job, spec=read_spec(job)[0], report=report_map()), BACKEND, datetime(2026, 1, 1, tzinfo=UTC)
+        JobObjects(job=job, spec=read_spec(job)[0], channels={Stage.TRAIN: report_map()}),
+        BACKEND,
+        datetime(2026, 1, 1, tzinfo=UTC),
     )
     assert (seen.uid, seen.generation, seen.status.phase, seen.deleting) == ("u1", 4, "Training", False)
     assert seen.annotations == {"finetune.dev/retry": "2"}

@@ -15,7 +15,7 @@ from finetune_operator.manifests.children import all_manifests, child_manifests,
 from finetune_operator.manifests.job import Job, Manifest
 from finetune_operator.manifests.labels import node_rank
 from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
-from finetune_operator.manifests.shared import isolation, role, run_claim, run_config
+from finetune_operator.manifests.shared import isolation, run_claim, run_config, stage_channel
 from finetune_operator.manifests.trainjob import TrainJobBackend
 
 SPEC: dict[str, object] = {
@@ -177,15 +177,21 @@ def test_the_cache_is_read_only_outside_prepare(stage: Stage) -> None:
 def test_a_pod_has_no_rights_but_a_short_token_for_its_report(stage: Stage) -> None:
     manifest = child(stage)
     assert pod(manifest)["automountServiceAccountToken"] is False
+    assert pod(manifest)["serviceAccountName"] == f"support-{stage}-report"
     token = volumes(manifest)["report-token"]["projected"]["sources"][0]["serviceAccountToken"]
     assert token == {"path": "token", "expirationSeconds": 3600}
-    assert environment(manifest)["FINETUNE_REPORT_CONFIGMAP"] == "ml/support-report"
+    assert environment(manifest)["FINETUNE_REPORT_CONFIGMAP"] == f"ml/support-{stage}-report"
 
 
-def test_the_role_may_patch_the_report_and_nothing_else() -> None:
-    assert role(job())["rules"] == [
-        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["support-report"], "verbs": ["patch"]}
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_account_of_a_stage_may_patch_its_own_report_and_nothing_else(stage: Stage) -> None:
+    account, role, binding, report = stage_channel(job(), stage)
+    name = f"support-{stage}-report"
+    assert {manifest["metadata"]["name"] for manifest in (account, role, binding, report)} == {name}
+    assert role["rules"] == [
+        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [name], "verbs": ["patch"]}
     ]
+    assert (binding["roleRef"]["name"], binding["subjects"][0]["name"]) == (name, name)
 
 
 def test_only_pods_of_the_job_reach_its_pods() -> None:
