@@ -10,10 +10,11 @@ from enum import StrEnum
 from math import ceil, floor
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from finetune_api.base import ApiModel, Duration, Fraction, Name, Quantity, RepoId, Rule
 from finetune_api.known_datasets import KNOWN_DATASETS
+from finetune_api.patterns import check_module_pattern
 from finetune_api.traits import Method, Task
 
 Path = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -235,6 +236,12 @@ class Split(ApiModel):
     )
 
 
+Layers = Annotated[
+    str, StringConstraints(pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$", max_length=200)
+]
+"""Numbers and ranges of layers; four digits, so that no range is long to write out."""
+
+
 class Lora(ApiModel):
     """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
 
@@ -244,11 +251,11 @@ class Lora(ApiModel):
     """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
     dropout: Fraction = 0.0
     """Dropout probability on the adapters' input."""
-    target_modules: Annotated[str, StringConstraints(min_length=1, max_length=2000)] = "all-linear"
+    target_modules: Annotated[
+        str, StringConstraints(min_length=1, max_length=2000), AfterValidator(check_module_pattern)
+    ] = "all-linear"
     """`all-linear`, names separated by commas (`q_proj,v_proj`), or a regular expression for full module names."""
-    layers: (
-        Annotated[str, StringConstraints(pattern=r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$", max_length=1000)] | None
-    ) = None
+    layers: Layers | None = None
     """Layers with adapters, such as `12-29` or `0,4,8`. No backward pass is needed below the lowest one."""
     modules_to_save: Annotated[list[ModuleName], Field(max_length=64)] = []
     """Modules that are fully trained and saved with the adapter, such as `lm_head`."""

@@ -58,7 +58,7 @@ PATTERNS = {
     r"^([0-9]+(h|m|s))+$": "a duration such as 90s, 15m or 1h30m",
     r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$": "a number of bytes such as 200Gi",
     r"^[0-9]+(\.[0-9]+)?(m|Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$": "an amount such as 8, 500m or 64Gi",
-    r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$": "layer numbers such as 12-29 or 0,4,8",
+    r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$": "layer numbers such as 12-29 or 0,4,8",
     r"^[-._a-zA-Z0-9]+$": "letters, digits, '-', '_' and '.'",
     r"^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and '_', not beginning with a digit",
 }

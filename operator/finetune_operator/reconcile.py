@@ -6,16 +6,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 from finetune_api.base import API_VERSION, STAGES, Stage
+from finetune_api.report import LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.cluster.act import Actor
 from finetune_operator.cluster.api import Api, ApiError, Object
 from finetune_operator.cluster.needs import Needs, Prerequisites
-from finetune_operator.cluster.observe import UNREADABLE, JobObjects, is_of, observe, read_spec
+from finetune_operator.cluster.observe import UNREADABLE, JobObjects, is_of, observe, read_spec, read_status
 from finetune_operator.cluster.store import FINE_TUNE_JOB, Key, Store
 from finetune_operator.cluster.watch import Watch
 from finetune_operator.decision import attempts, progress
@@ -28,15 +30,16 @@ from finetune_operator.decision.model import (
     EnsureShared,
     Missing,
     Observation,
-    Planner,
+    PlanFailure,
     StartAttempt,
 )
+from finetune_operator.decision.next_attempt import plan_inputs
 from finetune_operator.manifests.backend import Backend
 from finetune_operator.manifests.names import channel_name, child_name, shared_name
 from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.metrics import Metrics
+from finetune_operator.plan_worker import PlanWorker
 from finetune_operator.settings import Settings
-from finetune_operator.sizing.plan import planner_for
 from finetune_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,15 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+class MemoryPlanner(Protocol):
+    """Makes memory plans without holding up the event loop."""
+
+    async def plan(
+        self, spec: FineTuneJobSpec, model: ModelFacts, lengths: LengthFacts, price_per_gpu_hour: float | None
+    ) -> Plan | PlanFailure:
+        """The plan of a run, or why there is none."""
+
+
 @dataclass
 class JobCache:
     """What this process remembers of a job; a fresh process does without."""
@@ -71,6 +83,8 @@ class JobCache:
     """When what the job waits to be deleted was last listed, or since when it waits."""
     refused: Missing | None = None
     """Why the API server refused the last start."""
+    plan: tuple[tuple[FineTuneJobSpec, tuple[ModelFacts, LengthFacts]], Plan | PlanFailure] | None = None
+    """What the memory plan was made from, and the plan."""
     spec: tuple[str, FineTuneJobSpec, str] = ("", UNREADABLE, "")
     """Uid and generation that it was read from, the spec, and why it could not be read."""
 
@@ -83,8 +97,8 @@ class Reconciler:
     store: Store
     settings: Settings
     metrics: Metrics
-    planner: Planner | None = None
-    """Makes the memory plan; by default that of sizing/plan.py."""
+    planner: MemoryPlanner = field(default_factory=PlanWorker)
+    """Makes the memory plan."""
     backend: Backend = field(default_factory=PyTorchJobBackend)
     clock: Callable[[], datetime] = utc_now
     queue: WorkQueue[Key] = field(default_factory=WorkQueue)
@@ -139,8 +153,8 @@ class Reconciler:
             return None
         cache = self._caches.setdefault(key, JobCache())
         observation = await self._observe(key, job, cache)
-        planner = self.planner or planner_for(price_per_gpu_hour=observation.environment.price_per_gpu_hour)
-        decision = decide(observation, planner)
+        observation = await self._with_plan(observation, cache)
+        decision = decide(observation)
         written = await self._record(key, job, observation, decision, cache)
         stale = False
         if decision.settled:
@@ -162,10 +176,23 @@ class Reconciler:
         cache.last_relist = observation.now
         return any([await watch.look_again(key) for watch in self.watches])
 
+    async def _with_plan(self, observation: Observation, cache: JobCache) -> Observation:
+        """Have the plan made that the decision needs, once for each spec and what Prepare found."""
+        inputs = plan_inputs(observation)
+        if inputs is None:
+            return observation
+        made_from = (observation.spec, inputs)
+        if cache.plan is None or cache.plan[0] != made_from:
+            price = observation.environment.price_per_gpu_hour
+            cache.plan = made_from, await self.planner.plan(observation.spec, *inputs, price)
+        return replace(observation, plan=cache.plan[1])
+
     async def _observe(self, key: Key, job: Object, cache: JobCache) -> Observation:
         spec, invalid = self._spec(job, cache)
         name = job["metadata"]["name"]
-        status = JobStatus.parse(job.get("status"))
+        status, unreadable = read_status(job)
+        if unreadable:
+            log.error("the status cannot be read, and the job is left alone: %s", unreadable, extra=_about(key))
         pods = self.store.of("Pod", key)
         await self._catch_up(key, job, status, pods)
         needs = Needs() if invalid else await self._needs(key, job, status, spec)

@@ -18,7 +18,6 @@ from finetune_operator.cluster.api import Api
 from finetune_operator.cluster.lease import Lease
 from finetune_operator.cluster.store import Key, Store
 from finetune_operator.cluster.watch import Watch
-from finetune_operator.decision.model import Planner
 from finetune_operator.errors import EXIT_FAILED, UserError
 from finetune_operator.manifests.backends import BACKENDS
 from finetune_operator.metrics import Metrics
@@ -29,7 +28,7 @@ from finetune_operator.workqueue import WorkQueue
 log = logging.getLogger(__name__)
 
 
-async def serve(settings: Settings, planner: Planner | None = None, stop: asyncio.Event | None = None) -> None:
+async def serve(settings: Settings, stop: asyncio.Event | None = None) -> None:
     """Run until a signal, or until `stop`. Raises LeaseLostError if the Lease is lost."""
     backend, store = BACKENDS[settings.backend], Store()
     metrics = Metrics(store.phases)
@@ -40,7 +39,7 @@ async def serve(settings: Settings, planner: Planner | None = None, stop: asynci
         queue = WorkQueue[Key]()
         watches = handlers.watches(api, store, queue, backend, settings.namespaces)
         resyncs = handlers.resyncs(api, store, queue, settings.namespaces)
-        reconciler = Reconciler(api, store, settings, metrics, planner, backend, queue=queue, watches=watches)
+        reconciler = Reconciler(api, store, settings, metrics, backend=backend, queue=queue, watches=watches)
         kopf_operator = kopf.operator(
             registry=handlers.registry(store, queue, access.client.configuration),
             settings=handlers.kopf_settings(clusterwide=not settings.namespaces),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,6 +34,8 @@ STUCK_REASONS = frozenset(
         "RunContainerError",
     }
 )
+CLOCK_TOLERANCE = timedelta(days=1)
+"""How far the clock of a pod may be ahead of ours."""
 UNREADABLE = FineTuneJobSpec(
     model=Model(path="unreadable"),
     datasets=[Dataset(name="unreadable", path="unreadable")],
@@ -67,19 +69,23 @@ def observe(objects: JobObjects, backend: Backend, now: datetime) -> Observation
     """The observation that a decision is made from."""
     meta = objects.job["metadata"]
     uid = meta["uid"]
+    status, unreadable = read_status(objects.job)
+    usable, unusable = reports(objects.channels, uid, now)
     return Observation(
         namespace=meta["namespace"],
         name=meta["name"],
         uid=uid,
         generation=meta.get("generation", 1),
         spec=objects.spec,
-        status=JobStatus.parse(objects.job.get("status")),
+        status=status,
         now=now,
         annotations=dict(meta.get("annotations") or {}),
         deleting="deletionTimestamp" in meta,
         invalid=objects.invalid,
+        unreadable=unreadable,
         children=children(uid, objects.carriers, objects.pods, objects.out_of_service, backend),
-        reports=reports(objects.channels, uid),
+        reports=usable,
+        unusable_reports=unusable,
         missing=objects.missing,
         credentials_version=objects.credentials_version,
         environment=objects.environment,
@@ -91,26 +97,47 @@ def read_spec(job: Object) -> tuple[FineTuneJobSpec, str]:
     try:
         return FineTuneJobSpec.model_validate(job.get("spec") or {}), ""
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in ("spec", *first["loc"]))
-        return UNREADABLE, f"{path}: {first['msg']}."
+        return UNREADABLE, _first_problem(error, "spec")
 
 
-def reports(channels: Mapping[Stage, Object | None], uid: str) -> tuple[Report, ...]:
-    """What the stages of this job report, each in its own ConfigMap; what cannot be used is ignored."""
-    found = (_report_of(stage, channel, uid) for stage, channel in channels.items() if channel is not None)
-    return tuple(report for report in found if report is not None)
+def read_status(job: Object) -> tuple[JobStatus, str]:
+    """The status, and why it cannot be read (then the status means nothing)."""
+    try:
+        return JobStatus.parse(job.get("status")), ""
+    except ValidationError as error:
+        return JobStatus(), _first_problem(error, "status")
 
 
-def _report_of(stage: Stage, channel: Object, uid: str) -> Report | None:
-    """The report in a stage's ConfigMap, unless it is another's: the pods can write anything there."""
-    text = (channel.get("data") or {}).get(stage, "")
-    if owner_uid(channel) == uid and len(text) <= MAX_REPORT_BYTES:
-        with contextlib.suppress(ValidationError):
-            report = Report.model_validate_json(text)
-            named = report.attempt.rpartition("/")[0]
-            return report if (report.stage, named) == (stage, f"{uid}/{stage}") else None
-    return None
+def reports(
+    channels: Mapping[Stage, Object | None], uid: str, now: datetime
+) -> tuple[tuple[Report, ...], dict[Stage, str]]:
+    """What the stages of this job report, each in its own ConfigMap; and why what else is there cannot be used."""
+    usable: list[Report] = []
+    unusable: dict[Stage, str] = {}
+    for stage, channel in channels.items():
+        text = (channel.get("data") or {}).get(stage, "") if channel is not None and owner_uid(channel) == uid else ""
+        if text:
+            report = _read_report(text, stage, uid, now)
+            if isinstance(report, Report):
+                usable.append(report)
+            else:
+                unusable[stage] = report
+    return tuple(usable), unusable
+
+
+def _read_report(text: str, stage: Stage, uid: str, now: datetime) -> Report | str:
+    """The report in a stage's ConfigMap, or why it cannot be used: the pods can write anything there."""
+    if len(text) > MAX_REPORT_BYTES:
+        return f"it is longer than {MAX_REPORT_BYTES:,} characters."
+    try:
+        report = Report.model_validate_json(text)
+    except ValidationError as error:
+        return _first_problem(error, "report")
+    if (report.stage, report.attempt.rpartition("/")[0]) != (stage, f"{uid}/{stage}"):
+        return f"report.attempt: {report.attempt[:200]!r} is no attempt of this stage."
+    if report.time > now + CLOCK_TOLERANCE:
+        return f"report.time: {report.time:%Y-%m-%dT%H:%M:%SZ} is more than a day ahead."
+    return report
 
 
 def children(
@@ -264,6 +291,12 @@ def _failure(ended: Mapping[str, Any]) -> Failure | None:
     with contextlib.suppress(ValidationError):
         return Failure.model_validate_json(ended.get("message") or "")
     return None
+
+
+def _first_problem(error: ValidationError, root: str) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = ".".join(str(part) for part in (root, *first["loc"]))
+    return f"{path}: {first['msg']}."
 
 
 def _memory_limit(spec: Mapping[str, Any]) -> str:

@@ -29,7 +29,6 @@ from finetune_operator.decision.model import (
     DeleteChild,
     EnsureShared,
     Observation,
-    Planner,
     RunningAttempt,
     StartAttempt,
 )
@@ -38,14 +37,14 @@ from finetune_operator.decision.running_attempt import handle_running_attempt, t
 from finetune_operator.decision.status_draft import StatusDraft
 
 
-def decide(observation: Observation, planner: Planner | None = None) -> Decision:
+def decide(observation: Observation) -> Decision:
     """What to record of a job and what to do about it. The same observation gives the same decision."""
-    if observation.deleting:
+    if observation.deleting or observation.unreadable:
         return Decision(observation.status, observation.wire)
     persisted = observation.wire
     observation = replace(observation, now=observation.now.replace(microsecond=0))
     # A deep copy that pydantic makes in a fifth of the time of model_copy(deep=True).
-    draft = StatusDraft(observation, JobStatus.model_validate(observation.status.model_dump()), planner)
+    draft = StatusDraft(observation, JobStatus.model_validate(observation.status.model_dump()))
     record = attempts.running(draft.status)
     running = observation.running(record) if record is not None else None
     _initialise(draft)

@@ -7,7 +7,7 @@ the status it was shown holds their conclusion already: after each write, observ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -22,7 +22,15 @@ from finetune_api.status import AttemptRecord, JobStatus
 
 RETRY_ANNOTATION = "finetune.dev/retry"
 Planner = Callable[[FineTuneJobSpec, ModelFacts, LengthFacts], Plan]
-"""Makes the memory plan from what Prepare found (sizing/memory.py)."""
+"""Makes the memory plan from what Prepare found (sizing/plan.py)."""
+
+
+@dataclass(frozen=True)
+class PlanFailure:
+    """Why no memory plan can be made."""
+
+    sentence: str
+    """Without a full stop."""
 
 
 class PodPhase(StrEnum):
@@ -152,9 +160,15 @@ class Observation:
     deleting: bool = False
     invalid: str = ""
     """Why the spec cannot be read at all, in a sentence; empty when it can."""
+    unreadable: str = ""
+    """Why the persisted status cannot be read, in a sentence: nothing is done about the job then."""
     children: tuple[Child, ...] = ()
     reports: tuple[Report, ...] = ()
     """Newest report of each attempt that is on the volume or in the report ConfigMap."""
+    unusable_reports: Mapping[Stage, str] = field(default_factory=dict)
+    """By stage, why its report was set aside: it is not what a trainer writes."""
+    plan: Plan | PlanFailure | None = None
+    """The memory plan, made before the decision where next_attempt.plan_inputs asks for one."""
     missing: tuple[Missing, ...] = ()
     credentials_version: str = ""
     """Changes when a referenced Secret changes: a job that waits for a better token goes on."""
@@ -174,7 +188,7 @@ class Observation:
         """A running attempt with what is seen of it; children and reports of any other are not looked at."""
         key = (record.stage, record.number)
         child = next((child for child in self.children if child.ours and (child.stage, child.number) == key), None)
-        return RunningAttempt(record, child, self.report_of(*key))
+        return RunningAttempt(record, child, self.report_of(*key), self.unusable_reports.get(record.stage, ""))
 
 
 @dataclass(frozen=True)
@@ -187,6 +201,8 @@ class RunningAttempt:
     """What runs it; None until that is created."""
     report: Report | None
     """Its newest report."""
+    report_problem: str = ""
+    """Why there is none although something was reported."""
 
 
 @dataclass(frozen=True)

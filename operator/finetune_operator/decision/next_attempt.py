@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune_api.base import Stage
-from finetune_api.report import FailureClass
+from finetune_api.report import FailureClass, LengthFacts, ModelFacts
 from finetune_api.status import AttemptRecord, Phase
-from finetune_operator.decision import attempts, deadlines, progress
+from finetune_operator.decision import attempts, conditions, deadlines, progress
 from finetune_operator.decision.conditions import MISSING, JobCondition, State, starting, waiting
 from finetune_operator.decision.failure_policy import Footprint, condition_reason, shrink
-from finetune_operator.decision.model import RETRY_ANNOTATION
+from finetune_operator.decision.model import RETRY_ANNOTATION, Observation, PlanFailure, Planner
 from finetune_operator.decision.status_draft import StatusDraft
 
 
@@ -64,6 +66,29 @@ def _wait_for_backoff(draft: StatusDraft, stage: Stage) -> JobCondition | None:
     return JobCondition(State.PROGRESSING, "BackingOff", message, Phase.BACKING_OFF)
 
 
+def plan_inputs(observation: Observation) -> tuple[ModelFacts, LengthFacts] | None:
+    """What the memory plan is made from, if this decision may start Train. A plan may take long: it is made before."""
+    status = observation.status
+    retried = observation.annotations.get(RETRY_ANNOTATION, "") not in ("", status.observed_retry)
+    if observation.invalid or observation.deleting or (conditions.terminal(status) and not retried):
+        return None
+    running = attempts.running(status)
+    if conditions.next_stage(status, observation.spec) not in (Stage.PREPARE, Stage.TRAIN):
+        return None
+    if running is not None and running.stage is Stage.TRAIN:
+        return None
+    report = observation.report_of(Stage.PREPARE, status.attempts_started.get(Stage.PREPARE, 0))
+    if report is None or not report.done or report.model is None or report.lengths is None:
+        return None
+    return report.model, report.lengths
+
+
+def with_plan(observation: Observation, planner: Planner) -> Observation:
+    """The observation with the plan that its decision needs."""
+    inputs = plan_inputs(observation)
+    return observation if inputs is None else replace(observation, plan=planner(observation.spec, *inputs))
+
+
 def start_next_attempt(draft: StatusDraft, stage: Stage) -> JobCondition:
     """Record the stage's next attempt, unless it is known not to fit."""
     status = draft.status
@@ -79,9 +104,10 @@ def start_next_attempt(draft: StatusDraft, stage: Stage) -> JobCondition:
 def _plan_memory(draft: StatusDraft) -> JobCondition | None:
     """Make the memory plan from what Prepare found; a plan that does not fit ends the job before a GPU is taken."""
     status = draft.status
-    report = draft.observation.report_of(Stage.PREPARE, status.attempts_started.get(Stage.PREPARE, 0))
-    if draft.planner is not None and report is not None and report.model is not None and report.lengths is not None:
-        status.plan = draft.planner(draft.spec, report.model, report.lengths)
+    plan = draft.observation.plan
+    if isinstance(plan, PlanFailure):
+        return draft.fail(condition_reason(FailureClass.BAD_SPEC), f"Training cannot be planned: {plan.sentence}.")
+    status.plan = plan or status.plan
     if status.plan is None:
         return None
     status.warnings = progress.merged_warnings(status.warnings, status.plan.warnings)

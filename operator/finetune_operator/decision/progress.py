@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.base import Stage
-from finetune_api.report import MetricResult, Progress, Report, Results
+from finetune_api.report import Choice, MetricResult, Progress, Report, Results
 from finetune_api.status import AttemptRecord, JobStatus, Origin
 from finetune_operator.decision.conditions import truncate
 from finetune_operator.decision.model import Decision, Observation
@@ -19,6 +19,7 @@ WORDING_INTERVAL_SECONDS = 2
 """How long after the last write a status waits of which only the wording is new (starting, running, ending). Writes
 are the costliest requests of the operator, and a quick stage passes through several such states at once."""
 WARNINGS_KEPT = 30
+CHOICES_KEPT = 100
 PROGRESS_FIELDS = frozenset(
     {
         "progress",
@@ -46,7 +47,7 @@ def merge_report(status: JobStatus, record: AttemptRecord, report: Report) -> No
     status.eta_text = eta_text(None if report.done else report.progress.eta_seconds)
     status.activity = truncate(report.activity, 200)
     status.last_checkpoint = report.last_checkpoint or status.last_checkpoint
-    status.choices = status.choices | report.choices
+    status.choices = _bounded(status.choices | report.choices)
     status.warnings = merged_warnings(status.warnings, report.warnings)
     status.wandb_url = report.wandb_url or status.wandb_url
     if report.progress.validation is not None:
@@ -54,6 +55,15 @@ def merge_report(status: JobStatus, record: AttemptRecord, report: Report) -> No
         status.metric_text = f"{validation.metric} {validation.value:.3f}"
     if report.resumed_from_step is not None:
         record.resumed_from_step = report.resumed_from_step
+
+
+def _bounded(choices: dict[str, Choice]) -> dict[str, Choice]:
+    """The newest choices, cut to a length: they add up over reports, and the status has to stay storable."""
+    newest = list(choices.items())[-CHOICES_KEPT:]
+    return {
+        truncate(name, 200): Choice(value=truncate(choice.value, 500), why=truncate(choice.why, 500))
+        for name, choice in newest
+    }
 
 
 def merge_products(status: JobStatus, report: Report) -> None:

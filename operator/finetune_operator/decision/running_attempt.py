@@ -12,7 +12,7 @@ from datetime import datetime
 from enum import Enum
 
 from finetune_api.base import Stage
-from finetune_api.report import FailureClass, Report
+from finetune_api.report import FailureClass
 from finetune_api.status import AttemptRecord, JobStatus, Phase
 from finetune_operator.decision import attempts, conditions, deadlines, progress, root_cause
 from finetune_operator.decision.conditions import MISSING, RUNNING, JobCondition, State, starting, waiting
@@ -111,7 +111,7 @@ def result_of(running: RunningAttempt, observation: Observation) -> AttemptResul
     overdue = due is not None and observation.now >= due
     match child_state(child):
         case ChildState.SUCCEEDED:
-            lacking = _missing_product(running.record.stage, report)
+            lacking = _missing_product(running)
             sentence = f"All pods of {running.record.stage} succeeded, but {lacking}: the report channel is broken."
             if not lacking:
                 return AttemptResult()
@@ -128,8 +128,11 @@ def result_of(running: RunningAttempt, observation: Observation) -> AttemptResul
             return _timed_out(running, child, observation)
 
 
-def _missing_product(stage: Stage, report: Report | None) -> str:
+def _missing_product(running: RunningAttempt) -> str:
     """What the report of a finished stage lacks; empty when it names all that it must."""
+    stage, report = running.record.stage, running.report
+    if running.report_problem:
+        return f"the final report cannot be used ({running.report_problem.rstrip('.')})"
     if report is None or not report.done:
         return "no final report arrived"
     if stage is Stage.TRAIN and report.export is None:
@@ -259,6 +262,9 @@ def _describe(draft: StatusDraft, running: RunningAttempt) -> JobCondition:
         return JobCondition(State.PROGRESSING, "Ending", message, phase)
     if not child.all_run:
         return starting(record)
+    if running.report_problem:
+        message = f"Running {record.stage}. Its report is ignored, since it cannot be used: {running.report_problem}"
+        return JobCondition(State.PROGRESSING, "ReportUnusable", message, phase)
     hang = deadlines.hang_deadline(running, observation)
     if hang is not None and running.report is None and draft.now >= hang:
         message = "The report channel is broken: all pods are running, but no report of this attempt has arrived."

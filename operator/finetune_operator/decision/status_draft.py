@@ -8,7 +8,7 @@ from datetime import datetime
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import JobStatus, Phase
 from finetune_operator.decision.conditions import JobCondition, State
-from finetune_operator.decision.model import Observation, Planner
+from finetune_operator.decision.model import Observation
 
 
 @dataclass
@@ -17,7 +17,6 @@ class StatusDraft:
 
     observation: Observation
     status: JobStatus
-    planner: Planner | None
     requeue_at: datetime | None = None
     """The nearest moment at which the decision may change by itself."""
 

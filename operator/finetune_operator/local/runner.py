@@ -37,6 +37,7 @@ from finetune_operator.decision.model import (
     Planner,
     StartAttempt,
 )
+from finetune_operator.decision.next_attempt import with_plan
 from finetune_operator.devices import loopback_interface
 from finetune_operator.errors import (
     EXIT_BAD_SPEC,
@@ -51,6 +52,7 @@ from finetune_operator.local.processes.children import Environ
 from finetune_operator.local.processes.environment import environment
 from finetune_operator.local.processes.placement import Node, Placement
 from finetune_operator.local.processes.tokens import Tokens, without_secrets
+from finetune_operator.sizing.plan import plan_run
 
 POLL_SECONDS = 0.5
 """How often reports are read; the end of a process is noticed at once."""
@@ -110,7 +112,7 @@ class RunSettings:
     tokens: Tokens = field(default_factory=Tokens)
     version: str = ""
     decisions: Environment = field(default_factory=lambda: Environment(local=True))
-    planner: Planner | None = None
+    planner: Planner = plan_run
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
 
@@ -140,8 +142,8 @@ class Runner:
 
     def _step(self) -> Decision:
         record = self._record
-        observation = self._observe()
-        decision = decide(observation, self._settings.planner)
+        observation = with_plan(self._observe(), self._settings.planner)
+        decision = decide(observation)
         if decision.wire != observation.wire:
             record.status = decision.status
             record.save()

@@ -8,13 +8,13 @@ still there), its last layer (the embedding is gathered again), its end (gradien
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 from typing import Literal
 
+from finetune_api.patterns import NAMES, matches
 from finetune_api.report import MemoryComponent
 from finetune_api.spec import Lora, Tuning
 from finetune_api.traits import Method, MethodTraits
@@ -123,16 +123,16 @@ def _selects(lora: Lora, layer: int, matrix: Matrix) -> bool:
     target = lora.target_modules
     if target == "all-linear":
         return True
-    if re.fullmatch(r"[A-Za-z0-9_]+(\s*,\s*[A-Za-z0-9_]+)*", target):
+    if NAMES.fullmatch(target):
         return matrix.leaf in {name.strip() for name in target.split(",")}
-    return re.fullmatch(target, f"model.layers.{layer}.{matrix.name}") is not None
+    return matches(target, f"model.layers.{layer}.{matrix.name}")
 
 
 def adapted(shape: Shape, tuning: Tuning) -> dict[int, tuple[Matrix, ...]]:
     """The matrices of each layer that get a LoRA adapter; layers without any are left out."""
     if not tuning.method.traits.low_rank:
         return {}
-    chosen = tuning.lora.layer_numbers
+    chosen = None if tuning.lora.layers is None else set(tuning.lora.layer_numbers or ())
     by_layer = {
         layer: tuple(matrix for matrix in shape.matrices if _selects(tuning.lora, layer, matrix))
         for layer in range(shape.facts.num_hidden_layers)

@@ -12,7 +12,7 @@ from tests.unit.finetune_operator.decision.world import SPEC, plan
 from tests.unit.finetune_operator.decision.world import job as world
 
 from finetune_api.base import Stage
-from finetune_api.report import Failure, FailureClass, Report
+from finetune_api.report import Failure, FailureClass, Plan, Report
 from finetune_api.runconfig import Attempt
 from finetune_api.status import JobStatus
 from finetune_operator.cluster.api import ApiError, Object
@@ -34,6 +34,13 @@ WATCHED = ("Job", "PyTorchJob", "Pod", "ConfigMap", FINE_TUNE_JOB)
 def copied(body: Any) -> Any:
     """A copy that shares nothing, in a fraction of the time of `deepcopy`."""
     return pickle.loads(pickle.dumps(body, pickle.HIGHEST_PROTOCOL))
+
+
+class FixedPlan:
+    """Gives every run the same plan."""
+
+    async def plan(self, *facts: object) -> Plan:
+        return plan()
 
 
 class Killed(BaseException):
@@ -244,7 +251,7 @@ class FakeCluster:
             watches=watches(self, store, queue, self.backend, ()),  # type: ignore[arg-type]
             settings=Settings(backoff_base_seconds=1.0),
             metrics=Metrics(),
-            planner=lambda spec, model, lengths: plan(),
+            planner=FixedPlan(),
             clock=lambda: self.now,
         )
         self.show(made.store)

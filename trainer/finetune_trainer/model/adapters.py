@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from finetune_api.patterns import NAMES, matches
 from finetune_api.report import FailureClass
 from finetune_api.spec import Lora, Tuning
 from finetune_api.traits import Method
@@ -32,8 +33,6 @@ ADAPTER_FILE = "adapter_model.safetensors"
 EXACT_SVD_ELEMENTS = 2**22
 """Matrices up to this size get PiSSA's vectors from a full decomposition, larger ones from a randomised one."""
 SUBSPACE_ITERATIONS = 16
-
-_NAMES = re.compile(r"^[A-Za-z0-9_]+(\s*,\s*[A-Za-z0-9_]+)*$")
 
 
 # --- which adapters --------------------------------------------------------------------------------------------------
@@ -108,24 +107,19 @@ def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[
     leaves = sorted({name.rpartition(".")[2] for name in linear if name.startswith(f"{within}.")})
     if lora.target_modules == "all-linear":
         return (leaves, layers) if layers is not None else ("all-linear", None)
-    if _NAMES.match(lora.target_modules):
+    if NAMES.fullmatch(lora.target_modules):
         names = [name.strip() for name in lora.target_modules.split(",")]
         unknown = [name for name in names if not any(_ends_with(module, name) for module in linear)]
         if not unknown:
             return names, layers
         raise _no_such_module(unknown[0], leaves, "tuning.lora.targetModules")
-    try:
-        matched = sorted(name for name in linear if re.fullmatch(lora.target_modules, name))
-    except re.error as error:
-        raise TrainerError(
-            FailureClass.BAD_SPEC, f"targetModules is not a regular expression: {error}.", "tuning.lora.targetModules"
-        ) from error
+    matched = sorted(name for name in linear if matches(lora.target_modules, name))
     if layers is not None:
         prefixes = [f"{within}.{layer}." for layer in layers]
         matched = [name for name in matched if any(name.startswith(prefix) for prefix in prefixes)]
     if not matched:
         raise _no_such_module(lora.target_modules, leaves, "tuning.lora.targetModules")
-    return (matched, None) if layers is not None else (lora.target_modules, None)
+    return matched, None
 
 
 def _saved(model: PreTrainedModel, lora: Lora) -> list[str]:

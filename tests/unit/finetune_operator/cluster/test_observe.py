@@ -1,3 +1,5 @@
+import json
+import sys
 from copy import deepcopy
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +15,7 @@ from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 
 BACKEND = PyTorchJobBackend()
 Body = dict[str, Any]
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 NOTHING: frozenset[str] = frozenset()
 
 
@@ -161,7 +164,7 @@ def report_map(uid: str = "u1") -> Body:
 
 def test_reports_that_can_be_read_are_read() -> None:
     cut_off = report_map() | {"data": {"prepare": "{cut off"}}
-    found = reports({Stage.PREPARE: cut_off, Stage.TRAIN: report_map(), Stage.EVALUATE: None}, "u1")
+    found = reports({Stage.PREPARE: cut_off, Stage.TRAIN: report_map(), Stage.EVALUATE: None}, "u1", NOW)[0]
     assert [report.attempt for report in found] == ["u1/train/1"]
 
 
@@ -170,11 +173,33 @@ def test_a_report_of_another_stage_or_job_is_not_listened_to(attempt: str) -> No
     for stage in (Stage.TRAIN, Stage.EVALUATE):
         report = Report(attempt=attempt, stage=stage, time=datetime(2026, 1, 1, tzinfo=UTC))
         data = {"train": report.model_dump_json(by_alias=True, exclude_none=True)}
-        assert reports({Stage.TRAIN: report_map() | {"data": data}}, "u1") == ()
+        assert reports({Stage.TRAIN: report_map() | {"data": data}}, "u1", NOW)[0] == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"time": "2026-01-01T00:00:00"}, "report.time: Value error, the time has no zone"),
+        ({"time": "9999-12-31T23:59:59Z"}, "report.time: Value error, the year is not between"),
+        ({"time": "2026-01-03T00:00:00Z"}, "report.time: 2026-01-03T00:00:00Z is more than a day ahead."),
+        ({"progress": {"step": 10**4299}}, "report.progress.step: "),
+        ({"progress": {"step": -1}}, "report.progress.step: Input should be greater than or equal to 0."),
+        ({"model": {"numHiddenLayers": 10**6}}, "report.model."),
+        ({"warnings": ["x" * 200_000]}, "longer than 131,072 characters."),
+    ],
+)
+def test_a_report_that_no_trainer_writes_is_set_aside_with_the_reason(fields: Body, problem: str) -> None:
+    sys.set_int_max_str_digits(0)
+    honest = {"attempt": "u1/train/1", "stage": "train", "time": "2026-01-01T00:00:00Z"}
+    text = json.dumps(honest | fields)
+    sys.set_int_max_str_digits(4300)
+    usable, unusable = reports({Stage.TRAIN: report_map() | {"data": {"train": text}}}, "u1", NOW)
+    assert usable == ()
+    assert problem in unusable[Stage.TRAIN]
 
 
 def test_reports_of_an_older_job_of_the_name_are_not_listened_to() -> None:
-    assert reports({Stage.TRAIN: report_map(uid="u0")}, "u1") == ()
+    assert reports({Stage.TRAIN: report_map(uid="u0")}, "u1", NOW) == ((), {})
 
 
 def test_a_spec_that_cannot_be_read_says_where() -> None:

@@ -1,5 +1,6 @@
 """A running attempt: how its end is recognised, and what follows from it."""
 
+import json
 from dataclasses import replace
 from datetime import timedelta
 
@@ -142,6 +143,25 @@ def test_no_report_at_all_means_that_the_channel_is_broken_and_kills_nothing() -
     assert world.current == (Stage.TRAIN, 1)
     assert world.deleted == []
     assert [e.reason for e in world.events].count("ReportChannelBroken") == 1
+
+
+def test_a_report_that_cannot_be_used_is_named_and_takes_nothing_from_the_operator() -> None:
+    world = job().training()
+    world.unusable_reports = {Stage.TRAIN: "report.time: the time has no zone."}
+    world.settled()
+    assert world.reason == "ReportUnusable"
+    assert "report.time: the time has no zone." in world.message
+    world.with_spec(lambda wire: wire.update(suspend=True)).settled()
+    assert [action.stage for action in world.deleted] == [Stage.TRAIN]
+
+
+def test_choices_that_pile_up_leave_the_status_storable() -> None:
+    world = job().training()
+    for part in range(20):
+        pile = {f"{part}/{n}/{'x' * 300}": {"value": "v" * 2000, "why": "w" * 2000} for n in range(20)}
+        world.says(choices=pile).settled()
+    assert len(world.status.choices) <= 100
+    assert len(json.dumps(world.status.to_wire())) < 200_000
 
 
 # Clocks

@@ -46,6 +46,7 @@ from finetune_operator.decision.model import (
     PodPhase,
     StartAttempt,
 )
+from finetune_operator.decision.next_attempt import with_plan
 
 UID = "0d6f2c"
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
@@ -100,6 +101,7 @@ class World:
     children: dict[tuple[Stage, int], Child] = field(default_factory=dict)
     strangers: tuple[Child, ...] = ()
     reports: dict[tuple[Stage, int], Report] = field(default_factory=dict)
+    unusable_reports: dict[Stage, str] = field(default_factory=dict)
     missing: dict[str, Missing] = field(default_factory=dict)
     refuse_starts: bool = False
     credentials_version: str = "1"
@@ -128,13 +130,15 @@ class World:
             invalid=self.invalid,
             children=(*self.children.values(), *self.strangers),
             reports=tuple(self.reports.values()),
+            unusable_reports=self.unusable_reports,
             missing=tuple(self.missing.values()),
             credentials_version=self.credentials_version,
             environment=self.environment,
         )
 
     def decide(self) -> Decision:
-        return decide(self.observe(), self.planner)
+        observation = self.observe()
+        return decide(with_plan(observation, self.planner) if self.planner else observation)
 
     def write(self, status: JobStatus) -> None:
         if status.to_wire() != self.status.to_wire():

@@ -1,0 +1,61 @@
+"""The memory plan cannot hold up the operator: it runs elsewhere, within limits, and its failure is a sentence."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from tests.unit.finetune_operator.decision.world import LENGTHS, MODEL_FACTS, SPEC
+
+from finetune_api.report import Plan
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.decision.model import PlanFailure
+from finetune_operator.plan_worker import PlanWorker
+from finetune_operator.sizing.plan import plan_run
+
+FACTS = MODEL_FACTS, LENGTHS
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+async def test_the_plan_is_that_of_this_process_and_comes_again_from_the_same_worker() -> None:
+    worker, spec = PlanWorker(), FineTuneJobSpec.model_validate(SPEC)
+    try:
+        first = await worker.plan(spec, *FACTS, 2.0)
+        process = worker._process
+        assert first == plan_run(spec, *FACTS, price_per_gpu_hour=2.0)
+        assert await worker.plan(spec, *FACTS, 2.0) == first
+        assert worker._process is process
+    finally:
+        await worker.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("import time; time.sleep(60)", "the memory plan was not ready within 1 s"),
+        ("import os; os.kill(os.getpid(), 9)", "the process that makes the memory plan ended"),
+        ("print('Traceback', flush=True)", "the process that makes the memory plan ended"),
+        ('print(\'{"error": "it is too large"}\', flush=True)', "it is too large"),
+    ],
+)
+async def test_a_worker_that_hangs_or_dies_is_a_sentence_and_the_next_plan_starts_another(
+    code: str, sentence: str
+) -> None:
+    worker, spec = PlanWorker(python(code), time_limit_seconds=1.0), FineTuneJobSpec.model_validate(SPEC)
+    assert await worker.plan(spec, *FACTS, None) == PlanFailure(sentence)
+    await worker.close()
+    worker.command, worker.time_limit_seconds = PlanWorker.command, 60.0
+    assert isinstance(await worker.plan(spec, *FACTS, None), Plan)
+    await worker.close()
+
+
+async def test_a_worker_that_nobody_asks_ends() -> None:
+    worker = PlanWorker(idle_seconds=0.05)
+    await worker.plan(FineTuneJobSpec.model_validate(SPEC), *FACTS, None)
+    process = worker._process
+    assert process is not None
+    assert await process.wait() == -9
+    await worker.close()
