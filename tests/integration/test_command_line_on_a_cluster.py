@@ -335,9 +335,10 @@ def test_submit_can_go_on_to_watch(shell: Shell) -> None:
     thread.start()
     shell("submit", shell.file(), "--watch", expect=3)
     thread.join()
-    assert "support is created" in shell.out
+    assert "support created in namespace" in shell.out
     assert "error: The model worse." in shell.err
-    assert "give one job, without --dry-run" in shell.fails("submit", shell.file(), "--watch", "--dry-run", code=2)
+    sentence = shell.fails("submit", shell.file(), "--watch", "--dry-run", code=2)
+    assert sentence == "--watch needs exactly one job and no --dry-run."
 
 
 def test_watch_of_a_job_that_has_failed_says_why(submitted: Shell) -> None:

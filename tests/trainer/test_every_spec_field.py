@@ -194,7 +194,7 @@ def tracker(spec: FineTuneJobSpec, place: Place) -> object:
     (place.work / "tokens" / "wandb").write_text("key")
     context = replace(prepare_context(place.work, spec.to_wire()), tokens=place.work / "tokens")
     with mock.patch.object(train_stage, "WandbTracker", lambda **how: asked.update(how)):
-        train_stage.build_tracker(context)
+        train_stage._build_tracker(context)
     return asked["project"], asked["entity"], asked["mode"]
 
 
