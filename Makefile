@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: $(READY) ## create .venv with everything (the other targets do it when needed)
+setup: $(READY) ## create .venv with all dependencies (the other targets do it when needed)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -33,22 +33,22 @@ $(READY): pyproject.toml constraints.txt
 	  --editable '.[operator,trainer]' --group dev
 	@touch $@
 
-run: $(READY) ## fine-tune a small model end to end on this machine, and show that it got better
+run: $(READY) ## fine-tune a small model end to end on this machine, and measure the improvement
 	@$(BIN)/python examples/fetch_assets.py smollm2 tweets > /dev/null
 	$(BIN)/finetune run examples/quickstart.yaml
 
-test: verify ## everything that verify checks, then all tests; ends with the list of what this machine could not run
+test: verify ## run verify and all tests; lists at the end what this machine could not run
 	$(BIN)/python -m pytest tests/unit tests/trainer tests/local $(WORKERS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(WORKERS) $(RETRY_WAITS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/e2e $(RETRY_WAITS) --maxfail 3 $(PYTEST_ARGS)
 
-e2e: $(READY) ## real pods on this machine: the chart, the images, and what happens when things die (root, some 40 GB)
+e2e: $(READY) ## run the end-to-end tests: real pods on this machine, with injected failures (needs root and about 40 GB)
 	FINETUNE_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest tests/e2e $(RETRY_WAITS) $(PYTEST_ARGS)
 
-images: ## both container images, with podman, buildah or docker; IMAGE_ARGS="--base REF --prefix registry.example.com/ml/"
+images: ## build both container images with podman, buildah or docker; IMAGE_ARGS="--base REF --prefix registry.example.com/ml/"
 	$(PYTHON) images/build.py $(IMAGE_ARGS)
 
-lint: $(READY) ## ruff, mypy, import-linter, dead code, dependencies
+lint: $(READY) ## run ruff, mypy, import-linter, vulture and deptry
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -61,18 +61,18 @@ generate: $(READY) ## write all generated files: CRD, reference page, chart valu
 	$(BIN)/python charts/generate.py
 	$(BIN)/python docs/code_map.py
 
-verify: lint ## lint, and check that generated files are up to date
+verify: lint ## run lint, and check that generated files are up to date
 	$(BIN)/python -m finetune_api.generate --check
 	$(BIN)/python charts/generate.py --check
 	$(BIN)/python docs/code_map.py --check
 
-bench: $(READY) ## the trainer side by side with TRL, against the machine's limit, and by part (under 30 minutes)
+bench: $(READY) ## benchmark the trainer against TRL and the machine's limit, and its parts (under 30 minutes)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-bench-full: $(READY) ## the same with more samples, time to a fixed validation loss, and 5 million rows (hours)
+bench-full: $(READY) ## run bench with more samples, time to a fixed validation loss, and 5 million rows (hours)
 	$(BIN)/python -m benchmarks --full $(BENCH_ARGS)
 
-bench-operator: $(READY) ## the operator with 1,000 jobs on a real API server, and with 10,000 finished ones
+bench-operator: $(READY) ## benchmark the operator with 1,000 jobs on a real API server, and with 10,000 finished ones
 	$(BIN)/python -m benchmarks.operator_scale $(BENCH_ARGS)
 
 clean: ## remove the environment and local runs

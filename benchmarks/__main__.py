@@ -21,7 +21,7 @@ BENCHMARKS = {
     "limit": "against the measured matrix product",
     "startup": "process start to first step",
     "checkpoint": "how long a save holds the loop",
-    "prepare": "rows a second and memory",
+    "prepare": "rows per second and memory",
     "evaluate": "77 labels, and generation",
     "scaling": "1 to 3 ranks, and a model for 12 and 96 GPUs",
 }

@@ -1,6 +1,6 @@
 """Time to a validation loss that both trainers reach, the looking not counted: speed that does not cost learning.
 
-Same rows, adapter, constant learning rate, documents a step and held-out documents. The loss is fixed afterwards, as
+Same rows, adapter, constant learning rate, documents per step and held-out documents. The loss is fixed afterwards, as
 the higher of the two best ones, so that neither side chose it. TRL runs at its fastest setting of the comparison.
 """
 

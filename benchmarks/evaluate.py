@@ -108,7 +108,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], round
 
 def table_of(samples: dict[str, list[float]], title: str, unit: str) -> Table:
     """One row a way; the ratio is to the first in the same round."""
-    table = Table(title, ("", f"{unit}: median (least to most)", "the first is so many times faster"))
+    table = Table(title, ("", f"{unit}: median (least to most)", "speed-up of the first"))
     first = next(iter(samples.values()))
     for name, values in samples.items():
         table.rows.append([name, spread(values, 3), f"{statistics.median(ratios(values, first)):.1f}"])
@@ -136,7 +136,7 @@ def run(size: Size) -> Result:
     slow = f"the slow ways: {DOCUMENTS_PER_LABEL}"
     title = f"{scored['labels']} labels by likelihood, {scored['documents']} documents ({slow})"
     second = f"{generated['prompts']} answers of at most {NEW_TOKENS} tokens"
-    tables = [table_of(samples, title, "seconds a document"), table_of(generated["seconds"], second, "seconds")]
+    tables = [table_of(samples, title, "seconds per document"), table_of(generated["seconds"], second, "seconds")]
     notes = [
         f"{factor:.0f} times one forward a label (aim {AIM}); scores differ by at most {scored['apart']:.3f} nats "
         f"({precision})."

@@ -140,14 +140,14 @@ def tweet_rows() -> list[dict[str, str]]:
 
 
 def tweets(count: int, examples_per_step: int = 9) -> Workload:
-    """Tweets with a feeling: short documents of one task, of which only the answer is learnt."""
+    """Tweets with a feeling: short documents of one task, with a loss on the answer only."""
     chosen = [row for row in tweet_rows() if 20 <= len(row["text"]) <= 280][:count]
     dataset = {"task": "classification", "columns": {"text": "text", "label": "label"}}
     return Workload("tweets", chosen, dataset, examples_per_step)
 
 
 def chats(count: int, examples_per_step: int = 4) -> Workload:
-    """Chats of mixed length, of which every answer is learnt."""
+    """Chats of mixed length, with a loss on every answer."""
     rows = []
     with assets().fetch("chitchat").open(encoding="utf-8") as file:
         for row in map(json.loads, file):

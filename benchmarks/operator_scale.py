@@ -278,7 +278,7 @@ def succeeded(kind: str) -> Object:
 
 
 def small_job(name: str) -> Object:
-    """A job of one pod a stage."""
+    """A job of one pod per stage."""
     return fine_tune_job(name, topology={"nodes": 1, "gpusPerNode": 1})
 
 

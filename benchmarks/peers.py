@@ -1,4 +1,4 @@
-"""Side by side with TRL's SFTTrainer: same model, rows, adapter, precision and documents a step, step by step in turn.
+"""Side by side with TRL's SFTTrainer: same model, rows, adapter, precision, documents per step; steps in turn.
 
 TRL is given the finished token ids and labels, so neither side tokenises. It is measured at its defaults and at every
 setting that could be its best on a CPU; all of them are shown, and the aim is held against the best.
@@ -146,7 +146,7 @@ def compare(
     return {
         "workload": workload.name,
         "precision": precision,
-        "examplesAStep": examples,
+        "examplesPerStep": examples,
         "meanTokens": statistics.mean(lengths),
         "longestTokens": max(lengths),
         "leftOutForLackOfMemory": left_out,
@@ -163,10 +163,10 @@ def summarise(found: Figures, unit: str = "tokens") -> Table:
     """One row for each contestant; ratios are of pairs of steps that followed each other."""
     samples, ours = found["samples"], rates(found["samples"][OURS], unit)
     title = (
-        f"{found['workload']}: {found['examplesAStep']} documents a step, {found['meanTokens']:.0f} tokens on average, "
-        f"at most {found['longestTokens']}; {found['precision']}"
+        f"{found['workload']}: {found['examplesPerStep']} documents per step, {found['meanTokens']:.0f} tokens on "
+        f"average, at most {found['longestTokens']}; {found['precision']}"
     )
-    head = (f"{unit}/s: median (least to most)", "ours is so many times faster", "by CPU seconds", "padding", "peak MB")
+    head = (f"{unit}/s: median (least to most)", "speed-up", "by CPU seconds", "padding", "peak MB")
     table = Table(title, ("", *head, "ours / its peak"))
     own_peak = max(sample["peakMegabytes"] for sample in samples[OURS])
     own_cpu = rates(samples[OURS], unit, "cpuSeconds")

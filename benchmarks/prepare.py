@@ -1,4 +1,4 @@
-"""Prepare on many rows: rows a second, and whether its memory grows with the dataset."""
+"""Prepare on many rows: rows per second, and whether its memory grows with the dataset."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """One to three ranks on this machine, and on paper what 12 and 96 A100s send to each other.
 
-Measured: the same documents a step on every number of ranks, one thread a rank. On paper, with P bytes of frozen
-weights, A bytes of adapter gradients (float32), n ranks on N nodes of g GPUs, m micro-batches a step:
+Measured: the same documents per step on every number of ranks, one thread per rank. On paper, with P bytes of frozen
+weights, A bytes of adapter gradients (float32), n ranks on N nodes of g GPUs, m micro-batches per step:
 full sharding gathers all weights over all ranks for each forward and again for each backward pass, so that a rank
-receives 2·m·P·(n-1)/n and a node's network carries as much in a ring; the adapters' gradients are reduced once a step,
-A·(n-1)/n. Hybrid gathers within the node, 2·m·P·(g-1)/g over NVLink, and sends between nodes only the all-reduce of
-gradients, 2·A·(N-1)/N a node. Frozen weights have no gradients to send. Full tuning also reduces the gradients of all
-weights in float32 after every micro-batch.
+receives 2·m·P·(n-1)/n and a node's network carries as much in a ring; the adapters' gradients are reduced once per
+step, A·(n-1)/n. Hybrid gathers within the node, 2·m·P·(g-1)/g over NVLink, and sends between nodes only the all-reduce
+of gradients, 2·A·(N-1)/N per node. Frozen weights have no gradients to send. Full tuning also reduces the gradients of
+all weights in float32 after every micro-batch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ A100_FLOPS = 312e12
 UTILISATION = 0.46
 """Share of the peak at which the paper's ranks compute while no one waits."""
 NVLINK = 230e9
-"""Bytes a second that a rank receives within a node: what NCCL reaches of A100's 300 GB/s a direction."""
-NETWORKS = {"25 GB/s a node (one 200 Gb/s port)": 25e9, "200 GB/s a node (eight ports)": 200e9}
+"""Bytes per second that a rank receives within a node: what NCCL reaches of A100's 300 GB/s per direction."""
+NETWORKS = {"25 GB/s per node (one 200 Gb/s port)": 25e9, "200 GB/s per node (eight ports)": 200e9}
 TOKENS_PER_RANK = 8192
-"""Tokens of a rank's micro-batch, one a step."""
+"""Tokens of a rank's micro-batch, one per step."""
 
 
 # --- measured --------------------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ def run(size: Size) -> Result:
     """Ranks of this machine, then the paper."""
     model, figures = jobs.smollm2(), {}
     table = Table(
-        "Ranks on this machine, one thread each, the same documents a step",
-        ("ranks", "tokens/s", "against one rank", "share of the time in collectives", "peak MB a rank"),
+        "Ranks on this machine, one thread each, the same documents per step",
+        ("ranks", "tokens/s", "against one rank", "share of the time in collectives", "peak MB per rank"),
     )
     alone = 0.0
     for ranks in range(1, size.pick(2, 3) + 1):
@@ -149,8 +149,8 @@ def run(size: Size) -> Result:
         cells = [spread(speeds, 0), f"{statistics.median(speeds) / alone:.2f}", f"{share:.0%}", f"{peak:,.0f}"]
         table.rows.append([str(ranks), *cells])
     on_paper = Table(
-        f"On paper: Llama-3-8B, {TOKENS_PER_RANK:,} tokens a rank and step, A100 at {UTILISATION:.0%} of 312 TFLOP/s",
-        ("method", "GPUs", "sharding", "GB received a rank", "GB a node's network", "s of computing",
+        f"On paper: Llama-3-8B, {TOKENS_PER_RANK:,} tokens per rank and step, A100 at {UTILISATION:.0%} of 312 TFLOP/s",
+        ("method", "GPUs", "sharding", "GB received per rank", "GB over a node's network", "s of computing",
          *(f"s of sending, {name} (computing if overlapped)" for name in NETWORKS)),
         [list(row) for row in paper()],
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What the operator tells the trainer: the resolved spec, where things lie, and which attempt this is.
 
-The run config is written once a job and never changed; the attempt is given to each pod in the
+The run config is written once per job and never changed; the attempt is given to each pod in the
 environment variable `FINETUNE_ATTEMPT` as JSON.
 """
 

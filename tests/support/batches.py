@@ -48,5 +48,5 @@ def packed(documents: Sequence[Example], multiple: int = 1) -> Batch:
 
 
 def padded(documents: Sequence[Example]) -> Batch:
-    """One document a row."""
+    """One document per row."""
     return collate_padded(documents, range(len(documents)), [document.target_weight for document in documents], PAD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def runpod_variables(index: int, count: int, port: int, primary: str = "127.0.0.1", own: str = "") -> dict[str, str]:
-    """What an Instant Cluster sets on machine `index` of `count`, with one process a machine."""
+    """What an Instant Cluster sets on machine `index` of `count`, with one process per machine."""
     return {
         "PRIMARY_ADDR": primary,
         "MASTER_ADDR": primary,

@@ -62,7 +62,7 @@ def launch(context: RunContext, stage: str) -> int:
 def command_of(
     stage: str, rendezvous: Rendezvous, environ: Mapping[str, str], attempt: Attempt
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of this node's ranks: the rank itself for one a node, torchrun for several."""
+    """Command line and environment of this node's ranks: the rank itself if it is the only one, else torchrun."""
     nodes, node_rank, ranks_per_node = rendezvous.nodes, rendezvous.node_rank, rendezvous.ranks_per_node
     address, port = rendezvous.address, str(rendezvous.port)
     program = ["-m", "finetune_trainer", stage]

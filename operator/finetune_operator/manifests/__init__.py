@@ -1,1 +1,1 @@
-"""Spec → Kubernetes objects: pure functions, one module a kind of child. Nothing is created here."""
+"""Spec → Kubernetes objects: pure functions, one module per kind of child. Nothing is created here."""

@@ -251,7 +251,7 @@ class Programs:
             f"--webhook-server-port={self._webhook_port}",
             f"--health-probe-bind-address=127.0.0.1:{self._probe_port}",
             "--metrics-bind-address=0",
-            # Tests that wait for the default 20 requests a second would measure only that.
+            # Tests that wait for the default 20 requests per second would measure only that.
             "--kube-api-qps=500",
             "--kube-api-burst=1000",
             "--controller-threads=4",

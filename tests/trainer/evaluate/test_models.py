@@ -164,7 +164,7 @@ def test_a_generation_config_with_a_penalty_does_not_change_answers(base: Path, 
 
 @pytest.mark.parametrize("method", [Method.LORA, Method.PREFIX, Method.FULL])
 def test_the_head_gets_batches_that_lie_in_one_piece(base: Path, tmp_path: Path, method: Method) -> None:
-    """Else PyTorch multiplies row by row, each with a copy of the head: 57 MB a row with 49,152 tokens."""
+    """Else PyTorch multiplies row by row, each with a copy of the head: 57 MB per row with 49,152 tokens."""
     from transformers import AutoTokenizer
 
     from finetune_trainer.evaluate.generation import greedy_answers

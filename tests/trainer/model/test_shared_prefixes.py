@@ -53,7 +53,7 @@ def documents(families: list[Family]) -> list[Example]:
 
 
 def outcome(model: CausalModel, found: list[Example], share: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses by document and target, and gradients of the weighted sum, of one row or of a row a document."""
+    """Losses by document and target, and gradients of the weighted sum, of one row or of a row per document."""
     model.zero_grad()
     rows = [list(range(len(found)))] if share else [[i] for i in range(len(found))]
     groups = shared_prefixes(found) if share else []

@@ -95,7 +95,7 @@ class Job:
         return Report.model_validate_json((self.run / "reports" / f"train-{self.attempts}.json").read_text())
 
     def rows(self) -> list[dict[str, Any]]:
-        """The curve: one row a step."""
+        """The curve: one row per step."""
         return [row for row in self._metrics() if "loss" in row]
 
     def steps_done(self) -> int:

@@ -28,7 +28,7 @@ class ExampleSampler:
     weights: tuple[float, ...]
     """Examples an epoch of each dataset as a multiple of its documents."""
     batch_size: int
-    """Examples a step."""
+    """Examples per step."""
     seed: int
 
     @classmethod

@@ -38,7 +38,7 @@ class TokenizedDocument(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank: packed (one row, several documents) or padded (one document a row, B rows).
+    """One micro-batch of one rank: packed (one row, several documents) or padded (one document per row, B rows).
 
     Padded batches are those with an `attention_mask`. Targets refer to hidden states in the flattened [B*T].
     """
@@ -292,7 +292,7 @@ def _target_places(
 def collate_padded(
     documents: Sequence[TokenizedDocument], slots: Sequence[int], weights: Sequence[NDArray[np.float32]], pad_id: int
 ) -> Batch:
-    """One document a row, padded on the right to the longest. Arguments as for `collate_packed`."""
+    """One document per row, padded on the right to the longest. Arguments as for `collate_packed`."""
     lengths = [len(document.ids) for document in documents]
     rows, width = max(len(documents), 1), max(lengths, default=FILLER_TOKENS)
     ids = np.full((rows, width), pad_id, dtype=np.int64)

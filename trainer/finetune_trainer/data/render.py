@@ -22,7 +22,7 @@ MAX_CUTS = 8
 
 @dataclass(frozen=True)
 class Rendering:
-    """How the rows of one dataset are rendered. Made once a dataset, with the same values for all its splits."""
+    """How the rows of one dataset are rendered. Made once per dataset, with the same values for all its splits."""
 
     task: Task
     format: ChatFormat

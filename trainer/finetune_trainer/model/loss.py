@@ -49,8 +49,8 @@ def target_losses(
 class _CrossEntropy(torch.autograd.Function):
     """Computed in float32 whatever the logits' type, but a block of rows at a time.
 
-    What is kept for the gradient are the logits as they are and one number a row; PyTorch's own would keep the logits'
-    logarithmic softmax too, and has it, the logits and the gradient in float32 at the same time.
+    What is kept for the gradient are the logits as they are and one number per row; PyTorch's own would keep the
+    logits' logarithmic softmax too, and has it, the logits and the gradient in float32 at the same time.
     """
 
     @staticmethod

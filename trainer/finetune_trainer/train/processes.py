@@ -29,7 +29,7 @@ def init_distributed(device: torch.device, rank: int, world_size: int, timeout_s
 
 
 def build_mesh(device: torch.device, world_size: int, ranks_per_node: int, hybrid: bool) -> DeviceMesh | None:
-    """Over which ranks parameters are sharded: [ranks], [nodes, ranks a node] for hybrid, None for one rank."""
+    """Over which ranks parameters are sharded: [ranks], [nodes, ranks per node] for hybrid, None for one rank."""
     if world_size == 1:
         return None
     nodes = world_size // ranks_per_node
