@@ -461,7 +461,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--finished", type=int, default=10_000, help="finished jobs of the last restart; 0: none")
     parser.add_argument("--steady-jobs", type=int, default=240, help="jobs that are created at a steady rate; 0: none")
-    parser.add_argument("--rate", type=float, default=4, help="of them, a second")
+    parser.add_argument("--rate", type=float, default=4, help="of them, per second")
     parser.add_argument("--idle-seconds", type=float, default=20)
     parser.add_argument("--profile", default="", help="write cProfile's figures of the operator to this file")
     given = parser.parse_args()
