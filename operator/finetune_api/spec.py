@@ -23,6 +23,7 @@ ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 SplitName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 SecretName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
+Namespace = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 KubernetesName = Annotated[str, StringConstraints(max_length=253)]
 LabelValue = Annotated[str, StringConstraints(max_length=63)]
 Labels = Annotated[dict[str, LabelValue], Field(max_length=64)]
@@ -999,7 +1000,7 @@ class ObjectMeta(ApiModel):
     model_config = ApiModel.model_config | {"extra": "allow"}
 
     name: str
-    namespace: str = "default"
+    namespace: Namespace = "default"
     uid: str = ""
     generation: int = 1
     annotations: dict[str, str] = {}

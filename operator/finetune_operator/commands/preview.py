@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune_operator.commands.run import AllowEnv
 from finetune_operator.errors import EXIT_BAD_SPEC, EXIT_FAILED, UserError, debugging
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def preview(
         list[str] | None,
         typer.Option("--set", help="Override a field, as in finetune run.", metavar="PATH=VALUE"),
     ] = None,
+    allow_env: AllowEnv = None,
 ) -> None:
     """Show three examples per task as the model sees them, with the trained tokens highlighted.
 
@@ -33,9 +35,11 @@ def preview(
     """
     from finetune_operator.commands.run import require_trainer
     from finetune_operator.local.jobfile import job_file
+    from finetune_operator.local.processes.environment import check_variables
 
     require_trainer("preview")
     loaded = job_file.load(file, overrides or [])
+    check_variables(loaded.job.spec, allow_env or [])
     with tempfile.TemporaryDirectory(prefix="finetune-preview-") as directory:
         run = Path(directory)
         if _preview(loaded, run) != 0:
@@ -44,8 +48,6 @@ def preview(
 
 def _preview(loaded: JobFile, run: Path) -> int:
     """Run the trainer's preview with a run directory of its own and this terminal; returns the exit code."""
-    import shutil
-
     from finetune_api.base import Stage
     from finetune_api.files import write_json
     from finetune_api.runconfig import (
@@ -62,7 +64,7 @@ def _preview(loaded: JobFile, run: Path) -> int:
     from finetune_operator.devices import cores, loopback_interface
     from finetune_operator.local.processes.environment import environment
     from finetune_operator.local.processes.placement import Node
-    from finetune_operator.local.processes.tokens import tokens_of, without_secrets, write_tokens
+    from finetune_operator.local.processes.tokens import remove_tokens, tokens_of, without_secrets, write_tokens
     from finetune_operator.programs import PREVIEW
 
     metadata, cache = loaded.job.metadata, cache_directory()
@@ -91,7 +93,7 @@ def _preview(loaded: JobFile, run: Path) -> int:
                 PREVIEW.command(sys.executable), env=variables | files, stderr=stderr, check=False
             ).returncode
     finally:
-        shutil.rmtree(tokens, ignore_errors=True)
+        remove_tokens(str(tokens))
 
 
 def _failure(run: Path) -> UserError:

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from finetune_operator.view.outputs import Output
     from finetune_operator.view.scene import Scene
 
+AllowEnv = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-env",
+        help="Take this variable from podTemplate.env, although it may load code or redirect connections. Repeatable.",
+        metavar="NAME",
+    ),
+]
+
 
 def run(
     file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - reads standard input.", metavar="FILE")],
@@ -47,6 +56,7 @@ def run(
     ] = OutputFormat.TEXT,
     retry: Annotated[bool, typer.Option("--retry", help="Retry the failed stage; completed stages are kept.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run; earlier runs are kept.")] = False,
+    allow_env: AllowEnv = None,
 ) -> None:
     """Run a FineTuneJob on this machine.
 
@@ -59,14 +69,16 @@ def run(
     """
     from finetune_operator.local.jobfile import job_file
     from finetune_operator.local.jobfile.record import job_directory, locked
+    from finetune_operator.local.processes.environment import check_variables
 
     loaded = job_file.load(file, overrides or [])
+    check_variables(loaded.job.spec, allow_env or [])
     directory = job_directory(workdir.expanduser().resolve(), loaded.job)
     rendezvous = _rendezvous()
     try:
         if rendezvous.node_rank > 0:
             with locked(directory, f".lock-{rendezvous.node_rank}"):
-                raise typer.Exit(_work(loaded, directory, rendezvous))
+                raise typer.Exit(_work(loaded, directory, rendezvous, allow_env or []))
         with locked(directory), _coordinating(directory, rendezvous) as coordinator:
             code = _run(loaded, directory, output, coordinator, retry=retry, fresh=fresh)
             if coordinator is not None:
@@ -100,7 +112,7 @@ def _coordinating(directory: Path, rendezvous: Rendezvous) -> Iterator[Coordinat
         yield coordinator
 
 
-def _work(loaded: JobFile, directory: Path, rendezvous: Rendezvous) -> int:
+def _work(loaded: JobFile, directory: Path, rendezvous: Rendezvous, allow_env: list[str]) -> int:
     """What every machine but the first does."""
     from finetune_api.base import duration_seconds
     from finetune_operator.devices import this_machine
@@ -118,7 +130,7 @@ def _work(loaded: JobFile, directory: Path, rendezvous: Rendezvous) -> int:
         return earlier is not None and complete(earlier.status)
 
     require_trainer()
-    start = node_starter(rendezvous, this_machine(), tokens_of(os.environ), os.environ, tell)
+    start = node_starter(rendezvous, this_machine(), tokens_of(os.environ), os.environ, tell, allow_env)
     patience = duration_seconds(loaded.job.spec.timeouts.startup)
     return Worker(SharedDirectory(directory), rendezvous.node_rank, start, tell, is_over).run(patience)
 

@@ -219,24 +219,16 @@ class Runner:
         )
 
     def _write_config(self) -> None:
-        """Write the run config once; again only if the topology was changed while the job was stopped."""
+        """Write the run config, from the job alone: what an earlier one says is not trusted."""
         metadata = self._record.job.metadata
-        spec = self._spec
-        file = self._record.config_file
-        before = _read(RunConfig, file)
-        if before is not None:
-            if before.spec.topology == spec.topology and before.spec.pod_template == spec.pod_template:
-                return
-            # Everything else is as it was: what may not change was refused before.
-            update = {"topology": spec.topology, "pod_template": spec.pod_template}
-            spec = before.spec.model_copy(update=update)
         config = RunConfig(
             job=JobRef(namespace=metadata.namespace, name=metadata.name, uid=metadata.uid),
-            spec=spec,
+            spec=self._spec,
             paths=Paths(run=str(self._record.run), cache=str(self._settings.cache), source=str(self._settings.source)),
             operator_version=self._settings.version,
         )
-        write_json(file, config.to_wire(), indent=1)
+        if config != _read(RunConfig, self._record.config_file):
+            write_json(self._record.config_file, config.to_wire(), indent=1)
 
     # Stop ---------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The job's record on this machine: `status.json` in the run directory, in the form of the resource.
 
-One directory per job and uid: `<workdir>/<namespace>/<name>/<uid>`. A lock beside it admits one run at a time.
+One directory per job and uid: `<workdir>/<namespace>/<name>/<uid>`. A lock beside it admits one run at a time. The
+directory may have come with a checkout: links in it are refused, so that nothing outside is written or removed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,11 +69,16 @@ def find(directory: Path) -> Record | None:
 
 
 def read(run: Path) -> Record:
-    """The record in one run directory. Raises UserError if it cannot be read."""
+    """The record in one run directory. Raises UserError if it cannot be read or the directory contains links."""
+    # What a run writes itself; the trackers below keep links of their own.
+    _refuse_links(run, *run.glob("*"), *run.glob("logs/**/*"), *run.glob("reports/*"))
     try:
         resource = json.loads((run / STATUS_FILE).read_text(encoding="utf-8"))
         status = JobStatus.parse(resource.pop("status", None))
-        return Record(run, FineTuneJob.model_validate(resource), status)
+        job = FineTuneJob.model_validate(resource)
+        if job.metadata.uid != run.name:
+            raise ValueError("the record of another run")
+        return Record(run, job, status)
     except (ValueError, ValidationError) as error:
         raise UserError(
             f"{run / STATUS_FILE} cannot be read ({type(error).__name__}): remove {run} to start over, "
@@ -89,14 +96,38 @@ def create(directory: Path, job: FineTuneJob) -> Record:
     return Record(directory / uid, job.model_copy(update={"metadata": metadata, "status": None}), JobStatus())
 
 
+def _refuse_links(*paths: Path) -> None:
+    link = next((path for path in paths if path.is_symlink()), None)
+    if link is not None:
+        raise UserError(
+            f"{link} is a link, and finetune run writes only to its own directories: remove it, or choose another "
+            "directory with --workdir.",
+            EXIT_FAILED,
+        )
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Raise UserError if the directory belongs to somebody else than the files that this process creates in it."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        if os.fstat(file.fileno()).st_uid != directory.stat().st_uid:
+            raise UserError(
+                f"{directory} belongs to another user, who could change what this job runs: choose another directory "
+                "with --workdir.",
+                EXIT_FAILED,
+            )
+
+
 @contextmanager
 def locked(directory: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold the job's lock: no second `finetune run` of it may start. Raises UserError if another process holds it.
+    """Hold the job's lock: no second `finetune run` of it may start.
 
-    The kernel releases the lock when the process ends, in whatever way.
+    Raises UserError if another process holds it, or the directory is not this user's own. The kernel releases the lock
+    when the process ends, in whatever way.
     """
+    _refuse_links(directory.parent, directory, directory / name)
     directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    _refuse_strangers(directory)
+    descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from finetune_operator.local.machines.coordinator import (
     read,
 )
 from finetune_operator.local.processes.children import Children
-from finetune_operator.local.processes.environment import environment
+from finetune_operator.local.processes.environment import check_variables, environment
 from finetune_operator.local.processes.placement import place_one_of
 from finetune_operator.local.processes.tokens import Tokens, without_secrets
 from finetune_operator.local.runner import POLL_SECONDS, stop_signals
@@ -37,7 +37,12 @@ Start = Callable[[Attempt, Path], Children]
 
 
 def node_starter(
-    rendezvous: Rendezvous, machine: Machine, tokens: Tokens, environ: Mapping[str, str], tell: Callable[[str], None]
+    rendezvous: Rendezvous,
+    machine: Machine,
+    tokens: Tokens,
+    environ: Mapping[str, str],
+    tell: Callable[[str], None],
+    allow_env: Collection[str] = (),
 ) -> Start:
     """A function that starts this machine's node, after it has stopped what a killed run left here."""
 
@@ -49,6 +54,7 @@ def node_starter(
                 f"Cannot read {run / RUN_CONFIG_FILE} on this machine: {error.strerror}.", EXIT_FAILED
             ) from error
         spec, cache = config.spec, config.paths.cache
+        check_variables(spec, allow_env)
         if not Path(cache).is_dir():
             raise UserError(
                 f"{cache}, where machine 0 keeps the model, does not exist on this machine: mount it on all machines "

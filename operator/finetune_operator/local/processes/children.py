@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from finetune_operator.decision.model import Child, Pod, PodPhase
 from finetune_operator.local.processes import process_table
 from finetune_operator.local.processes.environment import PROCESS_VARIABLE
 from finetune_operator.local.processes.placement import Node
-from finetune_operator.local.processes.tokens import Tokens, write_tokens
+from finetune_operator.local.processes.tokens import Tokens, remove_tokens, write_tokens
 from finetune_operator.programs import Program
 
 CHILDREN_FILE = "children.json"
@@ -163,7 +162,7 @@ class Children:
         grace = max((record.grace_seconds for record, _ in unfinished), default=0)
         process_table.stop_orphans(self._mark, grace or 10, tell)
         for record, process in unfinished:
-            _remove(process.tokens)
+            remove_tokens(process.tokens)
             process.finished = datetime.now(UTC)
             if self._reported_done(record):
                 process.exit_code = 0
@@ -248,7 +247,7 @@ class Children:
             stage, number, index = key
             # What outlives its launcher may still write; a container would take it along.
             process_table.send(process_table.marked(self._marker(stage, number, index)), signal.SIGKILL)
-            _remove(live.record.tokens)
+            remove_tokens(live.record.tokens)
             record = next(r for r in self._records if r.stage is stage and r.number == number)
             following = live.step + 1
             if code == 0 and following < len(live.node.programs) and (stage, number) not in self._deleting:
@@ -311,7 +310,7 @@ class Children:
         self.kill()
         for live in self._live.values():
             live.process.wait()
-            _remove(live.record.tokens)
+            remove_tokens(live.record.tokens)
 
     def _save(self) -> None:
         write_json(self._file, [record.to_wire() for record in self._records])
@@ -322,8 +321,3 @@ def _read(file: Path) -> list[ChildRecord]:
         return [ChildRecord.model_validate(entry) for entry in json.loads(file.read_text())]
     except (OSError, ValueError):
         return []
-
-
-def _remove(tokens: str) -> None:
-    if tokens:
-        shutil.rmtree(tokens, ignore_errors=True)

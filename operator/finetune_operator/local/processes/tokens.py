@@ -5,8 +5,11 @@ They never appear on a command line, in a child's environment, in a log or in th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +27,7 @@ SECRET_VARIABLES = (
     "WANDB_API_KEY",
 )
 """Removed from every child's environment."""
+_PREFIX = "finetune-tokens-"
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,20 @@ def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 def write_tokens(tokens: Tokens, kind: TokenKind | None) -> Path:
     """A new directory, for this user alone, that holds the token of that kind if there is one."""
-    directory = Path(tempfile.mkdtemp(prefix="finetune-tokens-"))
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
     if kind is not None and kind in tokens.values:
         descriptor = os.open(directory / kind, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(tokens.values[kind])
     return directory
+
+
+def remove_tokens(directory: str) -> None:
+    """Remove what `write_tokens` made; a path that only claims to be such a directory is left alone."""
+    path = Path(directory)
+    if not path.name.startswith(_PREFIX) or path.parent != Path(tempfile.gettempdir()):
+        return
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)
