@@ -1,20 +1,23 @@
 """The image's entrypoint for stages with several ranks: starts this node's ranks and reports how they ended.
 
-torchrun turns every exit code into 1 and exits 1 on SIGTERM; this wrapper exits with the code of the failure's class
-and writes the node's root cause as the termination message. Rendezvous is static: ranks follow from the node's number,
-the other nodes wait for a late node 0, and machines without Kubernetes use the same rendezvous.
+torchrun turns every exit code into 1, exits 1 on SIGTERM, and serves its store on all addresses of the machine; this
+launcher exits with the code of the failure's class and writes the node's root cause as the termination message.
+Rendezvous is static: ranks follow from the node's number, the other nodes wait for a late node 0, and machines without
+Kubernetes use the same rendezvous.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,10 +26,11 @@ from finetune_api.cgroup import oom_kills
 from finetune_api.files import write_json
 from finetune_api.rendezvous import Rendezvous, rendezvous_of
 from finetune_api.report import EXIT_CODES, Failure, FailureClass
-from finetune_api.runconfig import Attempt
 from finetune_trainer.context import RunContext
 from finetune_trainer.failures import TrainerError, failure_file, root_cause
 from finetune_trainer.termination import read_termination_message, write_termination_message
+
+POLL_SECONDS = 0.1
 
 
 def launch(context: RunContext, stage: str) -> int:
@@ -42,12 +46,10 @@ def launch(context: RunContext, stage: str) -> int:
     with contextlib.suppress(OSError):
         for rank in ranks:
             failure_file(context.logs, rank).unlink(missing_ok=True)
-    command, environ = command_of(stage, rendezvous, os.environ, context.attempt)
     kills = oom_kills()
-    child = subprocess.Popen(command, env=environ)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: child.send_signal(received))
-    code = child.wait()
+    command = [sys.executable, "-m", "finetune_trainer", stage]
+    children = [subprocess.Popen(command, env=rank_environment(rendezvous, os.environ, rank)) for rank in ranks]
+    code = wait_for_ranks(children, max(10, context.attempt.grace_seconds - 10))
     if code == 0:
         return 0
     # On a full volume the ranks leave no files, but each of them still writes the termination message.
@@ -59,25 +61,45 @@ def launch(context: RunContext, stage: str) -> int:
     return EXIT_CODES[failure.failure_class]
 
 
-def command_of(
-    stage: str, rendezvous: Rendezvous, environ: Mapping[str, str], attempt: Attempt
-) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of this node's ranks: the rank itself if it is the only one, else torchrun."""
-    nodes, node_rank, ranks_per_node = rendezvous.nodes, rendezvous.node_rank, rendezvous.ranks_per_node
-    address, port = rendezvous.address, str(rendezvous.port)
-    program = ["-m", "finetune_trainer", stage]
-    result = _interfaces(rendezvous) | {k: v for k, v in environ.items() if not k.startswith("PET_")}
-    result["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(max(10, attempt.grace_seconds - 10))
-    if ranks_per_node == 1:
-        # torchrun would only import torch a second time; the rank finds its peers by the same variables.
-        own = {"RANK": str(node_rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1"}
-        result |= own | {"MASTER_ADDR": address, "MASTER_PORT": port, "GROUP_RANK": str(node_rank)}
-        return [sys.executable, *program], result
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "static", "--max-restarts", "0"]
-    torchrun += ["--nnodes", str(nodes), "--node-rank", str(node_rank), "--nproc-per-node", str(ranks_per_node)]
-    torchrun += ["--master-addr", address, "--master-port", port]
-    torchrun += ["--rdzv-conf", f"timeout={attempt.startup_seconds}"]
-    return [*torchrun, *program], result
+def wait_for_ranks(children: list[subprocess.Popen[bytes]], shutdown_seconds: float) -> int:
+    """Wait for all ranks, and pass signals on to them; returns the exit code of the first that failed, or 0.
+
+    If one fails, the others get SIGTERM, and SIGKILL after `shutdown_seconds`.
+    """
+
+    def send(number: int) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _frame: send(received))
+    failed, deadline = 0, math.inf
+    while True:
+        codes = [child.poll() for child in children]
+        if None not in codes:
+            return failed or next((code for code in codes if code), 0)
+        if not failed and (failed := next((code for code in codes if code), 0)):
+            send(signal.SIGTERM)
+            deadline = time.monotonic() + shutdown_seconds
+        elif time.monotonic() > deadline:
+            send(signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+def rank_environment(rendezvous: Rendezvous, environ: Mapping[str, str], rank: int) -> dict[str, str]:
+    """The environment of one rank of this node: the variables by which torchrun's ranks find their peers."""
+    ranks = rendezvous.ranks
+    own = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank - ranks.start),
+        "WORLD_SIZE": str(rendezvous.nodes * len(ranks)),
+        "LOCAL_WORLD_SIZE": str(len(ranks)),
+        "GROUP_RANK": str(rendezvous.node_rank),
+        "MASTER_ADDR": rendezvous.address if rendezvous.nodes > 1 else Rendezvous.address,
+        "MASTER_PORT": str(rendezvous.port),
+    }
+    defaults = _interfaces(rendezvous) | ({"OMP_NUM_THREADS": "1"} if len(ranks) > 1 else {})
+    return defaults | {name: value for name, value in environ.items() if not name.startswith("PET_")} | own
 
 
 def _interfaces(rendezvous: Rendezvous) -> dict[str, str]:

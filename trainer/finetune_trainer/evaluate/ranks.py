@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from finetune_trainer.process_group import join_default_group
+
 LONGEST_WAIT = timedelta(days=2)
 """Ranks end at different times, so rank 0 waits for the slowest; a rank that dies ends the others at once."""
 
@@ -21,7 +23,7 @@ class Ranks:
     def __enter__(self) -> Ranks:
         if self.world_size > 1 and not dist.is_initialized():
             self._joined = True
-            dist.init_process_group("gloo", timeout=LONGEST_WAIT, rank=self.rank, world_size=self.world_size)
+            join_default_group("gloo", self.rank, self.world_size, LONGEST_WAIT)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,20 +9,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from finetune_trainer.process_group import join_default_group
+
 
 def init_distributed(device: torch.device, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
     """Join the default group (NCCL for GPU tensors, gloo for the rest); returns a gloo group for checkpoints.
 
-    Addresses come from the environment (MASTER_ADDR, MASTER_PORT); a single process needs none. The timeout must
-    be longer than the watchdog's, whose message says more.
+    The timeout must be longer than the watchdog's, whose message says more.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    join_default_group(backend, rank, world_size, timeout)
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
