@@ -675,7 +675,8 @@ class Timeouts(ApiModel):
     startup: Duration = "15m"
     """Time for all pods to start and connect, counted from the first running pod."""
     hang: Duration = "20m"
-    """Time without a step after which the ranks write their stacks and the attempt is retried."""
+    """Time without a step after which the ranks write their stacks and the attempt is retried. Prepare, which has no
+    ranks, is retried after it has reported nothing for twice this time and `startup`."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -723,7 +724,7 @@ class EnvVar(ApiModel):
 
 
 class Resources(ApiModel):
-    """CPU, memory and other resources of each pod of Train and Evaluate. GPUs are set in `topology`."""
+    """CPU, memory and other resources of a pod. GPUs are set in `topology`."""
 
     requests: Resource = {}
     """Requests, such as `{cpu: 8, memory: 64Gi}`."""
@@ -776,6 +777,9 @@ class PodTemplate(ApiModel):
     """Additional environment variables of the trainer in all stages."""
     resources: Resources = Resources()
     """CPU, memory and other resources of each pod of Train and Evaluate."""
+    cpu_resources: Resources = Resources()
+    """The same for the pods of Prepare and Publish, which use no GPU. Without a memory limit of your own it is 32Gi for
+    Prepare and 8Gi for Publish."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         _no_reserved("labels"),

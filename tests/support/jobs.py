@@ -360,6 +360,15 @@ BROKEN: tuple[Broken, ...] = (
         "GPUs are set in topology",
         {"spec.podTemplate.resources.requests": {"nvidia.com/gpu": "4"}},
     ),
+    *(
+        Broken(
+            f"spec.podTemplate.cpuResources.{kind}",
+            "GPUs are set in topology",
+            {f"spec.podTemplate.cpuResources.{kind}": {"nvidia.com/gpu": "4"}},
+            valid={f"spec.podTemplate.cpuResources.{kind}": {"memory": "64Gi"}},
+        )
+        for kind in ("requests", "limits")
+    ),
     _fixed("model", {"spec.model.path": "models/other"}),
     _fixed("datasets", {"spec.datasets.0.weight": 2}),
     _fixed("split", {"spec.split.seed": 7}),

@@ -410,6 +410,8 @@ EFFECTS: dict[str, Changes | Shown] = {
     "podTemplate.env[].value": pod("2", spec__podTemplate__env=[{"name": "NCCL_A", "value": "1"}]),
     "podTemplate.resources.requests": pod({"cpu": "8"}),
     "podTemplate.resources.limits": pod({"memory": "64Gi"}),
+    "podTemplate.cpuResources.requests": pod({"cpu": "8"}),
+    "podTemplate.cpuResources.limits": pod({"memory": "64Gi"}),
     "image": pod("acme/trainer:2"),
     "imagePullSecrets[].name": pod("second", spec__imagePullSecrets=[{"name": "first"}]),
 }

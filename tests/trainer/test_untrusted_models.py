@@ -17,7 +17,7 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Model
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.weights import SafetensorsDirectory
-from finetune_trainer.prepare.models import fetch_model
+from finetune_trainer.prepare.models import count_parameters, describe, fetch_model, load_config
 from finetune_trainer.untrusted import check_model_files
 
 SECRET = "hf_READTOKENOFTHEVICTIM42"
@@ -123,3 +123,43 @@ def test_whatever_a_tokenizer_says_is_taken_or_refused_in_a_sentence(
         check_model_files(directory)
         assert not isinstance(content.get("vocab"), str)
         assert "/etc/passwd" not in content.values()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"[]",
+        b"\xff",
+        b'{"w": {"shape": ["a"]}}',
+        b'{"w": {"shape": [-1]}}',
+        b'{"w": {"shape": [99999999999999]}}',
+        b'{"w": 1}',
+        None,
+    ],
+)
+def test_a_header_of_weights_that_is_none_is_refused(tmp_path: Path, header: bytes | None) -> None:
+    length = 1 << 40 if header is None else len(header)
+    (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + (header or b""))
+    with pytest.raises(TrainerError, match=r"The model cannot be used: .*model\.safetensors") as error:
+        count_parameters(tmp_path, tied=False)
+    assert error.value.failure_class is FailureClass.BAD_SPEC
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("head_dim", -1),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**30),
+        ("intermediate_size", "many"),
+        ("num_key_value_heads", [1]),
+    ],
+)
+def test_an_absurd_shape_is_refused_with_a_sentence(model: Path, field: str, value: object) -> None:
+    with_keys(model / "config.json", lambda config: config.update({field: value}))
+    with pytest.raises(TrainerError, match=r"The model's config cannot be (used|read)") as error:
+        describe(load_config(model), model)
+    assert error.value.failure_class is FailureClass.BAD_SPEC
+    assert field in error.value.sentence or field == "num_attention_heads"

@@ -74,7 +74,8 @@ def _class_of(error: BaseException) -> tuple[FailureClass, str, str]:
             "storage.run.size",
         )
     if isinstance(error, MemoryError):
-        return FailureClass.HOST_OOM, "Out of host memory. Raise podTemplate.resources.limits.memory.", ""
+        limit = "podTemplate.resources.limits.memory (of Prepare and Publish: podTemplate.cpuResources.limits.memory)"
+        return FailureClass.HOST_OOM, f"Out of host memory. Raise {limit}.", ""
     return _class_of_torch_error(error) or (
         FailureClass.CRASH,
         f"{type(error).__name__}: {error}".strip(": "),

@@ -22,6 +22,8 @@ INLINE = frozenset({"vocab", "merges"})
 """Arguments that are tables; text in their place is opened as a file."""
 NAMES_OF_ORIGIN = frozenset({"name_or_path", "_name_or_path"})
 """Where the files came from; read by nobody."""
+LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors file's header, as the library has it."""
 
 
 def check_model_files(directory: Path) -> None:
@@ -42,6 +44,29 @@ def check_weight_map(name: str, weight_map: Any) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise _refused(f"{name} names {str(file)[:200]!r}, which is no safetensors file beside it")
     return weight_map
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """The shape of each tensor of a safetensors file, by its header. Raises TrainerError (bad-spec) without one."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(LONGEST_HEADER, path.stat().st_size):
+            raise _refused(f"{path.name} is no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise _refused(f"the header of {path.name} is not JSON") from error
+    if not isinstance(header, dict):
+        raise _refused(f"the header of {path.name} is not a JSON object")
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        shape = tensor.get("shape") if isinstance(tensor, dict) else None
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+            raise _refused(f"the header of {path.name} gives the tensor {name[:100]!r} no shape")
+        shapes[name] = shape
+    return shapes
 
 
 def _texts(arguments: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -20,8 +20,8 @@ SETTLE_SECONDS = 10
 """How long other ranks may name an earlier cause after one of them named itself."""
 GRACE_MARGIN_SECONDS = 30
 """How much longer than the grace period we wait for pods that end without an error report."""
-HANG_STAGES = frozenset({Stage.TRAIN, Stage.EVALUATE})
-"""Stages that hold GPUs: the operator's own check frees them."""
+HANG_STAGES = frozenset({Stage.PREPARE, Stage.TRAIN, Stage.EVALUATE})
+"""Stages that report all the time: GPUs are freed, and data that is read for ever keeps no pod."""
 
 
 def gpus_held(spec: FineTuneJobSpec, stage: Stage, environment: Environment) -> int:

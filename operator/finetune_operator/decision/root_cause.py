@@ -15,7 +15,7 @@ VAGUE = frozenset({FailureClass.CRASH, FailureClass.HANG, FailureClass.PREEMPTED
 """Classes that a lost node or an eviction explains better; the others explain themselves."""
 
 _CLASS_OF_EXIT_CODE = {code: kind for kind, code in EXIT_CODES.items() if kind is not FailureClass.CRASH}
-_LIMIT = "podTemplate.resources.limits.memory"
+_LIMIT = "podTemplate.resources.limits.memory (of Prepare and Publish: podTemplate.cpuResources.limits.memory)"
 _SIGTERM_EXIT = 128 + signal.SIGTERM
 _SIGKILL_EXIT = 128 + signal.SIGKILL
 

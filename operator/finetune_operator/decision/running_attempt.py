@@ -156,7 +156,7 @@ def _timed_out(running: RunningAttempt, child: Child, observation: Observation) 
     hang = deadlines.hang_deadline(running, observation)
     if hang is not None and now >= hang and report is not None:
         minutes = int((now - report.time).total_seconds()) // 60
-        sentence = f"No report for {minutes} minutes although all pods are running; the watchdogs in the pods hang too."
+        sentence = f"No report for {minutes} minutes although all pods are running: nothing makes progress in them."
         return AttemptResult(Cause(FailureClass.HANG, sentence))
     return None
 

@@ -6,16 +6,19 @@ from finetune_api.base import Stage
 from finetune_api.rendezvous import Rendezvous
 from finetune_api.runconfig import Attempt
 from finetune_operator.manifests.job import Job, Manifest, attempt_metadata
-from finetune_operator.manifests.pod import computing_resources, pod_template
+from finetune_operator.manifests.pod import computing_resources, cpu_resources, pod_template
 
-_PREPARE_RESOURCES: Manifest = {"requests": {"cpu": "1", "memory": "4Gi"}}
-_PUBLISH_RESOURCES: Manifest = {"requests": {"cpu": "500m", "memory": "2Gi"}}
+# They read what others have written: the limits keep it from taking the memory of a whole node.
+_PREPARE_RESOURCES: Manifest = {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "32Gi"}}
+_PUBLISH_RESOURCES: Manifest = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "8Gi"}}
 
 
 def prepare(job: Job, attempt: Attempt) -> Manifest:
     """Downloads, splits, tokenises. With a claim of its own it runs where Train will, so that the volume is there."""
     placed = job.spec.storage.run.claim_name is None
-    return _job(job, attempt, pod_template(job, attempt, resources=_PREPARE_RESOURCES, placed=placed))
+    return _job(
+        job, attempt, pod_template(job, attempt, resources=cpu_resources(job, _PREPARE_RESOURCES), placed=placed)
+    )
 
 
 def evaluate(job: Job, attempt: Attempt) -> Manifest:
@@ -27,7 +30,9 @@ def evaluate(job: Job, attempt: Attempt) -> Manifest:
 
 def publish(job: Job, attempt: Attempt) -> Manifest:
     """Uploads the export."""
-    return _job(job, attempt, pod_template(job, attempt, resources=_PUBLISH_RESOURCES, placed=False))
+    return _job(
+        job, attempt, pod_template(job, attempt, resources=cpu_resources(job, _PUBLISH_RESOURCES), placed=False)
+    )
 
 
 def batch_child(job: Job, attempt: Attempt) -> Manifest:

@@ -51,7 +51,7 @@ def pod_template(
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": attempt.grace_seconds,
         "securityContext": _pod_security(),
-        "initContainers": [_container(job, attempt, each, environment, _SMALL) for each in before],
+        "initContainers": [_container(job, attempt, each, environment, cpu_resources(job, _SMALL)) for each in before],
         "containers": [_container(job, attempt, named, environment, resources)],
         "tolerations": [*_own_tolerations(), *(_tolerations(job) if placed else [])],
         "volumes": _volumes(job, attempt, [*before, program]),
@@ -71,7 +71,11 @@ def pod_template(
     }
 
 
-_SMALL: Manifest = {"requests": {"cpu": "100m", "memory": "512Mi"}}
+_SMALL: Manifest = {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}
+_TEMPORARY_SIZE = "20Gi"
+"""Of `/tmp`: caches of compilers and clients, and code that a model brings along."""
+_SHARED_MEMORY_SIZE = "16Gi"
+"""It counts towards the memory of the pod."""
 
 
 def _pod_security() -> Manifest:
@@ -118,6 +122,8 @@ def _environment(job: Job, attempt: Attempt, rendezvous: Rendezvous | None) -> d
     return common | {
         "HOME": "/tmp",
         "USER": "trainer",
+        # Imported from: another job's code must not lie there.
+        "HF_MODULES_CACHE": "/tmp/modules",
         TOKENS_VARIABLE: TOKENS_DIRECTORY,
         REPORT_VARIABLE: f"{job.namespace}/{channel_name(job.name, attempt.stage)}",
         **({RESUME_VARIABLE: _resume_mount(job)} if resumes else {}),
@@ -174,11 +180,12 @@ def _volumes(job: Job, attempt: Attempt, programs: list[Program]) -> list[Manife
         {"name": "cache", "persistentVolumeClaim": {"claimName": job.spec.storage.cache.claim_name}},
         {"name": "config", "configMap": {"name": job.config_name}},
         {"name": "report-token", "projected": {"sources": _report_token(), "defaultMode": 0o440}},
-        {"name": "tmp", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": _TEMPORARY_SIZE}},
     ]
     if attempt.stage in COMPUTING_STAGES:
         # The default 64 MiB of /dev/shm are too few for NCCL.
-        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
+        memory = {"medium": "Memory", "sizeLimit": _SHARED_MEMORY_SIZE}
+        volumes.append({"name": "shared-memory", "emptyDir": memory})
     resume_claim = _resume_claim(job, attempt.stage)
     if resume_claim is not None:
         # Read-only by the mount: a claim that is read-only as a whole could not be the run's own as well.
@@ -223,3 +230,12 @@ def computing_resources(job: Job) -> Manifest:
     if job.gpus_per_node:
         resources["limits"] |= {"nvidia.com/gpu": str(job.gpus_per_node)}
     return {name: values for name, values in resources.items() if values}
+
+
+def cpu_resources(job: Job, default: Manifest) -> Manifest:
+    """Resources of a container that uses no GPU: the user's, and the default ones that do not contradict them."""
+    given = job.spec.pod_template.cpu_resources
+    # Kubernetes requests what is limited where nothing is requested, and allows no limit below a request.
+    requests = {name: value for name, value in default["requests"].items() if name not in given.limits}
+    limits = {name: given.requests.get(name, value) for name, value in default["limits"].items()}
+    return {"requests": requests | given.requests, "limits": limits | given.limits}

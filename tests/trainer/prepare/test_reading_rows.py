@@ -11,6 +11,7 @@ import pytest
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.prepare import readers
 from finetune_trainer.prepare.readers import UnreadableFileError, read_rows
 from finetune_trainer.prepare.readme import Head
 from finetune_trainer.prepare.sources import SplitSource, choose_files, open_path, split_of
@@ -211,3 +212,47 @@ def test_parquet_carries_its_own_class_names(tmp_path: Path) -> None:
     schema = pa.schema([("text", pa.string()), ("label", pa.int64())], metadata={"huggingface": json.dumps(info)})
     pq.write_table(pa.table({"text": ["a"], "label": [1]}, schema=schema), tmp_path / "train.parquet")
     assert open_path(tmp_path, "d", None, "datasets[0]").splits["train"].class_names == {"label": ["no", "yes"]}
+
+
+def test_a_small_file_that_becomes_a_huge_row_is_refused_by_its_name_and_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "' + b"a" * 300_000_000 + b'"}\n', 1))
+    rows = read_rows(path)
+    assert next(rows) == {"text": "a"}
+    with pytest.raises(UnreadableFileError, match=r"x.jsonl.gz cannot be read: row 2 is longer than 16,777,216 char"):
+        next(rows)
+
+
+@pytest.mark.parametrize("name", ["x.csv.gz", "x.txt.gz", "x.jsonl.gz", "x.json.gz"])
+def test_a_file_that_becomes_many_times_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(readers, "ANY_EXPANSION_BYTES", 1 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(b'{"text": "the same again"}\n' * 100_000))
+    with pytest.raises(UnreadableFileError, match=f"{name} cannot be read: it would become more than 200 times"):
+        list(read_rows(tmp_path / name))
+
+
+def test_a_quoted_field_over_many_lines_is_no_way_around_the_length_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "LONGEST_ROW", 1000)
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n" + '"x\ny",' * 300 + "\n")
+    with pytest.raises(UnreadableFileError, match="row 2 is longer than 1,000 characters"):
+        list(read_rows(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("depth", [200, 100_000])
+def test_rows_that_are_nested_too_deeply_are_bad_rows(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"x": "a"}\n{"x": ' + "[" * depth + "]" * depth + '}\n{"x": "b"}\n')
+    first, nested, last = SplitSource("train", (path,), ("x",))
+    assert (first.fields, last.fields) == ({"x": "a"}, {"x": "b"})
+    assert nested.fields is None
+    assert nested.problem
+
+
+def test_a_document_that_is_nested_too_deeply_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(UnreadableFileError, match=r"a\.json is not JSON"):
+        list(read_rows(tmp_path / "a.json"))

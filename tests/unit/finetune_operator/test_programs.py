@@ -36,6 +36,7 @@ MACHINE = Machine(tuple(Gpu(str(i)) for i in range(4)), cores=32)
 ONLY_IN_PODS = {
     "HOME": "the image has no home directory that its user may write to",
     "USER": "the image's user has no name, which PyTorch asks for",
+    "HF_MODULES_CACHE": "code that a model brings along is imported from there, and the cache is shared by all jobs",
     "FINETUNE_REPORT_CONFIGMAP": "local runs read reports/ in the run directory",
     "FINETUNE_TOKENS": "set for each local process when it starts: a new directory for its one token",
     "FINETUNE_RESUME_FROM": "no volume is mounted locally: the path of training.resumeFrom is used as it is",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from finetune_trainer.data.chat_turns import TemplateSkeleton, answer_turns, template_skeleton
+from finetune_trainer.data.limits import within_limits
 
 Message = dict[str, str]
 
@@ -115,8 +116,12 @@ class ChatFormat:
 
     def _render(self, marked: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(
-                marked, tokenize=False, add_generation_prompt=add_generation_prompt
+            text = within_limits(
+                lambda: self.tokenizer.apply_chat_template(
+                    marked, tokenize=False, add_generation_prompt=add_generation_prompt
+                ),
+                "The chat template",
+                "model.chatTemplate",
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ChatTemplateError(

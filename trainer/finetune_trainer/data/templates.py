@@ -11,9 +11,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune_api.report import FailureClass
 from finetune_api.structure import nearest
+from finetune_trainer.data.limits import within_limits
 from finetune_trainer.failures import TrainerError
 
 Render = Callable[[Mapping[str, Any]], str]
+
+FIELD = "datasets"
+"""The field of templates and filters."""
 
 _environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
 
@@ -26,13 +30,15 @@ class TemplateRowError(ValueError):
 def compile_template(source: str) -> Render:
     """A function from a row's variables to text. It raises TemplateRowError where the row does not fit.
 
-    Raises jinja2.TemplateSyntaxError where the template is none.
+    Raises jinja2.TemplateSyntaxError where the template is none, TrainerError (bad-spec) where it needs too much.
     """
-    template = _environment.from_string(source)
+    what = f"The template {_shortened(source)!r}"
+    # Constant expressions are computed at once.
+    template = within_limits(lambda: _environment.from_string(source), what, FIELD)
 
     def render(variables: Mapping[str, Any]) -> str:
         try:
-            return template.render(variables)
+            return within_limits(lambda: template.render(variables), what, FIELD)
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise TemplateRowError(_first_line(error)) from error
 
@@ -43,13 +49,15 @@ def compile_template(source: str) -> Render:
 def compile_filter(source: str) -> Callable[[Mapping[str, Any]], bool]:
     """A function from a row's columns to whether the row is kept, from a jinja expression.
 
-    Raises jinja2.TemplateSyntaxError where it is no expression.
+    Raises jinja2.TemplateSyntaxError where it is no expression, TrainerError (bad-spec) where it needs too much.
     """
-    expression = _environment.compile_expression(source, undefined_to_none=False)
+    what = f"The filter {_shortened(source)!r}"
+    compiled = within_limits(lambda: _environment.compile_expression(source, undefined_to_none=False), what, FIELD)
 
     def keep(variables: Mapping[str, Any]) -> bool:
         try:
-            value = expression(**{str(name): value for name, value in variables.items()})
+            named = {str(name): value for name, value in variables.items()}
+            value = within_limits(lambda: compiled(**named), what, FIELD)
             if isinstance(value, StrictUndefined):
                 raise UndefinedError(str(value._undefined_message))
             return bool(value)
@@ -63,7 +71,8 @@ def check_template(source: str, known: Sequence[str], field: str, *, expression:
     """Raise TrainerError (bad-spec) where `source` is not jinja or names something that is not in `known`."""
     kind = "expression" if expression else "template"
     try:
-        tree = _environment.parse("{{ (" + source + ") }}" if expression else source)
+        whole = "{{ (" + source + ") }}" if expression else source
+        tree = within_limits(lambda: _environment.parse(whole), f"The {kind}", field)
         (compile_filter if expression else compile_template)(source)
     except TemplateSyntaxError as error:
         sentence = f"Not a valid Jinja {kind}: {error.message} (line {error.lineno})."
@@ -81,6 +90,10 @@ def near_match(given: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """` Did you mean '…'?`, or nothing where no known name is near."""
     near = nearest(given, known)
     return f" Did you mean {near!r}?" if near else ""
+
+
+def _shortened(source: str) -> str:
+    return source if len(source) <= 80 else f"{source[:80]}…"
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,13 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
-def write_nf4_copy(model_dir: Path, out_dir: Path, quantization: Quantization) -> None:
+def write_nf4_copy(
+    model_dir: Path, out_dir: Path, quantization: Quantization, tick: Callable[[int], None] = lambda count: None
+) -> None:
     """Write the 4-bit copy of `model_dir` to `out_dir` (made; replaced if there), one tensor in memory at a time.
 
     Linear layers but the head are quantised in blocks of 64 from the file's own data type; the rest is copied.
-    The caller publishes the directory (rename) once this returns.
+    The caller publishes the directory (rename) once this returns. `tick` is told of every tensor.
     """
     refuse_quantized(model_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,7 @@ def write_nf4_copy(model_dir: Path, out_dir: Path, quantization: Quantization) -
                     writer.add(f"{name}{key}", value)
             else:
                 writer.add(name, tensor)
+            tick(1)
     writer.close()
     _write_config(model_dir, out_dir, quantization)
 

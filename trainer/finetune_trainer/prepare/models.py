@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from finetune_api.report import FailureClass, ModelFacts
 from finetune_api.spec import Model, Quantization, Source
@@ -19,7 +23,7 @@ from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import made_once, sha256_of
 from finetune_trainer.prepare import gguf
 from finetune_trainer.prepare.hub import Hub, ResolvedRepo
-from finetune_trainer.untrusted import check_model_files
+from finetune_trainer.untrusted import check_model_files, tensor_shapes
 
 TOKENIZER_FILES = (
     "README.md",  # names the licence, which the card repeats
@@ -29,6 +33,10 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+UNREADABLE = (ValueError, LookupError, OSError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What the library raises for a config that is none."""
+Tick = Callable[[int], None]
+"""Is told how many more files or tensors are done, so that silence means that nothing is done."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -148,14 +156,15 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises TrainerError (bad-spec): already quantised, no causal language model, unknown architecture.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (*UNREADABLE, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise TrainerError(
             FailureClass.BAD_SPEC, f"The model's config cannot be read: {reason[:400]}", "model"
         ) from error
@@ -180,7 +189,22 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def describe(config: Any, directory: Path) -> ModelFacts:
-    """Shape of the model from its config, parameters counted from the headers of its files."""
+    """Shape of the model from its config, parameters counted from the headers of its files.
+
+    Raises TrainerError (bad-spec) naming what cannot be the shape of a model.
+    """
+    try:
+        return _describe(config, directory)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = re.sub("([A-Z])", r"_\1", str(first["loc"][0])).lower()
+        why = f"{name}: {first['msg']}"
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+    raise TrainerError(FailureClass.BAD_SPEC, f"The model's config cannot be used ({why}).", "model")
+
+
+def _describe(config: Any, directory: Path) -> ModelFacts:
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
@@ -208,19 +232,13 @@ def count_parameters(directory: Path, *, tied: bool) -> int:
     """Elements of all tensors, from the files' headers alone; a tied head that was saved too is not counted."""
     total = 0
     for path in sorted(directory.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if name == "__metadata__" or (tied and name == "lm_head.weight"):
-                continue
-            count = 1
-            for size in tensor["shape"]:
-                count *= size
-            total += count
+        for name, shape in tensor_shapes(path).items():
+            if not (tied and name == "lm_head.weight"):
+                total += math.prod(shape)
     return total
 
 
-def model_digest(directory: Path, cache: Path) -> str:
+def model_digest(directory: Path, cache: Path, tick: Tick = lambda count: None) -> str:
     """sha256 over names and contents of weights, config and tokenizer, remembered while the files do not change."""
     names = sorted(
         path.name
@@ -232,7 +250,7 @@ def model_digest(directory: Path, cache: Path) -> str:
     remembered = cache / "digests" / sha256(state.encode()).hexdigest()
     if remembered.exists():
         return remembered.read_text()
-    digest = digest_of(directory, names)
+    digest = digest_of(directory, names, tick)
     remembered.parent.mkdir(parents=True, exist_ok=True)
     aside = remembered.with_suffix(f".{os.getpid()}")
     aside.write_text(digest)
@@ -240,15 +258,18 @@ def model_digest(directory: Path, cache: Path) -> str:
     return digest
 
 
-def digest_of(directory: Path, names: Sequence[str]) -> str:
+def digest_of(directory: Path, names: Sequence[str], tick: Tick = lambda count: None) -> str:
     """sha256 over the files' names and digests."""
-    lines = [f"{name}\0{sha256_of(directory / name)}\n" for name in sorted(names)]
+    lines = []
+    for name in sorted(names):
+        lines.append(f"{name}\0{sha256_of(directory / name)}\n")
+        tick(1)
     return sha256("".join(lines).encode()).hexdigest()
 
 
-def nf4_copy(model: PreparedModel, quantization: Quantization, cache: Path) -> Path:
+def nf4_copy(model: PreparedModel, quantization: Quantization, cache: Path, tick: Tick) -> Path:
     """Directory of the 4-bit copy, written once to the cache: keyed by the weights and the quantisation."""
     from finetune_trainer.model.nf4 import quantization_key, write_nf4_copy
 
     directory = cache / "models" / f"{quantization.type}-{quantization_key(model.digest, quantization)}"
-    return made_once(directory, lambda aside: write_nf4_copy(Path(model.directory), aside, quantization))
+    return made_once(directory, lambda aside: write_nf4_copy(Path(model.directory), aside, quantization, tick))

@@ -1,16 +1,17 @@
 """Rows of one file, one after the other, whatever the format: memory does not grow with the file.
 
 A row that cannot be read is yielded as the reason why, with its number: bad rows are counted by those who know
-how many are too many. JSON documents (`.json`) are the exception: they are read whole.
+how many are too many. JSON documents (`.json`) are the exception: they are read whole. Anybody may have written the
+files, so that what they may become in memory is bounded.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,21 @@ BATCH_ROWS = 1024
 COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 DELIMITERS = ",;\t|"
 
+LONGEST_ROW = 1 << 24
+"""Characters of a row of text at most, up to 64 MiB in memory."""
+LONGEST_DOCUMENT = 1 << 29
+"""Characters of a JSON document at most."""
+EXPANSION = 200
+"""How many times its size a compressed file may become; rows of ordinary data become 5 to 50 times their size."""
+ANY_EXPANSION_BYTES = 64 << 20
+"""So much any compressed file may become."""
+DEEPEST = 100
+"""Lists and objects within each other at most."""
+
 _FOREIGN = re.compile("[\udc80-\udcff]")
 _HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
-csv.field_size_limit(1 << 30)
+csv.field_size_limit(LONGEST_ROW)
 
 
 class UnreadableFileError(Exception):
@@ -84,13 +96,18 @@ def class_names(path: Path) -> dict[str, list[str]]:
     }
 
 
-def texts_in(value: object) -> Iterator[str]:
-    """All texts of a row, those within lists and objects too; keys are none."""
+def texts_in(value: object, deepest: int = DEEPEST) -> Iterator[str]:
+    """All texts of a row, those within lists and objects too; keys are none.
+
+    Raises RecursionError where more than `deepest` of these lie within each other.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list, tuple)):
+        if not deepest:
+            raise RecursionError(f"more than {DEEPEST} lists and objects are nested")
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(inner)
+            yield from texts_in(inner, deepest - 1)
 
 
 def has_foreign_bytes(text: str) -> bool:
@@ -126,21 +143,81 @@ def _windows_1252(char: str) -> str:
         return byte.decode("latin-1")
 
 
-def _open_text(path: Path) -> TextIOWrapper:
-    stream = pa.input_stream(str(path), compression="detect")
-    return TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+class _Decompressed(io.RawIOBase):
+    """The bytes of a file that may be compressed. Reading raises UnreadableFileError where they become too many."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = pa.input_stream(str(path), compression="detect")
+        self._name, self._left = path.name, ANY_EXPANSION_BYTES + EXPANSION * path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with memoryview(buffer) as view:
+            data = self._stream.read(len(view))
+            view[: len(data)] = data
+        self._left -= len(data)
+        if self._left < 0:
+            raise UnreadableFileError(
+                f"{self._name} cannot be read: it would become more than {EXPANSION} times its size; decompress it"
+            )
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Lines:
+    """The lines of a text file, of which at most `LONGEST_ROW` characters make up a row."""
+
+    def __init__(self, path: Path) -> None:
+        stream = io.BufferedReader(_Decompressed(path), 1 << 16)
+        self._file = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        self._name, self._row, self._left = path.name, 0, LONGEST_ROW
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[str]:
+        # As a generator, of which csv takes as many lines as a row has.
+        while line := self._file.readline(self._left + 1):
+            self._left -= len(line)
+            if self._left < 0:
+                raise UnreadableFileError(
+                    f"{self._name} cannot be read: row {self._row + 1} is longer than {LONGEST_ROW:,} characters"
+                )
+            yield line
+
+    def next_row(self) -> None:
+        """What is read from now on belongs to the next row."""
+        self._row, self._left = self._row + 1, LONGEST_ROW
+
+    def read_document(self) -> str:
+        """The whole file."""
+        text = self._file.read(LONGEST_DOCUMENT + 1)
+        if len(text) > LONGEST_DOCUMENT:
+            raise UnreadableFileError(
+                f"{self._name} cannot be read: it has more than {LONGEST_DOCUMENT:,} characters; use JSON lines"
+            )
+        return text
 
 
 def _read_csv(path: Path, delimiter: str | None = None) -> Iterator[RowOrReason]:
-    with _open_text(path) as file:
-        first = file.readline()
+    with _Lines(path) as file:
+        first = next(iter(file), "")
     delimiter = delimiter or max(DELIMITERS, key=first.count)
-    with _open_text(path) as file:
+    with _Lines(path) as file:
         lines = csv.reader(file, delimiter=delimiter, strict=False)
         header = [name.strip() for name in next(lines, [])]
         for fields in lines:
             if not fields:
                 continue
+            file.next_row()
             if len(fields) != len(header):
                 yield f"{len(fields)} fields, but the header has {len(header)}"
             else:
@@ -152,24 +229,25 @@ def _read_tsv(path: Path) -> Iterator[RowOrReason]:
 
 
 def _read_json_lines(path: Path) -> Iterator[RowOrReason]:
-    with _open_text(path) as file:
+    with _Lines(path) as file:
         for line in file:
             if not line.strip():
                 continue
+            file.next_row()
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError, MemoryError) as error:
                 yield f"not JSON: {_first_line(error)}"
                 continue
             yield row if isinstance(row, dict) else "not a JSON object"
 
 
 def _read_json(path: Path) -> Iterator[RowOrReason]:
-    with _open_text(path) as file:
-        text = file.read()
+    with _Lines(path) as file:
+        text = file.read_document()
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         if "Extra data" in str(error):
             yield from _read_json_lines(path)
             return
@@ -194,9 +272,10 @@ def _rows_of_document(document: Any) -> list[Any]:
 
 
 def _read_text(path: Path) -> Iterator[RowOrReason]:
-    with _open_text(path) as file:
+    with _Lines(path) as file:
         for line in file:
             if line.strip():
+                file.next_row()
                 yield {"text": line.rstrip("\r\n")}
 
 

@@ -213,7 +213,10 @@ def digest_of_files(root: Path, files: dict[str, list[str]]) -> str:
 def _source_row(number: int, file: str, in_file: int, row: Row | str) -> SourceRow:
     if isinstance(row, str):
         return SourceRow(number, file, in_file, None, row)
-    texts = [text for text in readers.texts_in(row) if not text.isascii()]
+    try:
+        texts = [text for text in readers.texts_in(row) if not text.isascii()]
+    except RecursionError as error:
+        return SourceRow(number, file, in_file, None, str(error))
     half = next(filter(None, map(readers.half_character, texts)), None)
     if half:
         problem = f"a text contains half of a surrogate pair, {half}"

@@ -172,13 +172,13 @@ def selects_checkpoint(spec: FineTuneJobSpec) -> bool:
     return spec.training.keep_best or spec.training.early_stopping is not None
 
 
-def _ticker(context: RunContext, total: int) -> Callable[[int], None]:
+def _ticker(context: RunContext, total: int, unit: str = "rows") -> Callable[[int], None]:
     done = 0
 
-    def tick(rows: int) -> None:
+    def tick(count: int) -> None:
         nonlocal done
-        done += rows
-        context.reporter.progress(Progress(step=done, total=total, unit="rows"))
+        done += count
+        context.reporter.progress(Progress(step=done, total=total, unit=unit))
 
     return tick
 
@@ -219,14 +219,14 @@ def _prepared_model(
         directory=str(local.directory),
         source=local.source,
         commit=local.commit,
-        digest=model_digest(local.directory, context.cache),
+        digest=model_digest(local.directory, context.cache, _ticker(context, 0, "files")),
         adapter_directory=str(adapter[0]) if adapter else None,
         adapter_source=adapter[1] if adapter else "",
     )
     if not spec.tuning.method.traits.four_bit:
         return model
     context.reporter.activity("writing the 4-bit copy")
-    copy = nf4_copy(model, spec.tuning.quantization, context.cache)
+    copy = nf4_copy(model, spec.tuning.quantization, context.cache, _ticker(context, 0, "tensors"))
     return model.model_copy(update={"nf4_directory": str(copy)})
 
 

@@ -128,7 +128,7 @@ def silence(world: World) -> float:
     return wait
 
 
-@pytest.mark.parametrize("stage", GPU_STAGES)
+@pytest.mark.parametrize("stage", [Stage.PREPARE, *GPU_STAGES])
 def test_reports_that_stop_are_a_hang_well_after_the_ranks_own_watchdogs(stage: Stage) -> None:
     world = job().until(stage).says(progress=steps(5)).settled()
     assert silence(world) == 2 * 1200 + 900

@@ -224,6 +224,33 @@ def test_gpus_are_asked_for_where_they_compute(stage: Stage, gpus: str | None) -
     assert container(child(stage))["resources"].get("limits", {}).get("nvidia.com/gpu") == gpus
 
 
+@pytest.mark.parametrize(
+    ("stage", "limits"),
+    [(Stage.PREPARE, {"check-publish": "2Gi", "prepare": "32Gi"}), (Stage.PUBLISH, {"publish": "8Gi"})],
+)
+def test_what_reads_the_data_of_others_has_a_memory_limit(stage: Stage, limits: dict[str, str]) -> None:
+    def memory(**given: object) -> dict[str, dict[str, str]]:
+        spec = pod(child(stage, job(podTemplate={"cpuResources": given})))
+        containers = [*spec.get("initContainers", []), *spec["containers"]]
+        return {c["name"]: {k: v["memory"] for k, v in c["resources"].items() if "memory" in v} for c in containers}
+
+    assert {name: kinds["limits"] for name, kinds in memory().items()} == limits
+    assert all(kinds == {"limits": "1Gi"} for kinds in memory(limits={"memory": "1Gi"}).values())
+    asked = memory(requests={"memory": "64Gi"})
+    assert all(kinds == {"requests": "64Gi", "limits": "64Gi"} for kinds in asked.values())
+    both = memory(requests={"memory": "64Gi"}, limits={"memory": "96Gi"})
+    assert all(kinds == {"requests": "64Gi", "limits": "96Gi"} for kinds in both.values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_temporary_directory_has_a_size_and_code_is_imported_from_the_pod_s_own(stage: Stage) -> None:
+    manifest = child(stage)
+    temporary = [volume["emptyDir"] for volume in volumes(manifest).values() if "emptyDir" in volume]
+    assert temporary
+    assert all("sizeLimit" in directory for directory in temporary)
+    assert environment(manifest)["HF_MODULES_CACHE"] == "/tmp/modules"
+
+
 def test_training_on_cpus_asks_for_no_gpu_and_runs_one_rank_a_pod() -> None:
     manifest = child(Stage.TRAIN, job(topology={"nodes": 2, "gpusPerNode": 0}))
     assert "nvidia.com/gpu" not in json.dumps(manifest)
