@@ -163,7 +163,8 @@ def _limit(kind: str, value: Any, limits: dict[str, Any], otherwise: str) -> str
             return f"needs at least {limits['min_length']} {entries}, has {limits['actual_length']}"
         case "too_long":
             return f"has too many {entries}; at most {limits['max_length']} are allowed"
-    return otherwise[:1].lower() + otherwise[1:]
+    own = otherwise.removeprefix("Value error, ")
+    return own[:1].lower() + own[1:]
 
 
 def _unknown_field(root: type[ApiModel], path: PathParts) -> Fault:

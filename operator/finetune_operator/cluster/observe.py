@@ -296,7 +296,7 @@ def _failure(ended: Mapping[str, Any]) -> Failure | None:
 def _first_problem(error: ValidationError, root: str) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     path = ".".join(str(part) for part in (root, *first["loc"]))
-    return f"{path}: {first['msg']}."
+    return f"{path}: {first['msg'].removeprefix('Value error, ')}."
 
 
 def _memory_limit(spec: Mapping[str, Any]) -> str:

@@ -179,8 +179,8 @@ def test_a_report_of_another_stage_or_job_is_not_listened_to(attempt: str) -> No
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"time": "2026-01-01T00:00:00"}, "report.time: Value error, the time has no zone"),
-        ({"time": "9999-12-31T23:59:59Z"}, "report.time: Value error, the year is not between"),
+        ({"time": "2026-01-01T00:00:00"}, "report.time: the time has no zone"),
+        ({"time": "9999-12-31T23:59:59Z"}, "report.time: the year is not between"),
         ({"time": "2026-01-03T00:00:00Z"}, "report.time: 2026-01-03T00:00:00Z is more than a day ahead."),
         ({"progress": {"step": 10**4299}}, "report.progress.step: "),
         ({"progress": {"step": -1}}, "report.progress.step: Input should be greater than or equal to 0."),
