@@ -365,6 +365,20 @@ class Published(ApiModel):
     """Digest of the published export."""
 
 
+Digest = Annotated[str, Field(max_length=100)]
+
+
+class Digests(ApiModel):
+    """SHA-256 of what the stages left on the run volume: later stages refuse anything else."""
+
+    prepared: Digest = ""
+    """From Prepare: of `prepared/manifest.json`."""
+    export: Digest = ""
+    """From Train: over the names and digests of the files of `export/`."""
+    results: Digest = ""
+    """From Evaluate: of `evaluation/results.json`."""
+
+
 class Report(ApiModel):
     """The latest state of one attempt."""
 
@@ -402,6 +416,8 @@ class Report(ApiModel):
     """From Evaluate."""
     published: Published | None = None
     """From Publish."""
+    digests: Digests = Digests()
+    """From Prepare, Train and Evaluate, each its own."""
     wandb_url: str = ""
     """URL of the W&B run."""
     origin: dict[str, Any] = {}

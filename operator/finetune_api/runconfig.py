@@ -12,7 +12,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel, Stage
 from finetune_api.known_datasets import KNOWN_DATASETS
-from finetune_api.report import attempt_id
+from finetune_api.report import Digests, attempt_id
 from finetune_api.spec import Columns, Dataset, FineTuneJobSpec, Splits
 from finetune_api.traits import Task
 
@@ -100,6 +100,9 @@ class Attempt(ApiModel):
     """Seconds without a step after which a rank writes its stacks and exits."""
     report_to: Literal["file", "configmap"] = "file"
     """Where the report goes beside `reports/<stage>-<n>.json` in the run directory."""
+
+    digests: Digests = Digests()
+    """What earlier stages left, as they reported it."""
 
     @property
     def id(self) -> str:

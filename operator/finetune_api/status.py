@@ -15,6 +15,7 @@ from finetune_api.report import (
     CheckpointRef,
     Choice,
     DatasetFacts,
+    Digests,
     ExportRef,
     FailureClass,
     Plan,
@@ -188,6 +189,8 @@ class JobStatus(ApiModel):
     """Main metric of base and tuned model, such as `0.415 → 0.623`."""
     published: Published | None = None
     """Where the model was published."""
+    digests: Digests = Digests()
+    """Digests of what the stages left on the run volume. Later stages refuse anything else."""
     wandb_url: str = ""
     """URL of the W&B run."""
     active_seconds: int = 0

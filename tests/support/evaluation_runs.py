@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_llama
 
 from finetune_api.base import Stage
 from finetune_api.files import write_json
-from finetune_api.report import Choice, DatasetFacts, ExportRef, MemoryComponent, Plan, Report
+from finetune_api.report import Choice, DatasetFacts, Digests, ExportRef, MemoryComponent, Plan, Report
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.traits import Task
 from finetune_trainer import export as exporting
@@ -41,9 +41,11 @@ class EvaluationRun:
     def path(self) -> Path:
         return Path(self.config.paths.run)
 
-    def context(self, stage: Stage = Stage.EVALUATE, *, tokens: Path | None = None, number: int = 1) -> RunContext:
-        """The context of a single process of that stage."""
-        attempt = Attempt(uid=self.config.job.uid, stage=stage, number=number)
+    def context(
+        self, stage: Stage = Stage.EVALUATE, *, tokens: Path | None = None, number: int = 1, **digests: str
+    ) -> RunContext:
+        """The context of a single process of that stage. digests: what earlier stages reported."""
+        attempt = Attempt(uid=self.config.job.uid, stage=stage, number=number, digests=Digests.model_validate(digests))
         reporter = Reporter(attempt, self.path / "reports", enabled=True)
         return RunContext(self.config, attempt, reporter, tokens=tokens)
 

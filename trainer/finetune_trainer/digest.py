@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from finetune_api.base import Stage
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import sha256_of
@@ -37,6 +38,18 @@ def export_digest(directory: Path) -> str:
             what = "is missing" if name not in found else "was added" if name not in known else "was changed"
             raise TrainerError(FailureClass.CRASH, f"The export was altered: {directory / name} {what}.")
     return _total(found)
+
+
+def refuse_other(place: str, found: str, reported: str, stage: Stage) -> None:
+    """Raise TrainerError (bad-data) if what a stage left is not what it reported; an empty digest says nothing."""
+    if reported and found != reported:
+        name = stage.capitalize()
+        raise TrainerError(
+            FailureClass.BAD_DATA,
+            f"{place} (digest {found[:12]}…) differs from what {name} reported ({reported[:12]}…): "
+            f"run the {name} stage again.",
+            place,
+        )
 
 
 def write_digest(directory: Path) -> None:

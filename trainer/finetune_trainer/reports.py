@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from finetune_api.base import STAGES, Stage
 from finetune_api.report import Report
 
+RESULTS_FILE = "results.json"
+"""In `evaluation/`."""
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)\.json")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from finetune_api.base import Stage, duration_seconds
+from finetune_api.base import STAGES, Stage, duration_seconds
+from finetune_api.report import Digests
 from finetune_api.runconfig import Attempt
 from finetune_api.status import AttemptRecord, JobStatus
 from finetune_operator.decision.conditions import truncate
@@ -90,6 +91,12 @@ def blocked_by_earlier_job(observation: Observation) -> str:
     return f"Waiting for {older.stage} of an earlier job with this name to be deleted." if older is not None else ""
 
 
+def _digests_for(status: JobStatus, stage: Stage) -> Digests:
+    """What the stages before this one left."""
+    names = ("prepared", "export", "results")[: STAGES.index(stage)]
+    return Digests.model_validate({name: getattr(status.digests, name) for name in names})
+
+
 def to_start(observation: Observation, record: AttemptRecord) -> Attempt:
     """What the pods of an attempt need to know; a pure function of the record, so that it may be created twice."""
     plan = observation.status.plan
@@ -105,5 +112,6 @@ def to_start(observation: Observation, record: AttemptRecord) -> Attempt:
         grace_seconds=observation.environment.grace_seconds,
         startup_seconds=duration_seconds(observation.spec.timeouts.startup),
         hang_seconds=duration_seconds(observation.spec.timeouts.hang),
+        digests=_digests_for(observation.status, record.stage),
         report_to="file" if observation.environment.local else "configmap",
     )

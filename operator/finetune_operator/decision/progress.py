@@ -40,6 +40,15 @@ PROGRESS_FIELDS = frozenset(
 """Fields of the status that change all the time: no decision depends on them; written at most once per minute."""
 
 
+PRODUCTS: dict[Stage, tuple[tuple[str, ...], str]] = {
+    Stage.PREPARE: (("datasets", "plan"), "prepared"),
+    Stage.TRAIN: (("export",), "export"),
+    Stage.EVALUATE: (("results",), "results"),
+    Stage.PUBLISH: (("published",), ""),
+}
+"""Fields that each stage alone fills, and the digest that it reports: what it says of another's product is ignored."""
+
+
 def merge_report(status: JobStatus, record: AttemptRecord, report: Report) -> None:
     """Take over the progress that a running (or just ended) attempt reports."""
     status.progress = report.progress
@@ -68,12 +77,12 @@ def _bounded(choices: dict[str, Choice]) -> dict[str, Choice]:
 
 def merge_products(status: JobStatus, report: Report) -> None:
     """Take over for good what a stage that succeeded has produced."""
-    status.datasets = report.datasets or status.datasets
-    status.plan = report.plan or status.plan
-    status.export = report.export or status.export
-    status.published = report.published or status.published
-    if report.results is not None:
-        status.results = report.results
+    products, digest = PRODUCTS[report.stage]
+    for name in products:
+        setattr(status, name, getattr(report, name) or getattr(status, name))
+    if digest:
+        status.digests = status.digests.model_copy(update={digest: getattr(report.digests, digest)})
+    if report.stage is Stage.EVALUATE and report.results is not None:
         status.metric_text = metric_text(report.results)
     status.origin = _with_origin(status.origin, report.origin)
     if report.stage is not Stage.TRAIN:

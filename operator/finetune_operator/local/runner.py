@@ -187,7 +187,8 @@ class Runner:
                 cached = self._reports.get(file)
                 if cached is None or cached[0] != changed:
                     cached = self._reports[file] = (changed, _read(Report, file))
-                if cached[1] is not None:
+                stage, _, number = file.stem.rpartition("-")
+                if cached[1] is not None and cached[1].attempt == f"{self._record.uid}/{stage}/{number}":
                     yield cached[1]
 
     # Act ----------------------------------------------------------------------------------------------

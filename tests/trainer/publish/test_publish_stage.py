@@ -19,6 +19,7 @@ from finetune_api.files import write_json
 from finetune_api.report import FailureClass, Published, Results
 from finetune_trainer.context import RunContext
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import sha256_of
 from finetune_trainer.publish import hub as publish_hub
 from finetune_trainer.publish import stage
 
@@ -165,6 +166,39 @@ def test_another_complete_export_than_the_evaluated_one_is_not_published(
     assert error.failure_class is FailureClass.BAD_DATA
     assert "differs from what was evaluated (000000000000…)" in error.sentence
     assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("product", "place"),
+    [("prepared", "prepared/manifest.json"), ("export", "export"), ("results", "evaluation/results.json")],
+)
+def test_what_is_not_what_an_earlier_stage_reported_is_not_published(
+    hub: HubServer, published_run: Runs, tokens: Tokens, product: str, place: str
+) -> None:
+    run = published_run(repo="acme/weather")
+    reported = {
+        "prepared": sha256_of(run.path / "prepared/manifest.json"),
+        "export": digest_of(run),
+        "results": sha256_of(run.path / "evaluation/results.json"),
+    }
+    forged = reported | {product: "0" * 64}
+    error = refusal(stage.run, run.context(Stage.PUBLISH, tokens=tokens(WRITER), **forged))
+    assert error.failure_class is FailureClass.BAD_DATA
+    assert error.sentence.startswith(f"{place} (digest {reported[product][:12]}…) differs from what ")
+    assert not hub.requests
+    stage.run(run.context(Stage.PUBLISH, tokens=tokens(WRITER), **reported))
+    assert run.report(Stage.EVALUATE).digests.results == reported["results"]
+
+
+def test_the_card_takes_versions_only_from_the_report_of_the_published_results(
+    hub: HubServer, published_run: Runs, tokens: Tokens
+) -> None:
+    run = published_run(repo="acme/weather")
+    report = run.report(Stage.EVALUATE).to_wire()
+    forged = report | {"results": report["results"] | {"exportDigest": "0" * 64}}
+    write_json(run.path / "reports/evaluate-99.json", forged | {"origin": {"versions": {"finetune-operator": "6.6.6"}}})
+    publish(run, tokens(WRITER))
+    assert b"6.6.6" not in hub.repo("acme/weather").files["README.md"]
 
 
 def test_the_gate_is_judged_anew_from_the_measured_values(hub: HubServer, published_run: Runs, tokens: Tokens) -> None:

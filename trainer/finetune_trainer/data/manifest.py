@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from finetune_api.base import ApiModel
+from finetune_api.base import ApiModel, Stage
 from finetune_api.traits import Task
+from finetune_trainer.digest import refuse_other
 
 MANIFEST_FILE = "manifest.json"
 
@@ -103,6 +105,11 @@ class PreparedManifest(ApiModel):
         (prepared / MANIFEST_FILE).write_text(self.model_dump_json(by_alias=True, indent=1))
 
     @classmethod
-    def read(cls, prepared: Path) -> PreparedManifest:
-        """The manifest of that directory. Raises OSError where there is none, ValueError where it is damaged."""
-        return cls.model_validate_json((prepared / MANIFEST_FILE).read_text())
+    def read(cls, prepared: Path, reported: str = "") -> PreparedManifest:
+        """The manifest of that directory. reported: its digest, as Prepare reported it.
+
+        Raises OSError where there is none, ValueError where it is damaged, TrainerError where it is another one.
+        """
+        content = (prepared / MANIFEST_FILE).read_bytes()
+        refuse_other(f"prepared/{MANIFEST_FILE}", sha256(content).hexdigest(), reported, Stage.PREPARE)
+        return cls.model_validate_json(content)

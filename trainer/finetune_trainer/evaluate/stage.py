@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune_api.base import Stage
 from finetune_api.files import write_json
-from finetune_api.report import FailureClass, Progress, Report, Results
+from finetune_api.report import Digests, FailureClass, Progress, Report, Results
 from finetune_api.traits import Task
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.evaluation_rows import EvaluationRow, read_baseline, read_evaluation
 from finetune_trainer.data.manifest import MANIFEST_FILE, PreparedManifest
-from finetune_trainer.digest import export_digest
+from finetune_trainer.digest import export_digest, refuse_other
 from finetune_trainer.evaluate import baselines
 from finetune_trainer.evaluate.answers import AnswerSettings, answer_rows, closed
 from finetune_trainer.evaluate.bootstrap import STATEMENT
@@ -38,8 +39,9 @@ from finetune_trainer.evaluate.models import ModelPair, Variant, fits_on_one_dev
 from finetune_trainer.evaluate.page.build import PromptAnswers, ReportData, write_page
 from finetune_trainer.evaluate.ranks import Ranks
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import sha256_of
 from finetune_trainer.model.device import choose_device, choose_precision
-from finetune_trainer.reports import read_metrics, read_reports
+from finetune_trainer.reports import RESULTS_FILE, read_metrics, read_reports
 from finetune_trainer.versions import versions
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,8 @@ def run(context: RunContext) -> None:
         datetime.now(UTC),
     )
     _write(context, data)
-    context.reporter.done(results=results, origin=data.origin)
+    digests = Digests(results=sha256_of(context.evaluation / RESULTS_FILE))
+    context.reporter.done(results=results, origin=data.origin, digests=digests)
     log.info("%s", gate.sentence)
 
 
@@ -114,7 +117,7 @@ def run(context: RunContext) -> None:
 
 def _manifest(context: RunContext) -> PreparedManifest:
     try:
-        return PreparedManifest.read(context.prepared)
+        return PreparedManifest.read(context.prepared, context.attempt.digests.prepared)
     except (OSError, ValueError) as error:
         raise TrainerError(
             FailureClass.BAD_DATA,
@@ -130,7 +133,11 @@ def _digest_of_export(context: RunContext) -> str:
             f"There is no exported model in {context.export}: the Train stage has to finish first.",
             "export",
         )
-    return export_digest(context.export) if context.rank == 0 else ""
+    if context.rank:
+        return ""
+    digest = export_digest(context.export)
+    refuse_other("export", digest, context.attempt.digests.export, Stage.TRAIN)
+    return digest
 
 
 def _model_pair(context: RunContext, manifest: PreparedManifest, ranks: Ranks) -> ModelPair:
@@ -360,7 +367,7 @@ def _write(context: RunContext, data: ReportData) -> None:
     card = model_card(CardFacts(context.config, data.manifest, data.results, data.origin, context.export, licence))
     (context.evaluation / "model-card.md").write_text(card, encoding="utf-8")
     # Last: whoever finds the results finds everything else.
-    write_json(context.evaluation / "results.json", data.results.to_wire())
+    write_json(context.evaluation / RESULTS_FILE, data.results.to_wire())
 
 
 def _details(compared: Sequence[MetricComparison]) -> dict[str, Any]:

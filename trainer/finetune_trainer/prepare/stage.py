@@ -13,7 +13,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
-from finetune_api.report import Progress, Report
+from finetune_api.report import Digests, Progress, Report
 from finetune_api.runconfig import RunConfig, resolve
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
@@ -67,7 +67,8 @@ def run(context: RunContext) -> None:
             shutil.rmtree(aside, ignore_errors=True)
     found = json.loads((context.prepared / FACTS_FILE).read_text())
     told = Report.model_validate(context.reporter.report.to_wire() | found)
-    context.reporter.done(**{name: getattr(told, name) for name in FACTS})
+    digests = Digests(prepared=sha256_of(context.prepared / MANIFEST_FILE))
+    context.reporter.done(**{name: getattr(told, name) for name in FACTS}, digests=digests)
 
 
 def config_digest(config: RunConfig) -> str:

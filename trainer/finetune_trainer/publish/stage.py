@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from finetune_api.report import FailureClass, Published, Results
 from finetune_api.spec import Publish
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.manifest import PreparedManifest
-from finetune_trainer.digest import export_digest, files_of
+from finetune_trainer.digest import export_digest, files_of, refuse_other
 from finetune_trainer.evaluate.card import CARD_FILE, CardFacts, base_license, model_card
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.publish import directory
 from finetune_trainer.publish.hub import Target
-from finetune_trainer.reports import newest_done, read_reports
+from finetune_trainer.reports import RESULTS_FILE, newest_done, read_reports
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +67,13 @@ def run(context: RunContext) -> None:
 
 def read_results(context: RunContext) -> Results:
     """What Evaluate wrote. Raises TrainerError (bad-data) where there is nothing or something damaged."""
-    path = context.evaluation / "results.json"
+    path = context.evaluation / RESULTS_FILE
     try:
-        return Results.model_validate_json(path.read_text())
+        content = path.read_bytes()
+        refuse_other(
+            f"evaluation/{RESULTS_FILE}", sha256(content).hexdigest(), context.attempt.digests.results, Stage.EVALUATE
+        )
+        return Results.model_validate_json(content)
     except (OSError, ValidationError) as error:
         raise TrainerError(
             FailureClass.BAD_DATA,
@@ -88,6 +93,7 @@ def refuse_unless_better(context: RunContext, results: Results) -> None:
 def files_to_publish(context: RunContext, results: Results) -> dict[str, Path | bytes]:
     """The export's files and the card, by name, after the digest was found to be the evaluated one."""
     found = export_digest(context.export)
+    refuse_other("export", found, context.attempt.digests.export, Stage.TRAIN)
     if found != results.export_digest:
         raise TrainerError(
             FailureClass.BAD_DATA,
@@ -110,9 +116,11 @@ def files_to_publish(context: RunContext, results: Results) -> dict[str, Path | 
 def card_facts(context: RunContext, results: Results, origin: Mapping[str, Any] | None = None) -> CardFacts:
     """What the card is written from. origin: Evaluate's, from its report if not given."""
     if origin is None:
-        evaluated = newest_done(read_reports(context.reports), Stage.EVALUATE)
+        # Any stage can write a report into the folder; the results were checked.
+        reports = [(n, report) for n, report in read_reports(context.reports) if report.results == results]
+        evaluated = newest_done(reports, Stage.EVALUATE)
         origin = evaluated.origin if evaluated else {}
-    manifest = PreparedManifest.read(context.prepared)
+    manifest = PreparedManifest.read(context.prepared, context.attempt.digests.prepared)
     return CardFacts(
         context.config, manifest, results, origin, context.export, base_license(Path(manifest.model.directory))
     )

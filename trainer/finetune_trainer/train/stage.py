@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from finetune_api.report import ExportRef, FailureClass
+from finetune_api.report import Digests, ExportRef, FailureClass
 from finetune_api.runconfig import RESUME_VARIABLE
 from finetune_api.traits import Scoring
 from finetune_trainer.context import RunContext
@@ -76,7 +76,7 @@ def run(context: RunContext) -> None:
     export = _export(context, loop.model, step)
     loop.monitor.end(step)
     if context.rank == 0:
-        context.reporter.done(export=export)
+        context.reporter.done(export=export, digests=Digests(export=export.digest))
     dist.barrier(group=group)
     watchdog.stop()
     dist.destroy_process_group()
@@ -88,7 +88,7 @@ def build_loop(
     """Put the run together, resumed from the newest checkpoint, and report what was chosen. Collective."""
     spec, attempt, reporter = context.config.spec, context.attempt, context.reporter
     training, method = spec.training, spec.tuning.method.traits
-    manifest = PreparedManifest.read(context.prepared)
+    manifest = PreparedManifest.read(context.prepared, context.attempt.digests.prepared)
     if training.deterministic:
         processes.set_determinism()
 
@@ -249,7 +249,7 @@ def _build_tracker(context: RunContext) -> Tracker:
 
 def _export(context: RunContext, model: CausalModel, step: int) -> ExportRef:
     """Write `export/` and read it back. Collective; returns when it is durable."""
-    manifest = PreparedManifest.read(context.prepared)
+    manifest = PreparedManifest.read(context.prepared, context.attempt.digests.prepared)
     publish = context.config.spec.publish
     exported = export_model(
         model,

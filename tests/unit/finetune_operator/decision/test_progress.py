@@ -4,10 +4,18 @@ from datetime import datetime, timedelta
 import pytest
 from tests.unit.finetune_operator.decision.world import job, steps
 
-from finetune_api.base import Stage
-from finetune_api.status import JobStatus, Phase
+from finetune_api.base import STAGES, Stage
+from finetune_api.report import Digests, Published, Report
+from finetune_api.status import AttemptRecord, JobStatus, Phase
+from finetune_operator.decision.attempts import to_start
 from finetune_operator.decision.model import Decision
-from finetune_operator.decision.progress import conclusions, eta_text, progress_text, should_write_status
+from finetune_operator.decision.progress import (
+    conclusions,
+    eta_text,
+    merge_products,
+    progress_text,
+    should_write_status,
+)
 
 
 def is_written(old: JobStatus, new: JobStatus, written: datetime | None, now: datetime) -> bool:
@@ -114,3 +122,26 @@ def test_the_origin_of_every_number_is_gathered_over_the_stages() -> None:
 def test_the_time_left_fits_a_column() -> None:
     seconds = [None, 0, 40, 60, 725, 3600, 4800, 90_000]
     assert [eta_text(left) for left in seconds] == ["", "0s", "40s", "1m", "12m", "1h0m", "1h20m", "1d1h"]
+
+
+def test_a_stage_reports_its_own_products_only() -> None:
+    status = JobStatus(digests=Digests(prepared="p"), published=Published(url="https://hub.example/a", digest="e"))
+    every = {name: value for stage in STAGES for name, value in job().product(stage).items() if name != "plan"}
+    digests = Digests(prepared="forged", export="e", results="forged")
+    report = Report.model_validate(
+        {"attempt": "u/train/1", "stage": Stage.TRAIN, "time": job().now, "digests": digests, **every}
+    )
+    before = status.to_wire()
+    merge_products(status, report)
+    assert status.export == report.export is not None
+    assert status.digests == Digests(prepared="p", export="e")
+    after = status.to_wire()
+    assert {name for name in after if after[name] != before.get(name)} == {"export", "digests"}
+
+
+@pytest.mark.parametrize(("stage", "known"), zip(STAGES, ["", "p", "pe", "per"], strict=True))
+def test_an_attempt_is_told_what_earlier_stages_left(stage: Stage, known: str) -> None:
+    status = JobStatus(digests=Digests(prepared="p", export="e", results="r"))
+    record = AttemptRecord(stage=stage, number=2, started=job().now)
+    told = to_start(replace(job().observe(), status=status), record).digests
+    assert told.prepared + told.export + told.results == known
