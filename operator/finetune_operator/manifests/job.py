@@ -52,6 +52,11 @@ class Job:
         return self.spec.storage.run.claim_name or shared_name(self.name, "run")
 
     @property
+    def run_directory(self) -> str:
+        """The job's directory on the volume of its run."""
+        return f"{self.namespace}/{self.name}/{self.uid}"
+
+    @property
     def config_name(self) -> str:
         """Name of the ConfigMap with the run config."""
         return shared_name(self.name, "config")
@@ -61,9 +66,7 @@ class Job:
         return RunConfig(
             job=JobRef(namespace=self.namespace, name=self.name, uid=self.uid),
             spec=resolve(self.spec),
-            paths=Paths(
-                run=f"{RUN_VOLUME}/{self.namespace}/{self.name}/{self.uid}", cache=CACHE_VOLUME, source=CACHE_VOLUME
-            ),
+            paths=Paths(run=f"{RUN_VOLUME}/{self.run_directory}", cache=CACHE_VOLUME, source=CACHE_VOLUME),
             image=self.image,
             operator_version=self.environment.operator_version,
         )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from finetune_api.base import Stage
+from finetune_api.base import STAGES, Stage
 from finetune_api.rendezvous import Rendezvous
 from finetune_api.runconfig import REPORT_VARIABLE, RESUME_VARIABLE, RUN_CONFIG_FILE, TOKENS_VARIABLE, Attempt
 from finetune_operator.manifests.job import CACHE_VOLUME, RUN_VOLUME, Job, Manifest, labels
@@ -18,7 +18,9 @@ TOKENS_DIRECTORY = "/var/run/secrets/finetune"
 REPORT_TOKEN_DIRECTORY = "/var/run/secrets/finetune-report"
 REPORT_TOKEN_SECONDS = 3600
 RESUME_DIRECTORY = "/resume"
-"""Where the claim of `training.resumeFrom` is mounted."""
+"""Where the claim of `training.resumeFrom`, or the run's own, is mounted as a whole."""
+PRODUCTS = ("prepared", "export", "evaluation")
+"""What Prepare, Train and Evaluate leave in the run directory."""
 USER = 1000
 """User and group of the trainer image."""
 NODE_LOSS_SECONDS = 120
@@ -108,7 +110,7 @@ def _container(job: Job, attempt: Attempt, program: Program, env: list[Manifest]
 
 def _environment(job: Job, attempt: Attempt, rendezvous: Rendezvous | None) -> dict[str, str]:
     """The variables of every container of a pod."""
-    resumes = job.spec.training.resume_from is not None and attempt.stage is Stage.TRAIN
+    resumes = _resume_volume(job, attempt.stage) is not None
     common = trainer_environment(
         attempt,
         given={variable.name: variable.value for variable in job.spec.pod_template.env},
@@ -126,7 +128,7 @@ def _environment(job: Job, attempt: Attempt, rendezvous: Rendezvous | None) -> d
         "HF_MODULES_CACHE": "/tmp/modules",
         TOKENS_VARIABLE: TOKENS_DIRECTORY,
         REPORT_VARIABLE: f"{job.namespace}/{channel_name(job.name, attempt.stage)}",
-        **({RESUME_VARIABLE: _resume_mount(job)} if resumes else {}),
+        **({RESUME_VARIABLE: RESUME_DIRECTORY} if resumes else {}),
     }
 
 
@@ -153,13 +155,26 @@ def _resume_claim(job: Job, stage: Stage) -> str | None:
     return resume_from.claim if resume_from is not None and stage is Stage.TRAIN else None
 
 
-def _resume_mount(job: Job) -> str:
-    return RESUME_DIRECTORY if _resume_claim(job, Stage.TRAIN) is not None else RUN_VOLUME
+def _resume_volume(job: Job, stage: Stage) -> str | None:
+    """The volume with the checkpoint that Train starts from, if it starts from one."""
+    if job.spec.training.resume_from is None or stage is not Stage.TRAIN:
+        return None
+    return "run" if _resume_claim(job, stage) is None else "resume"
+
+
+def _run_mounts(job: Job, stage: Stage) -> list[Manifest]:
+    """The job's own directory, since jobs can share a claim, and over it, read-only, what earlier stages left there."""
+    own = job.run_directory
+    earlier = [f"{own}/{product}" for product in PRODUCTS[: STAGES.index(stage)]]
+    return [
+        {"name": "run", "mountPath": f"{RUN_VOLUME}/{own}", "subPath": own},
+        *({"name": "run", "mountPath": f"{RUN_VOLUME}/{at}", "subPath": at, "readOnly": True} for at in earlier),
+    ]
 
 
 def _mounts(job: Job, stage: Stage, program: Program) -> list[Manifest]:
     mounts: list[Manifest] = [
-        {"name": "run", "mountPath": RUN_VOLUME},
+        *_run_mounts(job, stage),
         {"name": "cache", "mountPath": CACHE_VOLUME, "readOnly": stage is not Stage.PREPARE},
         {"name": "config", "mountPath": CONFIG_DIRECTORY, "readOnly": True},
         {"name": "report-token", "mountPath": REPORT_TOKEN_DIRECTORY, "readOnly": True},
@@ -167,8 +182,9 @@ def _mounts(job: Job, stage: Stage, program: Program) -> list[Manifest]:
     ]
     if stage in COMPUTING_STAGES:
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
-    if _resume_claim(job, stage) is not None:
-        mounts.append({"name": "resume", "mountPath": RESUME_DIRECTORY, "readOnly": True})
+    resume = _resume_volume(job, stage)
+    if resume is not None:
+        mounts.append({"name": resume, "mountPath": RESUME_DIRECTORY, "readOnly": True})
     if secret_of(job.spec.credentials, program.token) is not None:
         mounts.append({"name": f"token-{program.token}", "mountPath": TOKENS_DIRECTORY, "readOnly": True})
     return mounts

@@ -112,7 +112,8 @@ def test_the_claim_of_a_checkpoint_to_start_from_is_mounted_read_only_in_train(b
 
 def test_a_checkpoint_without_a_claim_is_looked_for_on_the_volume_of_the_run() -> None:
     own = child(Stage.TRAIN, job(training={"resumeFrom": {"path": "ml/older/uid/checkpoints/step-00000100"}}))
-    assert environment(own)["FINETUNE_RESUME_FROM"] == "/data"
+    assert environment(own)["FINETUNE_RESUME_FROM"] == "/resume"
+    assert {"name": "run", "mountPath": "/resume", "readOnly": True} in container(own)["volumeMounts"]
     assert "resume" not in volumes(own)
     assert "FINETUNE_RESUME_FROM" not in environment(child(Stage.TRAIN))
 
@@ -171,6 +172,17 @@ def test_write_access_is_checked_before_anything_is_downloaded() -> None:
 def test_the_cache_is_read_only_outside_prepare(stage: Stage) -> None:
     (mount,) = [m for m in container(child(stage))["volumeMounts"] if m["name"] == "cache"]
     assert mount["readOnly"] is (stage is not Stage.PREPARE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_pod_sees_only_its_jobs_directory_and_cannot_write_what_earlier_stages_left(stage: Stage) -> None:
+    made = pod(child(stage, job(storage={"run": {"claimName": "shared"}})))
+    for each in [*made.get("initContainers", []), *made["containers"]]:
+        first, *earlier = [mount for mount in each["volumeMounts"] if mount["name"] == "run"]
+        assert first == {"name": "run", "mountPath": "/data/ml/support/uid-1", "subPath": "ml/support/uid-1"}
+        assert all(mount["readOnly"] and mount["mountPath"] == f"/data/{mount['subPath']}" for mount in earlier)
+        products = ["prepared", "export", "evaluation"][: STAGES.index(stage)]
+        assert [mount["subPath"] for mount in earlier] == [f"ml/support/uid-1/{product}" for product in products]
 
 
 @pytest.mark.parametrize("stage", STAGES)
