@@ -77,7 +77,8 @@ def exit_code(status: JobStatus) -> int:
 def ending(status: JobStatus) -> str:
     """What the end of a job says: the message of Complete or Failed."""
     from finetune_api.status import ConditionType
+    from finetune_operator.view.words import printable
 
     kind = ConditionType.COMPLETE if status.is_true(ConditionType.COMPLETE) else ConditionType.FAILED
     condition = status.condition(kind)
-    return condition.message if condition is not None else ""
+    return printable(condition.message) if condition is not None else ""

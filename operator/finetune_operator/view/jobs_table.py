@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune_operator.view.words import printable
+
 STYLES = {"Complete": "32", "Failed": "31", "Suspended": "33", "Waiting": "33", "BackingOff": "33", "Queued": "33"}
 """ANSI colours of phases that need attention or are final."""
 GAP = "   "
@@ -12,7 +14,7 @@ GAP = "   "
 def place_and_name(row: dict[str, Any]) -> tuple[str, str]:
     """Namespace and name of a row's job."""
     metadata = row["object"]["metadata"]
-    return str(metadata["namespace"]), str(metadata["name"])
+    return printable(str(metadata["namespace"])), printable(str(metadata["name"]))
 
 
 def layout(
@@ -33,7 +35,7 @@ def layout(
 def _cell(value: object) -> str:
     if value is None or value == "":
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(printable(str(value)).split()) or "-"
 
 
 def _line(cells: list[str], widths: list[int], coloured: int) -> str:

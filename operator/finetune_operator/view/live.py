@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +17,7 @@ from finetune_api.report import Plan
 from finetune_api.status import STAGE_CONDITION, ConditionType
 from finetune_operator.view.results import render_end
 from finetune_operator.view.scene import Scene
-from finetune_operator.view.words import amount, count, duration, measure, rate, size, sparkline
+from finetune_operator.view.words import amount, count, duration, measure, printable, rate, size, sparkline
 
 SHOWN_FAILURES = 3
 TITLE_DATA_WIDTH = 24
@@ -31,7 +33,18 @@ def render(scene: Scene) -> RenderableType:
         bar = progress_bar(scene)
         parts += [bar] if bar is not None else []
         parts.append(_rows([*_running_rows(scene), *_history_rows(scene)]))
-    return Padding(Group(*parts), (0, 1))
+    return Printable(Padding(Group(*parts), (0, 1)))
+
+
+@dataclass(frozen=True)
+class Printable:
+    """The same without control characters in its texts: rich leaves some, and a status may hold anything."""
+
+    shown: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.shown, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def title(scene: Scene) -> Text:

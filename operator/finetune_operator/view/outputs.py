@@ -18,7 +18,7 @@ from finetune_api.status import ConditionType
 from finetune_operator.view import live
 from finetune_operator.view.results import render_end
 from finetune_operator.view.scene import Scene
-from finetune_operator.view.words import amount, count, duration, measure
+from finetune_operator.view.words import amount, count, duration, measure, printable
 
 LINE_SECONDS = 20.0
 """Between two lines of progress where there is no terminal."""
@@ -168,7 +168,9 @@ class PlainOutput(_Lines):
         self.scene(scene)
         status = scene.status
         if status.is_true(ConditionType.COMPLETE) or status.results is not None:
-            Console(file=self._stream, width=100, color_system=None, highlight=False).print(Group(*render_end(scene)))
+            Console(file=self._stream, width=100, color_system=None, highlight=False).print(
+                live.Printable(Group(*render_end(scene)))
+            )
 
     def _changed(self, what: str, value: object) -> bool:
         if self._shown.get(what) == value:
@@ -186,7 +188,7 @@ class PlainOutput(_Lines):
 
     def _say(self, line: str) -> None:
         stamp = self._clock().astimezone().strftime("%H:%M:%S")
-        print(f"{stamp} {line}", file=self._stream, flush=True)
+        print(f"{stamp} {printable(line)}", file=self._stream, flush=True)
 
 
 def progress_line(scene: Scene) -> str:

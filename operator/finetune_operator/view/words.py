@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 
 BARS = "▁▂▃▄▅▆▇█"
 LARGEST = 1e300
 """Larger values are left out like infinite ones: their sums would overflow."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Text of somebody else for a terminal: without control characters, which would steer it."""
+    return _CONTROL.sub("", text)
 
 
 def duration(seconds: float | None) -> str:

@@ -37,3 +37,10 @@ def test_colours_do_not_move_columns() -> None:
     assert coloured[2] == "longer   \x1b[31mFailed  \x1b[0m   -"
     plain = [line.replace("\x1b[31m", "").replace("\x1b[0m", "") for line in coloured]
     assert plain == layout(COLUMNS, ROWS, wide=False, places=False, colour=False)
+
+
+def test_a_status_cannot_steer_the_terminal() -> None:
+    evil = {"name": "a", "namespace": "ml\x1b[2J"}
+    row = {"cells": ["\x1b]0;PWNED\x07\x1b[2J1/2", "Fai\x9b31mled", "\r\n", ""], "object": {"metadata": evil}}
+    lines = layout(COLUMNS, [row], wide=True, places=True, colour=False)
+    assert lines[1].split() == ["ml[2J", "]0;PWNED[2J1/2", "Fai31mled", "-", "-"]

@@ -221,3 +221,16 @@ def test_durations_read_well(seconds: float | None, text: str) -> None:
 @pytest.mark.parametrize(("number", "text"), [(12473, "12,473"), (41_943_040, "42 M"), (8_030_261_248, "8.0 B")])
 def test_counts_read_well(number: float, text: str) -> None:
     assert count(number) == text
+
+
+def test_a_status_cannot_steer_the_terminal() -> None:
+    evil = "x\x1b]0;PWNED\x07\x1b[2J\x9b31m\r"
+    status = TRAINING | {"warnings": [evil], "activity": evil, "choices": {evil: {"value": evil, "why": evil}}}
+    screen, lines = io.StringIO(), io.StringIO()
+    Console(file=screen, width=80, force_terminal=True, color_system=None).print(render(scene(status)))
+    plain = PlainOutput(lines)
+    plain.scene(scene(status | {"stage": "prepare"}))
+    plain.event("Normal", "Some", evil)
+    for shown in (screen.getvalue(), lines.getvalue()):
+        assert "PWNED" in shown
+        assert not set("\x1b\x07\x9b\r") & set(shown)
