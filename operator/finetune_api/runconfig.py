@@ -6,7 +6,7 @@ environment variable `FINETUNE_ATTEMPT` as JSON.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -77,6 +77,16 @@ class RunConfig(ApiModel):
     """Image with digest, empty for local processes."""
     operator_version: str = ""
     """Version that made this snapshot."""
+
+
+REPRODUCED = ("model", "datasets", "split", "tuning", "training", "topology", "evaluation")
+"""Parts of the spec that decide the numbers; not credentials, volumes, pods and targets."""
+
+
+def reproduced(spec: FineTuneJobSpec, *, exclude_defaults: bool = False) -> dict[str, Any]:
+    """The part of the spec that may be shown to everyone who sees the result."""
+    wire = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=exclude_defaults)
+    return {name: wire[name] for name in REPRODUCED if name in wire}
 
 
 class Attempt(ApiModel):

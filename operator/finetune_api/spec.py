@@ -723,6 +723,20 @@ class EnvVar(ApiModel):
     """Value. Do not put secrets here; use `credentials`."""
 
 
+OTHER_GPUS = ("nvidia.com/mig-", "nvidia.com/gpu.", "amd.com/", "gpu.intel.com/", "habana.ai/")
+"""Accelerators that topology.gpusPerNode does not count."""
+
+
+def _no_other_gpus(kind: str) -> Rule:
+    given = " || ".join(f"k.startsWith('{prefix}')" for prefix in OTHER_GPUS)
+    return Rule(
+        f"!self.{kind}.exists(k, {given})",
+        "only whole NVIDIA GPUs are supported; MIG slices, shared GPUs and accelerators of other vendors would bypass "
+        "the queue and the GPU hours: remove them, and set topology.gpusPerNode",
+        f".{kind}",
+    )
+
+
 class Resources(ApiModel):
     """CPU, memory and other resources of a pod. GPUs are set in `topology`."""
 
@@ -740,6 +754,7 @@ class Resources(ApiModel):
             )
             for kind in ("requests", "limits")
         ),
+        *(_no_other_gpus(kind) for kind in ("requests", "limits")),
     )
 
 
@@ -792,8 +807,8 @@ class PodTemplate(ApiModel):
             ".env",
         ),
         Rule(
-            "!self.env.exists(e, e.name in "
-            "['HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_PUBLISH_TOKEN', 'WANDB_API_KEY'])",
+            "!self.env.exists(e, e.name.matches('(?i)^(HF|HUGGING_?FACE|WANDB).*(TOKEN|SECRET|PASSWORD|API_?KEY)') "
+            "&& !e.name.startsWith('HF_HUB_DISABLE_'))",
             "a token in env can be read by everyone who can read the job: store it in a Secret and name the Secret "
             "in spec.credentials",
             ".env",

@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from finetune_api import INSTALL
 from finetune_operator.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, say_error
 
 HERE = "On this machine"
@@ -79,7 +80,7 @@ def _missing_extra(name: str) -> Iterator[None]:
             raise
         extra = COMMANDS[name].extra or "operator"
         raise UserError(
-            f"finetune {name} needs {package}, which is not installed: pip install 'finetune-operator[{extra}]'."
+            f"finetune {name} needs {package}, which is not installed: {INSTALL.format(extra=extra)}."
         ) from error
 
 

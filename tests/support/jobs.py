@@ -346,8 +346,21 @@ BROKEN: tuple[Broken, ...] = (
         {"spec.podTemplate.env": [{"name": "LOCAL_RANK", "value": "1"}]},
         valid={"spec.podTemplate.env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "FRANK", "value": "x"}]},
     ),
-    Broken(
-        "spec.podTemplate.env", "a token in env", {"spec.podTemplate.env": [{"name": "HF_TOKEN", "value": "secret"}]}
+    *(
+        Broken(
+            "spec.podTemplate.env",
+            "a token in env",
+            {"spec.podTemplate.env": [{"name": name, "value": "secret"}]},
+            valid={"spec.podTemplate.env": [{"name": "HF_HUB_DISABLE_IMPLICIT_TOKEN", "value": "1"}]},
+        )
+        for name in (
+            "HF_TOKEN",
+            "hf_token",
+            "HF_TOKEN_PATH",
+            "HUGGINGFACEHUB_API_TOKEN",
+            "HUGGING_FACE_HUB_TOKEN",
+            "WANDB_API_KEY",
+        )
     ),
     Broken(
         "spec.podTemplate.resources.limits",
@@ -368,6 +381,24 @@ BROKEN: tuple[Broken, ...] = (
             valid={f"spec.podTemplate.cpuResources.{kind}": {"memory": "64Gi"}},
         )
         for kind in ("requests", "limits")
+    ),
+    Broken(
+        "spec.podTemplate.resources.limits",
+        "only whole NVIDIA GPUs",
+        {"spec.podTemplate.resources.limits": {"nvidia.com/mig-3g.20gb": 1, "amd.com/gpu": 8}},
+    ),
+    *(
+        Broken(
+            f"spec.podTemplate.{field}",
+            "only whole NVIDIA GPUs",
+            {f"spec.podTemplate.{field}": {name: 1}},
+        )
+        for field, name in (
+            ("resources.requests", "nvidia.com/mig-1g.5gb"),
+            ("resources.requests", "nvidia.com/gpu.shared"),
+            ("cpuResources.requests", "amd.com/gpu"),
+            ("cpuResources.limits", "gpu.intel.com/i915"),
+        )
     ),
     _fixed("model", {"spec.model.path": "models/other"}),
     _fixed("datasets", {"spec.datasets.0.weight": 2}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 from tests.support.prepare_runs import labelled, prepare_context, write_rows
@@ -18,6 +20,7 @@ from tests.support.tiny import tiny_llama
 from finetune_api.base import Stage
 from finetune_api.report import EXIT_CODES, Failure, FailureClass
 from finetune_api.runconfig import Attempt
+from finetune_trainer import failures
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.prepare import stage
 
@@ -123,3 +126,16 @@ def test_prepare_gets_by_without_torch_and_prepares_the_same(tmp_path: Path) -> 
     shutil.rmtree(tmp_path / "run" / "prepared")
     stage.run(prepare_context(tmp_path, spec))
     assert PreparedManifest.read(tmp_path / "run" / "prepared").digest == without.digest
+
+
+@pytest.mark.parametrize("around", ["", "x", "user:", "ab"])
+def test_a_token_is_removed_in_the_forms_that_urls_and_headers_give_it(
+    monkeypatch: pytest.MonkeyPatch, around: str
+) -> None:
+    monkeypatch.setattr(failures, "_known_secrets", set())
+    token = "s3cret/With+Odd=Characters&more"
+    failures.register_secret(token)
+    encoded = base64.b64encode(f"{around}{token}{around}".encode()).decode()
+    text = failures.redact(f"{token} {quote(token, safe='')} {quote_plus(token)} Basic {encoded}")
+    assert text.count("[redacted]") == 4
+    assert not any(part in text for part in ("s3cret", "Odd", encoded[8:-8]))

@@ -40,6 +40,8 @@ class Base:
     """Repository, or the path as the user wrote it."""
     revision: str | None = None
     """Commit on the Hub."""
+    remote_code: bool = False
+    """Its Python code was run. Otherwise no reference to code is exported: whoever trusts the export would run it."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _write_weights(model: CausalModel, kind: str, out: Path, base: Base, leader:
                 add(name, value(name, other))
     if leader:
         writer.close()
-        _write_model_config(base.directory, out, untie)
+        _write_model_config(base, out, untie)
 
 
 def _full_values(model: CausalModel) -> dict[str, NewValue]:
@@ -252,12 +254,22 @@ def _addition(prefix: str, layer: Any, state: dict[str, Tensor], initial: dict[s
     return merged
 
 
-def _write_model_config(directory: Path, out: Path, untie: bool) -> None:
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+def _read_config(path: Path, base: Base) -> dict[str, Any]:
+    """A JSON configuration, without references to code unless the base's code is trusted."""
+
+    def trusted(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in found.items() if base.remote_code or key != "auto_map"}
+
+    config: dict[str, Any] = json.loads(path.read_text(), object_hook=trusted)
+    return config
+
+
+def _write_model_config(base: Base, out: Path, untie: bool) -> None:
+    config = _read_config(base.directory / "config.json", base)
     if untie:
         config["tie_word_embeddings"] = False
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for code in directory.glob("*.py"):  # models that come with their own code
+    for code in base.directory.glob("*.py") if base.remote_code else ():  # models that come with their own code
         shutil.copyfile(code, out / code.name)
 
 
@@ -265,8 +277,11 @@ def _write_companions(out: Path, base: Base, tokenizer: Path, end_token_ids: lis
     for path in sorted(tokenizer.iterdir()):
         if path.is_file() and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
+    tokens = out / "tokenizer_config.json"
+    if tokens.exists():
+        tokens.write_text(json.dumps(_read_config(tokens, base), indent=2, ensure_ascii=False) + "\n")
     source = base.directory / "generation_config.json"
-    generation: dict[str, Any] = json.loads(source.read_text()) if source.exists() else {}
+    generation: dict[str, Any] = _read_config(source, base) if source.exists() else {}
     generation |= {"eos_token_id": end_token_ids, "pad_token_id": pad_token_id}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
 

@@ -6,11 +6,14 @@ into the `Failure` on which the operator decides. No secret may enter a sentence
 
 from __future__ import annotations
 
+import base64
 import errno
 import re
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 from finetune_api.report import Failure, FailureClass
 
@@ -39,14 +42,25 @@ class TrainerError(Exception):
 
 
 def register_secret(value: str) -> None:
-    """From now on, `redact` removes `value` from every text."""
+    """From now on, `redact` removes `value` from every text, as it is and as URLs and headers encode it."""
     if value:
-        _known_secrets.add(value)
+        _known_secrets.update((value, quote(value, safe=""), quote_plus(value), *_in_base64(value)))
+
+
+def _in_base64(value: str) -> Iterator[str]:
+    """The characters of its base64 that do not depend on what stands before and after it, for each alignment."""
+    data = value.encode()
+    if len(data) < 8:  # too little would be left of it to be recognised
+        return
+    for before, undecided in ((0, 0), (1, 2), (2, 3)):
+        padded = b"\0" * before + data
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            yield encode(padded).decode()[undecided : len(padded) * 8 // 6]
 
 
 def redact(text: str) -> str:
     """`text` without the secrets of this process and without anything that looks like a token."""
-    for secret in _known_secrets:
+    for secret in sorted(_known_secrets, key=len, reverse=True):
         text = text.replace(secret, "[redacted]")
     return _TOKEN.sub("[redacted]", text)
 

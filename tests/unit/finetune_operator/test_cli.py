@@ -102,8 +102,8 @@ def test_a_client_that_is_missing_is_said_when_it_is_needed(
     assert cli.run_command_line(["list"]) == 2
     said = capsys.readouterr().err
     assert (
-        said
-        == "error: finetune list needs kubernetes, which is not installed: pip install 'finetune-operator[operator]'.\n"
+        said == "error: finetune list needs kubernetes, which is not installed: "
+        "pip install 'finetune-operator[operator] @ git+https://git.example.com/ml/finetune-operator.git'.\n"
     )
 
 

@@ -13,27 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
+from finetune_api import INSTALL
 from finetune_api.report import MetricResult, Results
-from finetune_api.runconfig import RunConfig
+from finetune_api.runconfig import RunConfig, reproduced
 from finetune_api.spec import Dataset, FineTuneJobSpec
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.evaluate.baselines import WORDS
 from finetune_trainer.evaluate.bootstrap import STATEMENT
 from finetune_trainer.evaluate.gate import MACRO
 from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER
+from finetune_trainer.prepare.readme import LONGEST_HEAD_CHARACTERS, head_of
 
 HERE = Path(__file__).parent
 CARD_FILE = "README.md"
+_VERSION = re.compile(r"[0-9A-Za-z.+!-]{1,64}")
+_LICENSE = re.compile(r"[0-9A-Za-z.+-]{1,64}")
 ADAPTER_CONFIG = "adapter_config.json"
 
 METRIC_TYPES = {"rouge-l": "rouge", "rouge-1": "rouge", "rouge-2": "rouge", "exact-match": "exact_match"}
 METRIC_TYPES |= {"macro-f1": "f1", "neg-loss": "loss"}
-
-REPRODUCED = ("model", "datasets", "split", "tuning", "training", "topology", "evaluation")
-"""Parts of the spec that decide the numbers; not credentials, volumes, pods and targets."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,14 @@ def model_card(facts: CardFacts) -> str:
 
 
 def base_license(directory: Path) -> str | None:
-    """Licence in the metadata of the base model's own card, if it lies beside the weights."""
+    """Licence in the metadata of the base model's own card, if it lies beside the weights; not ours to trust."""
     try:
-        return _license_of(ModelCard.load(directory / CARD_FILE).data.to_dict())
-    except (OSError, ValueError, yaml.YAMLError):
+        with (directory / CARD_FILE).open(encoding="utf-8", errors="replace") as file:
+            head = yaml.safe_load(head_of(file.read(LONGEST_HEAD_CHARACTERS)))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-
-
-def _license_of(data: Mapping[str, Any]) -> str | None:
-    found = data.get("license")
-    return found if isinstance(found, str) and found else None
+    found = head.get("license") if isinstance(head, dict) else None
+    return found if isinstance(found, str) and _LICENSE.fullmatch(found) else None
 
 
 # -- metadata ---------------------------------------------------------------------------------------------------
@@ -160,7 +159,8 @@ def _view(facts: CardFacts) -> dict[str, Any]:
         "lora": spec.tuning.lora if spec.tuning.method.traits.low_rank else None,
         "origin": _origin(facts),
         "job": reproducible_job(facts),
-        "operator_version": (facts.origin.get("versions") or {}).get("finetune-operator", ""),
+        "operator_version": _versions(facts.origin).get("finetune-operator", ""),
+        "install": INSTALL.format(extra="trainer"),
         "few": min((m.rows for m in primary), default=0),
     }
 
@@ -248,14 +248,20 @@ def _origin(facts: CardFacts) -> list[tuple[str, str]]:
         ("Evaluated in", str(facts.origin.get("precision", ""))),
         ("Device", str(facts.origin.get("device", ""))),
     ]
-    lines += [(package, version) for package, version in (facts.origin.get("versions") or {}).items()]
+    lines += _versions(facts.origin).items()
     return [(name, text) for name, text in lines if text]
+
+
+def _versions(origin: Mapping[str, Any]) -> dict[str, str]:
+    """Versions by package; what does not look like one is left out, because one of them stands among commands."""
+    found = origin.get("versions")
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {str(name): text for name, text in pairs if isinstance(text, str) and _VERSION.fullmatch(text)}
 
 
 def reproducible_job(facts: CardFacts) -> str:
     """The job with every revision pinned to the commit that was used, as YAML."""
-    spec = facts.config.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    kept: dict[str, Any] = {name: spec[name] for name in REPRODUCED if name in spec}
+    kept = reproduced(facts.config.spec, exclude_defaults=True)
     model = facts.manifest.model
     _pin(kept["model"], model.commit)
     if "adapter" in kept["model"]:

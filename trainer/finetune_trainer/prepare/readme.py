@@ -94,7 +94,7 @@ class Head:
 
         Raises TrainerError (bad-data) where a part that is used has another shape than the Hub documents.
         """
-        text = _head_of(readme)
+        text = head_of(readme)
         if len(text) > LONGEST_HEAD_CHARACTERS:
             raise _unusable(f"it is longer than {LONGEST_HEAD_CHARACTERS:,} characters")
         try:
@@ -117,7 +117,7 @@ class Head:
         return {feature.name: names for feature in info.features if (names := feature.class_names())}
 
 
-def _head_of(readme: str) -> str:
+def head_of(readme: str) -> str:
     """What stands between the `---` lines at the beginning; empty without them."""
     lines = readme[: LONGEST_HEAD_CHARACTERS + 100].split("\n")
     if lines[0].rstrip() != "---":

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from finetune_api.report import Digests, ExportRef, FailureClass
-from finetune_api.runconfig import RESUME_VARIABLE
+from finetune_api.runconfig import RESUME_VARIABLE, reproduced
 from finetune_api.traits import Scoring
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.documents import DocumentStore
@@ -241,7 +241,7 @@ def _build_tracker(context: RunContext) -> Tracker:
         mode=wandb.mode,
         run_id=job.uid,
         name=f"{job.namespace}/{job.name}",
-        config=context.config.spec.to_wire(),
+        config=reproduced(context.config.spec),
         directory=context.run / "wandb",
         api_key=key,
     )
@@ -250,11 +250,11 @@ def _build_tracker(context: RunContext) -> Tracker:
 def _export(context: RunContext, model: CausalModel, step: int) -> ExportRef:
     """Write `export/` and read it back. Collective; returns when it is durable."""
     manifest = PreparedManifest.read(context.prepared, context.attempt.digests.prepared)
-    publish = context.config.spec.publish
+    publish, trusted = context.config.spec.publish, context.config.spec.model.trust_remote_code
     exported = export_model(
         model,
         directory=context.export,
-        base=Base(Path(manifest.model.directory), manifest.model.source, manifest.model.commit or None),
+        base=Base(Path(manifest.model.directory), manifest.model.source, manifest.model.commit or None, trusted),
         tokenizer=context.prepared / manifest.tokenizer,
         format=publish.format if publish else "adapter",
         end_token_ids=manifest.end_token_ids,

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from finetune_api.base import Stage
 from finetune_api.report import Plan, Report, Results
-from finetune_api.runconfig import RunConfig
+from finetune_api.runconfig import RunConfig, reproduced
 from finetune_api.structure import leaves
 from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest
@@ -132,7 +132,7 @@ def _view(data: ReportData) -> dict[str, Any]:
             _attempt_line(number, report) for number, report in data.reports if report.stage != Stage.EVALUATE
         ],
         "origin": [(name, str(value)) for name, value in leaves(data.origin) if value not in (None, "", [])],
-        "spec": yaml.safe_dump(spec.to_wire(), sort_keys=False, allow_unicode=True, width=100),
+        "spec": yaml.safe_dump(reproduced(spec), sort_keys=False, allow_unicode=True, width=100),
     }
 
 
