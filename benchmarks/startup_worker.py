@@ -76,7 +76,7 @@ def parts_of_evaluate() -> tuple[Watched, tuple[Any, str]]:
 
     watched: Watched = [
         (stage, "_digest_of_export", "digest of the export"),
-        (stage, "_asked", "data"),
+        (stage, "_inputs", "data"),
         (AutoTokenizer, "from_pretrained", "tokenizer"),
         (models, "_load", "loading the model"),
         (models, "_tuned", "adding the adapter"),

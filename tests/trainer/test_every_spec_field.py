@@ -10,6 +10,7 @@ import copy
 import inspect
 import json
 import re
+import tempfile
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -496,8 +497,7 @@ def seen(place: Place, see: See, changes: dict[str, object]) -> object:
     key = see.__name__, json.dumps(written)
     if key not in place.seen:
         assert check(json.dumps(written)).problems == []
-        work = place.work / "runs" / str(len(place.seen))
-        work.mkdir(parents=True)
+        work = Path(tempfile.mkdtemp(dir=place.work))
         for name in ("tiny", "other", "rows.jsonl", "other.jsonl", "configs", "parts"):
             (work / name).symlink_to(place.work / name)
         place.seen[key] = see(FineTuneJobSpec.model_validate(written["spec"]), replace(place, work=work))

@@ -78,8 +78,8 @@ def test_nor_a_way_up_or_a_file_of_the_working_directory(
 
 def test_paths_of_another_machine_and_names_of_own_files_are_no_reason(model: Path) -> None:
     stale = {
-        "tokenizer_file": "/home/somebody/checkpoints/tokenizer.json",
-        "special_tokens_map_file": "/root/.cache/huggingface/special_tokens_map.json",
+        "tokenizer_file": "/content/checkpoints/tokenizer.json",
+        "special_tokens_map_file": "/opt/cache/huggingface/special_tokens_map.json",
         "vocab_file": "tokenizer.json",
         "name_or_path": str(model),
         "unk_token": "/",
