@@ -38,7 +38,6 @@ from finetune_operator.manifests.backend import Backend
 from finetune_operator.manifests.names import channel_name, child_name, shared_name
 from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.metrics import Metrics
-from finetune_operator.plan_worker import PlanWorker
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue
 
@@ -97,8 +96,7 @@ class Reconciler:
     store: Store
     settings: Settings
     metrics: Metrics
-    planner: MemoryPlanner = field(default_factory=PlanWorker)
-    """Makes the memory plan."""
+    planner: MemoryPlanner
     backend: Backend = field(default_factory=PyTorchJobBackend)
     clock: Callable[[], datetime] = utc_now
     queue: WorkQueue[Key] = field(default_factory=WorkQueue)

@@ -21,6 +21,7 @@ from finetune_operator.cluster.watch import Watch
 from finetune_operator.errors import EXIT_FAILED, UserError
 from finetune_operator.manifests.backends import BACKENDS
 from finetune_operator.metrics import Metrics
+from finetune_operator.plan_worker import PlanWorker
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 async def serve(settings: Settings, stop: asyncio.Event | None = None) -> None:
     """Run until a signal, or until `stop`. Raises LeaseLostError if the Lease is lost."""
     backend, store = BACKENDS[settings.backend], Store()
-    metrics = Metrics(store.phases)
+    metrics, planner = Metrics(store.phases), PlanWorker()
     ready = asyncio.Event()
     async with connect(user_agent="finetune-operator") as access:
         api = Api(access.client, metrics.count_request)
@@ -39,7 +40,7 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> None:
         queue = WorkQueue[Key]()
         watches = handlers.watches(api, store, queue, backend, settings.namespaces)
         resyncs = handlers.resyncs(api, store, queue, settings.namespaces)
-        reconciler = Reconciler(api, store, settings, metrics, backend=backend, queue=queue, watches=watches)
+        reconciler = Reconciler(api, store, settings, metrics, planner, backend, queue=queue, watches=watches)
         kopf_operator = kopf.operator(
             registry=handlers.registry(store, queue, access.client.configuration),
             settings=handlers.kopf_settings(clusterwide=not settings.namespaces),
@@ -61,6 +62,7 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> None:
                 task.result()
         finally:
             await _end(tasks)
+            await planner.close()
             if runner is not None:
                 await runner.cleanup()
 

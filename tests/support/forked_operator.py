@@ -8,11 +8,15 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from finetune_operator import reconcile, service, workqueue  # noqa: F401 - imported before the fork, once for all
+from finetune_api.report import LengthFacts, ModelFacts, Plan
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator import reconcile, service, workqueue
 from finetune_operator.cli import run_command_line
 from finetune_operator.cluster import api
 from finetune_operator.commands import operator  # noqa: F401 - as above
 from finetune_operator.decision import deadlines, progress, running_attempt
+from finetune_operator.plan_worker import PlanWorker
+from finetune_operator.sizing.plan import plan_run
 
 _PR_SET_PDEATHSIG = 1
 _TUNABLE = {
@@ -29,6 +33,15 @@ _TUNABLE = {
 }
 
 
+class PlanInProcess(PlanWorker):
+    """Plans in the forked process: one of its own would take longer to start than many an operator here lives."""
+
+    async def plan(
+        self, spec: FineTuneJobSpec, model: ModelFacts, lengths: LengthFacts, price_per_gpu_hour: float | None
+    ) -> Plan:
+        return plan_run(spec, model, lengths, price_per_gpu_hour=price_per_gpu_hour)
+
+
 def operate(environment: dict[str, str], log: str, tuned: Mapping[str, float]) -> None:
     """`finetune operator` in this environment, its words at the end of a log, with some constants (seconds) changed."""
     if sys.platform == "linux":
@@ -41,4 +54,5 @@ def operate(environment: dict[str, str], log: str, tuned: Mapping[str, float]) -
     os.dup2(descriptor, 2)
     for name, seconds in tuned.items():
         setattr(_TUNABLE[name], name, seconds)
+    service.PlanWorker = PlanInProcess  # type: ignore[misc]
     sys.exit(run_command_line(["operator"]))
