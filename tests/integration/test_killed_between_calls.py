@@ -382,10 +382,12 @@ def test_reads_and_the_lease_are_no_better_places_to_be_killed_at(arena: Arena) 
     assert any(outcome.killed for outcome in stories)
 
 
-def test_a_job_costs_at_most_thirty_writes_its_events_counted(arena: Arena) -> None:
+def test_a_job_costs_at_most_forty_two_writes_its_events_and_report_channels_counted(arena: Arena) -> None:
     outcome = undisturbed(arena, "happy-counted")
     counted = Counter((done.call.method, done.call.resource) for done in outcome.writes)
-    assert counted.total() <= 30, counted
+    assert counted.total() <= 42, counted
+    channels = [counted["POST", resource] for resource in ("serviceaccounts", "roles", "rolebindings")]
+    assert channels == [4, 4, 4], counted
     assert told(outcome.name, outcome.history) == TOLD
 
 

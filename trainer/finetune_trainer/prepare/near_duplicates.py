@@ -88,7 +88,7 @@ def _least(hashes: npt.NDArray[np.uint64], starts: npt.NDArray[np.int64]) -> Sig
 
 
 class SignatureFile:
-    """Signatures in a file without a name, so that memory does not grow by 256 bytes a row. Used with `with`."""
+    """Signatures in a file without a name, so that memory does not grow by 256 bytes per row. Used with `with`."""
 
     def __init__(self, directory: Path | None = None) -> None:
         """`directory`: where the file takes room; the system's place for such files where left out."""

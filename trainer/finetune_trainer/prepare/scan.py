@@ -301,7 +301,7 @@ def scan_all(
 ) -> list[tuple[DatasetReader, dict[str, Scan]]]:
     """The first pass over every split that is used, with near-duplicates over all of them.
 
-    directory: where 256 bytes a row lie until this is done; the system's place for such files where left out.
+    directory: where 256 bytes per row are kept until this is done; by default the directory for temporary files.
     """
     with SignatureFile(directory) as near:
         found = [
