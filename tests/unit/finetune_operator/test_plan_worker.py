@@ -44,7 +44,8 @@ async def test_the_plan_is_that_of_this_process_and_comes_again_from_the_same_wo
 async def test_a_worker_that_hangs_or_dies_is_a_sentence_and_the_next_plan_starts_another(
     code: str, sentence: str
 ) -> None:
-    worker, spec = PlanWorker(python(code), time_limit_seconds=1.0), FineTuneJobSpec.model_validate(SPEC)
+    limit = 1.0 if "sleep" in code else 60.0
+    worker, spec = PlanWorker(python(code), time_limit_seconds=limit), FineTuneJobSpec.model_validate(SPEC)
     assert await worker.plan(spec, *FACTS, None) == PlanFailure(sentence)
     await worker.close()
     worker.command, worker.time_limit_seconds = PlanWorker.command, 60.0
