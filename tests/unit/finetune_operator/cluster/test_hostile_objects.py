@@ -163,7 +163,7 @@ def test_no_tuning_makes_the_plan_take_long(tuning: dict[str, Any]) -> None:
     wire = SPEC | {"tuning": tuning}
     facts = {"model": MODEL_FACTS.to_wire() | {"numHiddenLayers": 2000}, "lengths": LENGTHS.to_wire(), "price": None}
     assert answer({"spec": wire, **facts}).keys() in ({"plan"}, {"error"})
-    assert time.process_time() - begun < 5
+    assert time.process_time() - begun < 30
 
 
 @many
@@ -174,5 +174,5 @@ def test_no_model_makes_the_plan_fail_without_a_sentence_or_take_long(data: st.D
     found = answer(
         facts | {"model": data.draw(mutated(facts["model"])), "lengths": data.draw(mutated(facts["lengths"]))}
     )
-    assert time.process_time() - begun < 5
+    assert time.process_time() - begun < 30
     assert found.keys() in ({"plan"}, {"error"})
