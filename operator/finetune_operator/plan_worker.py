@@ -55,6 +55,10 @@ class PlanWorker:
             except (OSError, ValueError):
                 await self.close()
                 return PlanFailure("the process that makes the memory plan ended")
+            except asyncio.CancelledError:
+                # Its answer would be taken for that of the next plan.
+                self._kill()
+                raise
             self._idle = asyncio.get_running_loop().call_later(self.idle_seconds, self._kill)
         return PlanFailure(answer["error"]) if "error" in answer else Plan.model_validate(answer["plan"])
 
@@ -72,19 +76,21 @@ class PlanWorker:
         answer: dict[str, Any] = json.loads(await self._process.stdout.readline())
         return answer
 
-    def _kill(self) -> None:
-        if self._process is not None:
+    def _kill(self) -> asyncio.subprocess.Process | None:
+        """Forget the process and kill it; it is not asked again, even if its end is noticed later."""
+        process, self._process = self._process, None
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                process.kill()
+        return process
 
     async def close(self) -> None:
         """End the process; the next plan starts another."""
         if self._idle is not None:
             self._idle.cancel()
-        self._kill()
-        if self._process is not None:
-            await self._process.wait()
-            self._process = None
+        process = self._kill()
+        if process is not None:
+            await process.wait()
 
 
 def main() -> None:

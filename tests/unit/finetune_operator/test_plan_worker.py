@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
 import pytest
@@ -59,4 +60,17 @@ async def test_a_worker_that_nobody_asks_ends() -> None:
     process = worker._process
     assert process is not None
     assert await process.wait() == -9
+    await worker.close()
+
+
+async def test_a_plan_after_one_that_was_cancelled_or_an_idle_end_is_its_own() -> None:
+    worker, spec = PlanWorker(), FineTuneJobSpec.model_validate(SPEC)
+    other = LENGTHS.model_copy(update={"documents": 5000})
+    asked = asyncio.create_task(worker.plan(spec, *FACTS, None))
+    await asyncio.sleep(0)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert await worker.plan(spec, MODEL_FACTS, other, None) == plan_run(spec, MODEL_FACTS, other)
+    worker._kill()
+    assert await worker.plan(spec, *FACTS, None) == plan_run(spec, *FACTS)
     await worker.close()
