@@ -6,7 +6,8 @@ import pytest
 
 from finetune_api.spec import Columns
 from finetune_api.traits import Task
-from finetune_trainer.data.examples import BadRowError, Example, read_example, read_messages
+from finetune_trainer.data.examples import Example, read_example
+from finetune_trainer.data.messages import BadRowError, read_messages
 from finetune_trainer.prepare.columns import find_columns
 
 TALK = [("user", "Hi"), ("assistant", "Hello"), ("user", "More"), ("assistant", "No")]

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from finetune_api.spec import Columns
 from finetune_api.traits import Task
 from finetune_trainer.data.chat import ChatFormat
-from finetune_trainer.data.examples import BadRowError, Example, read_example
+from finetune_trainer.data.examples import Example, read_example
+from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.render import Rendering, few_shot_of, render_evaluation, render_training
 from finetune_trainer.prepare.columns import find_columns
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, LabelledTokens, Message, Segment
 from finetune_trainer.data.evaluation_rows import EvaluationRow
-from finetune_trainer.data.examples import UNANSWERABLE, BadRowError, Example
+from finetune_trainer.data.examples import UNANSWERABLE, Example
+from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.templates import TemplateRowError, compile_template
 
 MAX_CUTS = 8

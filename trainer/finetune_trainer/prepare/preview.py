@@ -16,7 +16,7 @@ from rich.text import Text
 from finetune_api.runconfig import resolve
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat, LabelledTokens
-from finetune_trainer.data.examples import BadRowError
+from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.render import Rendering, render_training
 from finetune_trainer.prepare.fetch import hub_of, open_datasets
 from finetune_trainer.prepare.mixture import SplitAssignment, assign_splits

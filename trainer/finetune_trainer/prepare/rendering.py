@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from finetune_trainer.data.documents import DocumentBatch
 from finetune_trainer.data.evaluation_rows import BaselineRow, json_line
-from finetune_trainer.data.examples import BadRowError, Example
+from finetune_trainer.data.examples import Example
+from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.render import FewShot, Rendered, Rendering, render_evaluation, render_training
 from finetune_trainer.prepare.scan import BadRows, DatasetReader
 from finetune_trainer.prepare.sources import SourceRow, SplitSource
