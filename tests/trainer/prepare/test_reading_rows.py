@@ -107,12 +107,31 @@ def test_a_row_with_half_of_a_character_cannot_be_used_and_says_which(tmp_path: 
         ("my-test-set.csv", "test"),
         ("validation/0000.parquet", "validation"),
         ("data/train_sft-00000-of-00003.parquet", "train_sft"),
+        ("train/data-00000-of-00001.arrow", "train"),
+        ("test/data-00000-of-00001.arrow", "test"),
+        ("data/unlabelled-00000-of-00001.parquet", "unlabelled"),
+        ("data-00000-of-00001.arrow", None),
         ("tweets.csv", None),
         ("contest.csv", None),
     ],
 )
 def test_the_split_is_told_by_the_file_s_name_or_folder(name: str, split: str | None) -> None:
     assert split_of(name) == split
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["data-00000-of-00001.arrow", "state.json", "dataset_info.json", "cache-0123456789abcdef.arrow"], ["train"]),
+        (["dataset_dict.json", "train/data-00000-of-00001.arrow", "train/state.json"], ["train"]),
+        (["dataset_dict.json", "seen/data-00000-of-00001.arrow", "new/data-00000-of-00001.arrow"], ["new", "seen"]),
+        (["d/dataset_dict.json", "d/train_sft/data-00000-of-00001.arrow"], ["train_sft"]),
+    ],
+)
+def test_what_save_to_disk_wrote_has_the_splits_of_its_folders(names: list[str], splits: list[str]) -> None:
+    files, _ = choose_files(names, Head(), None, "datasets[0]")
+    assert sorted(files) == splits
+    assert all(name.endswith("-00001.arrow") for members in files.values() for name in members)
 
 
 def test_a_readme_s_patterns_and_class_names_are_used() -> None:

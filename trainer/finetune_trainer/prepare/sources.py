@@ -29,7 +29,8 @@ SPLIT_WORDS: dict[str, tuple[str, ...]] = {
 }
 _SHARD = re.compile(r"^(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b")
 _NOT_DATA = re.compile(
-    r"(^|/)(\.|dataset_infos?\.json$|dataset_dict\.json$|state\.json$|config\.json$|README)", re.IGNORECASE
+    r"(^|/)(\.|dataset_infos?\.json$|dataset_dict\.json$|state\.json$|config\.json$|README|cache-[0-9a-f]{16})",
+    re.IGNORECASE,
 )
 
 
@@ -107,7 +108,7 @@ def choose_files(names: Sequence[str], head: Head, config: str | None, field: st
             "The dataset has no files in a supported format (csv, tsv, jsonl, json, parquet, arrow, txt).",
             field,
         )
-    return _by_names(data), config or "default"
+    return _by_names(data, names), config or "default"
 
 
 def _choose_config(configs: Sequence[Config], wanted: str | None, field: str) -> Config:
@@ -141,27 +142,36 @@ def _by_patterns(data: Sequence[str], config: Config) -> dict[str, list[str]]:
     return found
 
 
-def _by_names(data: Sequence[str]) -> dict[str, list[str]]:
+def _by_names(data: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    saved = {str(Path(name).parent) for name in names if Path(name).name == "dataset_dict.json"}
     found: dict[str, list[str]] = {}
     for name in data:
-        split = split_of(name)
+        folder = Path(name).parent
+        # `DatasetDict.save_to_disk` calls each split's folder by its name.
+        split = folder.name if folder.name and str(folder.parent) in saved else split_of(name)
         if split:
             found.setdefault(split, []).append(name)
-    return found if "train" in found or found else {"train": list(data)}
+    return found or {"train": list(data)}
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's path says it belongs to, or None: `data/dev.csv`, `train/0000.parquet`."""
+    """The split that a file's path says it belongs to, or None: `data/dev.csv`, `train/0000.parquet`.
+
+    A shard that names a usual split keeps its whole name (`train_sft`), whatever folder it lies in; one that does
+    not (`train/data-00000-of-00001.arrow`) belongs to its folder's.
+    """
     path = Path(name)
     shard = _SHARD.match(path.name)
-    if shard:
+    if shard and _usual_split(shard["split"]):
         return shard["split"]
-    for part in (path.name.partition(".")[0], *reversed(path.parts[:-1])):
-        words = re.split(r"[-_. 0-9]+", part.lower())
-        for split, known in SPLIT_WORDS.items():
-            if any(word in known for word in words):
-                return split
-    return None
+    parts = (path.name.partition(".")[0], *reversed(path.parts[:-1]))
+    usual = next(filter(None, map(_usual_split, parts)), None)
+    return usual or (shard["split"] if shard and shard["split"] != "data" else None)
+
+
+def _usual_split(name: str) -> str | None:
+    words = re.split(r"[-_. 0-9]+", name.lower())
+    return next((split for split, known in SPLIT_WORDS.items() if any(word in known for word in words)), None)
 
 
 def open_source(
