@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.unit.finetune_operator.decision.world import job
 
+from finetune_api.base import Stage
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.manifests.job import Job, Manifest
+from finetune_operator.manifests.shared import stage_channel
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import from_environment
 
@@ -44,8 +48,14 @@ FULL: Resource = {
         "dashboard": {"enabled": True},
     },
     "serviceAccount": {"annotations": {"a": "b"}},
+    "rbac": {"protectReports": "always"},
 }
-NAMESPACED: Resource = {"namespaces": ["ml", "research"], "crd": {"install": False}, "rbac": {"aggregate": False}}
+NAMESPACED: Resource = {
+    "namespaces": ["ml", "research"],
+    "crd": {"install": False},
+    "rbac": {"aggregate": False, "protectReports": "never"},
+}
+CLUSTER_WIDE = ("ClusterRole", "CustomResource", "ValidatingAdmission")
 MONITORING_KINDS = {"ServiceMonitor", "PrometheusRule"}
 
 
@@ -100,7 +110,7 @@ def test_every_object_carries_its_labels_and_its_place(helm: Helm, values: Resou
     for manifest in manifests:
         metadata = manifest["metadata"]
         assert metadata["labels"]["app.kubernetes.io/name"] == "finetune-operator", metadata
-        cluster_wide = manifest["kind"].startswith(("ClusterRole", "CustomResource"))
+        cluster_wide = manifest["kind"].startswith(CLUSTER_WIDE)
         assert ("namespace" in metadata) is not cluster_wide, metadata
     names = [(m["kind"], m["metadata"].get("namespace"), m["metadata"]["name"]) for m in manifests]
     assert len(names) == len(set(names))
@@ -108,10 +118,24 @@ def test_every_object_carries_its_labels_and_its_place(helm: Helm, values: Resou
 
 def test_named_namespaces_get_roles_and_nothing_reaches_further(helm: Helm) -> None:
     manifests = helm.template(NAMESPACED)
-    assert not [m for m in manifests if m["kind"].startswith(("ClusterRole", "CustomResource"))]
+    assert not [m for m in manifests if m["kind"].startswith(CLUSTER_WIDE)]
     places = [m["metadata"]["namespace"] for m in manifests if m["kind"] == "Role" and m["metadata"]["name"] == NAME]
     assert places == ["ml", "research"]
     assert environment(the(manifests, "Deployment"))["FINETUNE_NAMESPACES"] == "ml,research"
+
+
+@pytest.mark.parametrize(
+    ("value", "served", "rendered"),
+    [("auto", True, True), ("auto", False, False), ("always", False, True), ("never", True, False)],
+)
+def test_reports_are_protected_if_the_api_server_can_do_it(
+    helm: Helm, value: str, served: bool, rendered: bool
+) -> None:
+    kinds = ["admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy"] if served else []
+    manifests = helm.template({"rbac": {"protectReports": value}}, served=kinds)
+    assert [m["kind"] for m in manifests if m["kind"].startswith("ValidatingAdmission")] == (
+        ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"] if rendered else []
+    )
 
 
 def test_an_image_is_named_by_tag_digest_or_the_version_of_the_chart(helm: Helm) -> None:
@@ -430,6 +454,83 @@ def test_the_operator_can_hand_on_the_right_to_patch_one_report_and_no_other_rig
         operator.create(role("greedy", resources=["secrets"], verbs=["list"]), namespace)
     with pytest.raises(ApiError, match="attempting to grant RBAC permissions not currently held"):
         operator.create(role("writer", verbs=["update"]), namespace)
+
+
+def test_only_the_operator_and_the_reporting_stage_may_change_a_report(
+    control_plane: ControlPlane, release: tuple[Helm, str]
+) -> None:
+    helm, namespace = release
+    helm.install(namespace)
+    api = control_plane.api
+    owner = api.create(fine_tune_job(), namespace)
+    for manifest in (account("editor"), edits_as("editor", namespace)):
+        api.create(manifest, namespace)
+    *accounts, report = channel(owner, Stage.TRAIN)
+    for manifest in (*accounts, channel(owner, Stage.EVALUATE)[0]):
+        api.create(manifest, namespace)
+    operator, train, evaluate, editor = (
+        Api(control_plane.kubeconfig_for(name, namespace))
+        for name in (NAME, "live-train-report", "live-evaluate-report", "editor")
+    )
+
+    def refusal(act: Callable[[], object]) -> str:
+        try:
+            act()
+        except ApiError as error:
+            return str(error)
+        return ""
+
+    others = "only the operator changes the ConfigMaps of a FineTuneJob"
+    probe = report | {"metadata": report["metadata"] | {"name": "probe"}}
+
+    def counts() -> bool:
+        return others in refusal(lambda: editor.apply(probe, namespace, dry_run=True))
+
+    wait_until(counts, "the policy to count")
+    assert others in refusal(lambda: editor.create(report, namespace)), "a report before the stage has begun"
+    made = operator.create(report, namespace)
+    forged = {"data": {"train": "{}"}}
+    for stranger in (editor, evaluate):
+        assert refusal(lambda user=stranger: user.patch(made, forged))  # type: ignore[misc]
+    assert others in refusal(lambda: editor.patch(made, forged))
+    assert others in refusal(lambda: editor.delete(made))
+    plain = editor.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "plain"}}, namespace)
+    assert others in refusal(lambda: editor.patch(plain, {"metadata": {"labels": report["metadata"]["labels"]}}))
+
+    for change in (
+        {"metadata": {"annotations": {"a": "b"}}},
+        {"metadata": {"finalizers": ["example.com/keep"]}},
+        {"metadata": {"ownerReferences": None}},
+        {"metadata": {"labels": {"finetune.dev/job": "other"}}},
+        {"binaryData": {"a": "AAAA"}},
+        {"immutable": True},
+    ):
+        assert "only the data of its report" in refusal(lambda body=change: train.patch(made, body))  # type: ignore[misc]
+    assert train.patch(made, forged)["data"] == forged["data"]
+    assert operator.patch(made, {"data": {"train": "{ }"}})["data"] == {"train": "{ }"}
+
+    api.delete(owner)
+    wait_until(lambda: api.refresh(made) is None, "the report to be collected with its job", 60)
+
+
+def channel(job: Resource, stage: Stage) -> list[Manifest]:
+    meta, spec = job["metadata"], FineTuneJobSpec.model_validate(job["spec"])
+    return stage_channel(Job(meta["namespace"], meta["name"], meta["uid"], spec, "trainer"), stage)
+
+
+def account(name: str) -> Resource:
+    return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}}
+
+
+def edits_as(name: str, namespace: str) -> Resource:
+    """What a cluster's administrator gives to the members of a team."""
+    return {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "RoleBinding",
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "edit"},
+        "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}],
+    }
 
 
 def test_editors_of_a_namespace_may_create_jobs_and_viewers_may_read_them(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .harness.control_plane import ControlPlane
 from .harness.fake_kubelet import FakeKubelet
 from .harness.operator import OperatorProcess, Right, Trainer, fine_tune_job, furnish, is_true, rights, wait_for_job
@@ -23,6 +25,7 @@ WHOSE_IS_IT: set[Right] = {
 }
 
 
+@pytest.mark.parametrize("operator", [{"values": {"rbac": {"protectReports": "always"}}}], indirect=True, ids=[""])
 def test_the_operator_uses_what_it_is_granted_and_asks_for_nothing_else(
     own_control_plane: ControlPlane, namespace: str, kubelet: FakeKubelet, operator: OperatorProcess
 ) -> None:

@@ -44,11 +44,16 @@ class Helm:
         return done.stdout
 
     def template(
-        self, values: Resource | None = None, *, chart: Path = CHART, namespace: str = "ops"
+        self,
+        values: Resource | None = None,
+        *,
+        chart: Path = CHART,
+        namespace: str = "ops",
+        served: Sequence[str] = (),
     ) -> list[Resource]:
-        """Render the chart as release `finetune`, without a cluster."""
-        version = binaries.KUBERNETES_VERSION
-        text = self("template", "finetune", chart, "-n", namespace, "--kube-version", version, *self._values(values))
+        """Render the chart as release `finetune`, without a cluster; `served` are kinds that one would have."""
+        cluster = ("--kube-version", binaries.KUBERNETES_VERSION, *(f"--api-versions={kind}" for kind in served))
+        text = self("template", "finetune", chart, "-n", namespace, *cluster, *self._values(values))
         return [manifest for manifest in yaml.safe_load_all(text) if manifest]
 
     def install(self, namespace: str, values: Resource | None = None, *, chart: Path = CHART) -> str:

@@ -133,17 +133,22 @@ class OperatorProcess:
 
 def rights_in_the_chart(helm: Helm, namespace: str, ops: str, values: Resource) -> list[Resource]:
     """The chart's account and roles for an operator in `ops` that serves a namespace; rendered once for such values."""
-    own: Resource = {"namespaces": ["served-namespace"], "crd": {"install": False}, "rbac": {"aggregate": False}}
-    text = json.dumps(own | values)
+    rbac = {"aggregate": False, "protectReports": "never"}
+    own: Resource = {"namespaces": ["served-namespace"], "crd": {"install": False}, "rbac": rbac}
+    merged = own | values | {"rbac": rbac | values.get("rbac", {})}
+    text = json.dumps(merged)
     if text not in _RENDERED:
-        made = helm.template(own | values, namespace="operators-namespace")
+        made = helm.template(merged, namespace="operators-namespace")
         _RENDERED[text] = json.dumps([manifest for manifest in made if manifest["kind"] in RIGHTS])
     placed = _RENDERED[text].replace("served-namespace", namespace).replace("operators-namespace", ops)
     found: list[Resource] = json.loads(placed)
     return found
 
 
-RIGHTS = ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding")
+RIGHTS = (
+    *("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"),
+    *("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"),
+)
 _RENDERED: dict[str, str] = {}
 
 
