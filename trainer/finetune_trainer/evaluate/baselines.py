@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from finetune_trainer.data.evaluation_rows import BaselineRow, EvaluationRow
+from finetune_trainer.data.words import words
 from finetune_trainer.evaluate.metrics import Answer
 
 MAJORITY = "majority"
@@ -45,7 +46,10 @@ def classification_baselines(training: Sequence[BaselineRow], rows: Sequence[Eva
 
 
 def _tfidf(training: Sequence[BaselineRow], texts: Sequence[str]) -> list[str] | None:
-    """Word uni- and bigrams, logistic regression with scikit-learn's defaults; None where nothing can be fitted."""
+    """Word uni- and bigrams, logistic regression with scikit-learn's defaults; None where nothing can be fitted.
+
+    Where words are not separated, these are uni- and bigrams of characters.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -54,7 +58,10 @@ def _tfidf(training: Sequence[BaselineRow], texts: Sequence[str]) -> list[str] |
     labels = [row.label for row in training]
     if len(set(labels)) < 2:
         return None
-    pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000))
+    pipeline = make_pipeline(
+        TfidfVectorizer(tokenizer=words, token_pattern=None, ngram_range=(1, 2), sublinear_tf=True),
+        LogisticRegression(max_iter=1000),
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)

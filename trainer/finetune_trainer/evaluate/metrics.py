@@ -1,13 +1,13 @@
 """Metrics as sums over rows: what each adds up, and what is made of the sums.
 
 Point values and intervals come from the same numbers, so they can never disagree. The word-level work is done by
-rouge-score and sacrebleu; exact match and F1 follow SQuAD's definition.
+rouge-score and sacrebleu; exact match and F1 follow SQuAD's definition. All three agree on what a word is outside the
+Latin script (`data/words.py`); for ASCII texts their values are those of the packages.
 """
 
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import regex
 
 from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.evaluation_rows import EvaluationRow
+from finetune_trainer.data.words import fold, spaced, words
 
 Float64 = npt.NDArray[np.float64]
 
@@ -151,12 +153,15 @@ def _mean_f1(sums: Float64) -> Float64:
 # -- free answers -----------------------------------------------------------------------------------------------
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = regex.compile(r"[\p{P}$+<=>^`|~]")
+_WORD_SEPARATORS = str.maketrans("\u0f0b\u1361", "  ")
+"""Marks that Tibetan and Ethiopic write instead of spaces."""
 
 
 def normalised(text: str) -> str:
     """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (arXiv:1606.05250)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    plain = _PUNCTUATION.sub("", fold(text).translate(_WORD_SEPARATORS))
+    return " ".join(spaced(_ARTICLES.sub(" ", plain)).split())
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -166,35 +171,58 @@ def exact_match(answer: str, reference: str) -> float:
 
 def token_f1(answer: str, reference: str) -> float:
     """F1 over the bags of words in normal form; 1 where both are empty."""
-    words, wanted = normalised(answer).split(), normalised(reference).split()
-    if not words or not wanted:
-        return float(words == wanted)
-    shared = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * shared / (len(words) + len(wanted))
+    said, wanted = normalised(answer).split(), normalised(reference).split()
+    if not said or not wanted:
+        return float(said == wanted)
+    shared = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * shared / (len(said) + len(wanted))
+
+
+class _RougeWords:
+    """rouge-score's own tokenizer for ASCII words, with Porter stemming; other words as they are."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        if text.isascii():
+            return list(self._english.tokenize(text))
+        return [stem for word in words(text) for stem in (self._english.tokenize(word) if word.isascii() else [word])]
 
 
 @cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(kind: str) -> Any:
     """rouge-score brings nltk, which takes seconds to import: only where it is needed."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return RougeScorer([kind], tokenizer=_RougeWords())
 
 
 def rouge(name: str, answer: str, reference: str) -> float:
-    """F-measure of ROUGE-1, -2 or -L with Porter stemming, by rouge-score."""
-    return float(_rouge_scorer().score(reference, answer)[name.replace("-", "").replace("l", "L")].fmeasure)
+    """F-measure of ROUGE-1, -2 or -L by rouge-score; the exact match of texts too short for it to count anything."""
+    if max(len(words(answer)), len(words(reference))) < (2 if name == "rouge-2" else 1):
+        return exact_match(answer, reference)
+    kind = name.replace("-", "").replace("l", "L")
+    return float(_rouge_scorer(kind).score(reference, answer)[kind].fmeasure)
 
 
 _BLEU_ORDER = 4
 
 
 def _bleu(rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> Measure:
-    """Corpus BLEU (sacrebleu's defaults: 13a, exponential smoothing), from 0 to 100."""
+    """Corpus BLEU (sacrebleu's defaults: 13a, exponential smoothing), from 0 to 100.
+
+    Scripts without spaces between words are split into characters first, as sacrebleu's `zh` does for Chinese.
+    """
     from sacrebleu.metrics.bleu import BLEU
 
     sentence = BLEU(effective_order=True)
-    scores = [sentence.sentence_score(a.text, r.answers or [""]) for r, a in zip(rows, answers, strict=True)]
+    scores = [
+        sentence.sentence_score(spaced(answer.text), [spaced(text) for text in row.answers or [""]])
+        for row, answer in zip(rows, answers, strict=True)
+    ]
     sums = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=np.float64)
     return Measure("bleu", sums.reshape(len(rows), 2 * _BLEU_ORDER + 2), _corpus_bleu)
 
@@ -210,6 +238,7 @@ def _corpus_bleu(sums: Float64) -> Float64:
             sys_len=int(row[-2]),
             ref_len=int(row[-1]),
             smooth_method="exp",
+            effective_order=True,  # answers that are all shorter than four words still have a score
         ).score
         for row in flat
     ]
