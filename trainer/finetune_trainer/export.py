@@ -26,7 +26,7 @@ from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import flush
 from finetune_trainer.model import adapters
 from finetune_trainer.model.build import CausalModel, base_name
-from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config, whole
+from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config, whole_on_leader
 from finetune_trainer.model.writer import ShardWriter, save_tensors
 
 
@@ -107,7 +107,7 @@ def _gathered(model: CausalModel, leader: bool) -> dict[str, Tensor]:
     """The trained tensors by their names in the PEFT model, whole, on the leader's CPU; empty on the other ranks."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.trainable:
-        tensor = whole(parameter.detach())
+        tensor = whole_on_leader(parameter.detach())
         if leader:
             found[name.removeprefix("model.")] = _finite(name, tensor.cpu())
     return found
@@ -149,7 +149,7 @@ def _initial(model: CausalModel, leader: bool) -> dict[str, Tensor]:
     """PiSSA's first A and B by the adapter file's names, whole, on the leader; empty for other methods. Collective."""
     found: dict[str, Tensor] = {}
     for name, tensor in model.initial.items():
-        full = whole(tensor)
+        full = whole_on_leader(tensor)
         if leader:
             found[adapters.file_key(name.removeprefix("model."))] = full.cpu()
     return found
@@ -206,7 +206,7 @@ def _write_weights(model: CausalModel, kind: str, out: Path, base: Base, leader:
 
 def _full_values(model: CausalModel) -> dict[str, NewValue]:
     def gather(parameter: Tensor) -> NewValue:
-        return lambda _: whole(parameter.detach())
+        return lambda _: whole_on_leader(parameter.detach())
 
     return {name.removeprefix("model."): gather(parameter) for name, parameter in model.trainable}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.support.loading import load, tuning
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_llama
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from finetune_api.spec import Quantization, Tuning
 from finetune_trainer.data.packing import Batch
@@ -25,7 +26,14 @@ from finetune_trainer.model import nf4
 from finetune_trainer.model.build import CausalModel, check_bits
 from finetune_trainer.model.nf4 import write_nf4_copy
 from finetune_trainer.model.sharding import assert_sharded
-from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config, whole
+from finetune_trainer.model.weights import (
+    ModelWeights,
+    SafetensorsDirectory,
+    empty_model,
+    read_config,
+    whole,
+    whole_on_leader,
+)
 
 Outcome = tuple[list[float], dict[str, NDArray[Any]]]
 
@@ -187,6 +195,24 @@ def notices_a_flipped_bit(directory: Path) -> bool:
 
 def test_a_bit_that_is_altered_in_gathering_four_bit_weights_is_noticed(directory: Path) -> None:
     assert run_ranks(2, notices_a_flipped_bit, directory) == [True, True]
+
+
+def gathered(shape: tuple[int, ...], mesh_shape: tuple[int, ...]) -> list[float]:
+    """What a rank holds of a tensor of `shape` after it was gathered on the leader."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    source = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+    placements = [Replicate()] * (len(mesh_shape) - 1) + [Shard(0)]
+    found: list[float] = whole_on_leader(distribute_tensor(source, mesh, placements)).flatten().tolist()
+    return found
+
+
+@pytest.mark.parametrize("mesh_shape", [(3,), (2, 2)], ids=["sharded", "hybrid"])
+@pytest.mark.parametrize("rows", [6, 5, 1])
+def test_only_the_leader_gathers_a_sharded_tensor(rows: int, mesh_shape: tuple[int, ...]) -> None:
+    shape = (rows, 2)
+    leader, *others = run_ranks(math.prod(mesh_shape), gathered, shape, mesh_shape)
+    assert leader == list(range(2 * rows))
+    assert others == [[]] * len(others)
 
 
 def local_elements(directory: Path, method: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
@@ -223,6 +224,30 @@ def fill(parameter: Tensor, source: Tensor | ModelWeights, name: str = "") -> No
 def whole(parameter: Tensor) -> Tensor:
     """The whole tensor on every rank. Collective for shards: all ranks must call it, in the same order."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def whole_on_leader(parameter: Tensor) -> Tensor:
+    """The whole tensor on rank 0, an empty one on the other ranks, which never hold more than their own rows.
+
+    Collective for shards: all ranks must call it, in the same order.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter if not dist.is_initialized() or dist.get_rank() == 0 else parameter.new_empty(0)
+    mesh = parameter.device_mesh
+    group = mesh.get_group(mesh.ndim - 1)  # shards lie in the last dimension; the first one holds replicas
+    local, ranks = parameter.to_local(), dist.get_process_group_ranks(group)
+    if 0 not in ranks:
+        return local.new_empty(0)
+    rows = -(-parameter.shape[0] // len(ranks))  # the last ranks may hold fewer rows, or none
+    own = local.new_zeros(rows, *local.shape[1:])
+    own[: len(local)] = local
+    if dist.get_rank() != 0:
+        dist.gather(own, group=group, dst=0)
+        return local.new_empty(0)
+    full = local.new_empty(rows * len(ranks), *local.shape[1:])
+    dist.gather(own, list(full.chunk(len(ranks))), group=group, dst=0)
+    return full[: parameter.shape[0]]
 
 
 def shape_mismatch(directory: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> TrainerError:
