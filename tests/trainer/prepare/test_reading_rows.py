@@ -63,6 +63,110 @@ def test_a_broken_line_is_a_reason_and_the_next_line_is_read(tmp_path: Path) -> 
     assert no_object == "not a JSON object"
 
 
+def text_and_label(*texts: str) -> list[object]:
+    return [{"text": text, "label": "a"} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("lines", "rows", "dialect"),
+    [
+        (["one\ta", '"Two" she said\ta', "three\ta", '"Four\ta'], ["one", '"Two" she said', "three", '"Four'], True),
+        (['"open\ta', "two\ta", 'closed"\ta'], ['"open', "two", 'closed"'], True),
+        (["one\ta", '"open\ta', "three\ta"], ["one", '"open', "three"], True),
+        (['"one\ttwo"\ta', '"three\nlines"\ta'], ["one\ttwo", "three\nlines"], False),
+    ],
+    ids=["within a text", "over rows", "never closed", "as fields"],
+)
+def test_quotation_marks_of_a_tsv_file_count_only_if_all_of_them_close(
+    tmp_path: Path, lines: list[str], rows: list[str], dialect: bool
+) -> None:
+    (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *lines]))
+    assert list(read_rows(tmp_path / "a.tsv")) == text_and_label(*rows)
+    assert readers.dialect_of(tmp_path / "a.tsv").startswith("quotation marks are part of the fields") == dialect
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["one,a", '"two,a', "three,a", "four,a"], r"opens in row 2 \(line 3\) is never closed"),
+        (["one,a", '"two,a', "three,a", '"four",a'], r"opens in row 2 \(line 3\) is not closed before line 5"),
+    ],
+)
+def test_a_quotation_mark_that_is_left_open_is_named_with_its_row_and_line(
+    tmp_path: Path, lines: list[str], says: str
+) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *lines, ""]))
+    with pytest.raises(UnreadableFileError, match=f"a.csv cannot be read: the quotation mark that {says}"):
+        list(read_rows(tmp_path / "a.csv"))
+
+
+def test_a_quoted_field_that_holds_rows_and_a_mark_that_is_not_doubled_are_bad_rows(tmp_path: Path) -> None:
+    swallowed = ['"two,a', *["more,a"] * 4, 'last",a']
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", "one,a", *swallowed, '"so "it" is",a', "end,a", ""]))
+    one, holds_rows, not_doubled, end = read_rows(tmp_path / "a.csv")
+    assert [one, end] == text_and_label("one", "end")
+    assert holds_rows == "a quoted field holds 4 lines that look like rows: a quotation mark is not closed"
+    assert not_doubled == 'a quotation mark within a quoted field is not doubled ("")'
+
+
+def test_texts_of_many_lines_and_pipes_within_a_line_are_read_as_they_are(tmp_path: Path) -> None:
+    texts = ["Dear Ann,\n\nI write, as said.\n\nYours,\nBob", 'a 5" pipe', "", "it's"]
+    (tmp_path / "a.csv").write_text(f'text,label\n"{texts[0]}",a\n{texts[1]},a\n,a\n{texts[3]},a\n')
+    assert list(read_rows(tmp_path / "a.csv")) == text_and_label(*texts)
+    assert readers.dialect_of(tmp_path / "a.csv") == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16-LE"), ("utf-16-be", "UTF-16-BE"), ("utf-32", "UTF-32")],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json"])
+def test_files_in_utf_16_are_read_and_said_to_be_so(tmp_path: Path, encoding: str, said: str, name: str) -> None:
+    tab = "\t" if name == "a.tsv" else ","
+    rows = [{"text": f"one, Zürich {number}", "label": "a"} for number in range(20)]
+    fields = "\r\n".join([f"text{tab}label", *(f'"{row["text"]}"{tab}a' for row in rows)])
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    content = fields if "sv" in name else lines if name == "a.jsonl" else json.dumps(rows)
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    assert list(read_rows(tmp_path / name)) == rows
+    assert open_path(tmp_path / name, "d", None, "datasets[0]").notes == (f"{name}: {said}",)
+
+
+def test_semicolons_between_fields_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text;label\none, two;a\n")
+    assert list(read_rows(tmp_path / "a.csv")) == text_and_label("one, two")
+    assert readers.dialect_of(tmp_path / "a.csv") == "fields separated by semicolons"
+
+
+def test_columns_of_one_name_are_refused_in_every_format(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label,label\none,a,b\n")
+    table = pa.table([["x"], ["y"]], names=["label", "label"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
+        file.write_table(table)
+    for name in ("a.csv", "a.parquet", "a.arrow"):
+        with pytest.raises(TrainerError, match=f"{name} cannot be read: several of its columns are called 'label'"):
+            open_path(tmp_path / name, "d", None, "datasets[0]")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_may_be_called_json_lines(tmp_path: Path, indent: int | None) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS, indent=indent))
+    assert list(read_rows(tmp_path / "a.jsonl")) == ROWS
+
+
+def test_lines_of_lists_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("[1]\n[2]\n")
+    assert list(read_rows(tmp_path / "a.jsonl")) == ["not a JSON object"] * 2
+
+
+def test_a_number_that_is_none_holds_no_value(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": NaN, "x": [Infinity, 1]}\n')
+    pq.write_table(pa.table({"text": [float("nan"), 1.0]}), tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.jsonl")) == [{"text": None, "x": [None, 1]}]
+    assert list(read_rows(tmp_path / "a.parquet")) == [{"text": None}, {"text": 1.0}]
+
+
 def test_a_csv_row_with_too_many_fields_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y\n1,2\n1,2,3\n")
     assert list(read_rows(tmp_path / "a.csv")) == [{"x": "1", "y": "2"}, "3 fields, but the header has 2"]
@@ -87,6 +191,14 @@ def test_bytes_that_are_not_utf_8_are_read_so_within_the_messages_of_a_chat_too(
     (tmp_path / "a.jsonl").write_bytes(b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\n')
     (row,) = SplitSource("train", (tmp_path / "a.jsonl",), ("messages",))
     assert (row.fields, row.foreign_bytes) == ({"messages": [{"role": "user", "content": "café"}]}, True)
+
+
+def test_column_names_can_be_shown_whatever_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,gr\xf6\xdfe\none,5\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "\\ud83d": 5}\n')
+    assert readers.column_names(tmp_path / "a.csv") == ["text", "größe"]
+    assert list(read_rows(tmp_path / "a.csv")) == [{"text": "one", "größe": "5"}]
+    assert readers.column_names(tmp_path / "a.jsonl") == ["text", "\ufffd"]
 
 
 def test_a_row_with_half_of_a_character_cannot_be_used_and_says_which(tmp_path: Path) -> None:
@@ -226,11 +338,28 @@ def test_a_directory_is_read_by_its_splits_and_its_digest_follows_its_content(tm
     assert open_path(tmp_path, "data", None, "datasets[0]").origin != source.origin
 
 
-def test_parquet_carries_its_own_class_names(tmp_path: Path) -> None:
-    info = {"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("info", "names"),
+    [
+        ({"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}, {"label": ["no", "yes"]}),
+        ({"info": {"features": {"label": {"names": [], "_type": "ClassLabel"}, "text": 5}}}, {}),
+        ({"info": [1]}, {}),
+        ([], {}),
+        ({"info": {"features": {"label": {"names": 5, "_type": "ClassLabel"}}}}, {}),
+    ],
+)
+def test_parquet_and_arrow_carry_their_own_class_names(
+    tmp_path: Path, ending: str, info: object, names: dict[str, list[str]]
+) -> None:
     schema = pa.schema([("text", pa.string()), ("label", pa.int64())], metadata={"huggingface": json.dumps(info)})
-    pq.write_table(pa.table({"text": ["a"], "label": [1]}, schema=schema), tmp_path / "train.parquet")
-    assert open_path(tmp_path, "d", None, "datasets[0]").splits["train"].class_names == {"label": ["no", "yes"]}
+    table = pa.table({"text": ["a"], "label": [1]}, schema=schema)
+    if ending == "parquet":
+        pq.write_table(table, tmp_path / "train.parquet")
+    else:
+        with pyarrow.ipc.new_stream(str(tmp_path / "train.arrow"), schema) as stream:
+            stream.write_table(table)
+    assert open_path(tmp_path, "d", None, "datasets[0]").splits["train"].class_names == names
 
 
 def test_a_small_file_that_becomes_a_huge_row_is_refused_by_its_name_and_row(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import csv
 import io
 import json
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_LE
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ RowOrReason = Row | str
 
 BATCH_ROWS = 1024
 COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
-DELIMITERS = ",;\t|"
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 LONGEST_ROW = 1 << 24
 """Characters of a row of text at most, up to 64 MiB in memory."""
@@ -36,6 +38,10 @@ ANY_EXPANSION_BYTES = 64 << 20
 """So much any compressed file may become."""
 DEEPEST = 100
 """Lists and objects within each other at most."""
+SWALLOWED_LINES = 3
+"""Lines within one quoted field, all of them like rows, from which on a quotation mark must be missing."""
+
+UTF_8 = "utf-8-sig"
 
 _FOREIGN = re.compile("[\udc80-\udcff]")
 _HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
@@ -75,25 +81,42 @@ def column_names(path: Path) -> list[str]:
     rows = read_rows(path)
     for _, row in zip(range(BATCH_ROWS), rows, strict=False):
         if isinstance(row, dict):
-            names |= dict.fromkeys(str(name) for name in row)
+            names |= dict.fromkeys(_HALF.sub("\ufffd", as_windows_1252(str(name))) for name in row)
     return list(names)
 
 
 def class_names(path: Path) -> dict[str, list[str]]:
     """Names of integer labels that a Parquet or Arrow file carries in its schema, by column."""
-    if format_of(path.name) != ".parquet":
-        return {}
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    except (pa.ArrowException, OSError, ValueError):
-        return {}
-    features = metadata.get("info", {}).get("features", {})
-    return {
-        name: feature["names"]
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    schemas: dict[str | None, Callable[[Path], pa.Schema]] = {
+        ".parquet": pyarrow.parquet.read_schema,
+        ".arrow": _arrow_schema,
     }
+    try:
+        schema = schemas[format_of(path.name)](path)
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: [str(label) for label in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (pa.ArrowException, OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        return {}  # it says nothing of them, or not as the datasets library writes it
+
+
+def dialect_of(path: Path) -> str:
+    """How a text file is written where that is unusual: `fields separated by tabs; UTF-16`. Empty otherwise."""
+    if format_of(path.name) in (".parquet", ".arrow"):
+        return ""
+    with _Lines(path) as file:
+        encoding = file.encoding
+    found = [] if encoding == UTF_8 else [encoding.upper()]
+    if format_of(path.name) in FIELDS_FORMATS:
+        dialect = _dialect(path)
+        if dialect.delimiter != FIELDS_FORMATS[str(format_of(path.name))]:
+            found.append(f"fields separated by {DELIMITERS[dialect.delimiter]}")
+        if not dialect.quoted:
+            found.append("quotation marks are part of the fields, as some are not closed")
+    return ", ".join(found)
 
 
 def texts_in(value: object, deepest: int = DEEPEST) -> Iterator[str]:
@@ -169,13 +192,27 @@ class _Decompressed(io.RawIOBase):
         super().close()
 
 
+def _encoding(beginning: bytes) -> str:
+    """UTF-8 unless a byte order mark, or a zero in half of the bytes, says UTF-16 or UTF-32."""
+    if beginning.startswith(BOM_UTF32_LE):
+        return "utf-32"
+    if beginning.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        return "utf-16"
+    zeros = beginning[0::2].count(0), beginning[1::2].count(0)
+    if len(beginning) >= 4 and max(zeros) > 0.4 * (len(beginning) // 2) and not min(zeros):
+        return "utf-16-be" if zeros[0] else "utf-16-le"
+    return UTF_8
+
+
 class _Lines:
     """The lines of a text file, of which at most `LONGEST_ROW` characters make up a row."""
 
     def __init__(self, path: Path) -> None:
         stream = io.BufferedReader(_Decompressed(path), 1 << 16)
-        self._file = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        self._name, self._row, self._left = path.name, 0, LONGEST_ROW
+        self.encoding = _encoding(stream.peek(1 << 12)[: 1 << 12])
+        errors = "surrogateescape" if self.encoding == UTF_8 else "replace"
+        self._file = io.TextIOWrapper(stream, encoding=self.encoding, errors=errors, newline="")
+        self._name, self.row, self._left = path.name, 1, LONGEST_ROW
 
     def __enter__(self) -> _Lines:
         return self
@@ -189,13 +226,13 @@ class _Lines:
             self._left -= len(line)
             if self._left < 0:
                 raise UnreadableFileError(
-                    f"{self._name} cannot be read: row {self._row + 1} is longer than {LONGEST_ROW:,} characters"
+                    f"{self._name} cannot be read: row {self.row} is longer than {LONGEST_ROW:,} characters"
                 )
             yield line
 
     def next_row(self) -> None:
         """What is read from now on belongs to the next row."""
-        self._row, self._left = self._row + 1, LONGEST_ROW
+        self.row, self._left = self.row + 1, LONGEST_ROW
 
     def read_document(self) -> str:
         """The whole file."""
@@ -207,35 +244,108 @@ class _Lines:
         return text
 
 
-def _read_csv(path: Path, delimiter: str | None = None) -> Iterator[RowOrReason]:
+@dataclass(frozen=True)
+class _Dialect:
+    """How fields are written."""
+
+    delimiter: str
+    quoted: bool = True
+    """Whether a field may stand in quotation marks."""
+
+    def reader(self, lines: Iterator[str]) -> Any:
+        """Records of these lines."""
+        if self.quoted:
+            return csv.reader(lines, delimiter=self.delimiter, strict=True)
+        return csv.reader(lines, delimiter=self.delimiter, quoting=csv.QUOTE_NONE)
+
+
+def _dialect(path: Path) -> _Dialect:
+    """The delimiter is the most frequent one of the header. In TSV, quotation marks count if all of them close."""
+    if format_of(path.name) == ".tsv":
+        return _Dialect("\t", quoted=_closes_its_quotes(path))
     with _Lines(path) as file:
         first = next(iter(file), "")
-    delimiter = delimiter or max(DELIMITERS, key=first.count)
+    return _Dialect(max(DELIMITERS, key=first.count))
+
+
+def _closes_its_quotes(path: Path) -> bool:
     with _Lines(path) as file:
-        lines = csv.reader(file, delimiter=delimiter, strict=False)
-        header = [name.strip() for name in next(lines, [])]
-        for fields in lines:
-            if not fields:
+        try:
+            for fields in _Dialect("\t").reader(iter(file)):
+                file.next_row()
+                if any("\t" in field and "\n" in field for field in fields):
+                    return False
+        except (csv.Error, UnreadableFileError, pa.ArrowException, OSError, EOFError):
+            return False
+    return True
+
+
+def _read_fields(path: Path) -> Iterator[RowOrReason]:
+    dialect = _dialect(path)
+    with _Lines(path) as file:
+        records = dialect.reader(iter(file))
+        header = [as_windows_1252(name.strip()) for name in next(records, [])]
+        _check_names(path.name, header)
+        while True:
+            line = records.line_num + 1
+            try:
+                fields = next(records, None)
+            except csv.Error as error:
+                if "unexpected end" in str(error):
+                    raise _open_quote(path, file.row, line, "is never closed") from error
+                if records.line_num > line:
+                    where = f"is not closed before line {records.line_num}"
+                    raise _open_quote(path, file.row, line, where) from error
+                if "expected after" not in str(error):
+                    raise
+                file.next_row()
+                yield 'a quotation mark within a quoted field is not doubled ("")'
                 continue
-            file.next_row()
-            if len(fields) != len(header):
-                yield f"{len(fields)} fields, but the header has {len(header)}"
-            else:
-                yield dict(zip(header, fields, strict=True))
+            if fields is None:
+                return
+            if fields:
+                file.next_row()
+                yield _row_of(header, fields, dialect, records.line_num - line)
 
 
-def _read_tsv(path: Path) -> Iterator[RowOrReason]:
-    return _read_csv(path, "\t")
+def _open_quote(path: Path, row: int, line: int, where: str) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"{path.name} cannot be read: the quotation mark that opens in row {row} (line {line}) {where}; "
+        "close it, and double the quotation marks within a field"
+    )
+
+
+def _row_of(header: list[str], fields: list[str], dialect: _Dialect, line_ends: int) -> RowOrReason:
+    if len(fields) != len(header):
+        return f"{len(fields)} fields, but the header has {len(header)}"
+    for field in fields if line_ends > SWALLOWED_LINES and len(header) > 1 else ():
+        lines = field.splitlines()[1:-1]
+        if len(lines) >= SWALLOWED_LINES and all(line.count(dialect.delimiter) == len(header) - 1 for line in lines):
+            return f"a quoted field holds {len(lines)} lines that look like rows: a quotation mark is not closed"
+    return dict(zip(header, fields, strict=True))
+
+
+def _check_names(file: str, names: list[str]) -> None:
+    twice = next((name for number, name in enumerate(names) if name and name in names[:number]), None)
+    if twice is not None:
+        raise UnreadableFileError(f"{file} cannot be read: several of its columns are called {twice!r}; rename them")
 
 
 def _read_json_lines(path: Path) -> Iterator[RowOrReason]:
+    with _Lines(path) as file:
+        first = next((line for line in file if line.strip()), "")
+    # An array that was given the ending of JSON lines.
+    yield from _read_json(path) if first.lstrip().startswith("[") else _json_lines(path)
+
+
+def _json_lines(path: Path) -> Iterator[RowOrReason]:
     with _Lines(path) as file:
         for line in file:
             if not line.strip():
                 continue
             file.next_row()
             try:
-                row = json.loads(line)
+                row = _json(line)
             except (ValueError, RecursionError, MemoryError) as error:
                 yield f"not JSON: {_first_line(error)}"
                 continue
@@ -246,14 +356,19 @@ def _read_json(path: Path) -> Iterator[RowOrReason]:
     with _Lines(path) as file:
         text = file.read_document()
     try:
-        document = json.loads(text)
+        document = _json(text)
     except (ValueError, RecursionError, MemoryError) as error:
         if "Extra data" in str(error):
-            yield from _read_json_lines(path)
+            yield from _json_lines(path)
             return
         raise UnreadableFileError(f"{path.name} is not JSON: {_first_line(error)}") from error
     for row in _rows_of_document(document):
         yield row if isinstance(row, dict) else "not a JSON object"
+
+
+def _json(text: str) -> Any:
+    """The value of a JSON text. NaN and the infinities, which Python's writers add to JSON, hold no value."""
+    return json.loads(text, parse_constant=lambda name: None)
 
 
 def _rows_of_document(document: Any) -> list[Any]:
@@ -281,14 +396,39 @@ def _read_text(path: Path) -> Iterator[RowOrReason]:
 
 def _read_parquet(path: Path) -> Iterator[RowOrReason]:
     with pyarrow.parquet.ParquetFile(path) as file:
+        _check_names(path.name, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            yield from batch.to_pylist()
+            yield from map(_without_nan, batch.to_pylist())
 
 
 def _read_arrow(path: Path) -> Iterator[RowOrReason]:
     with pa.memory_map(str(path)) as stream:
-        for batch in pyarrow.ipc.open_stream(stream):
-            yield from batch.to_pylist()
+        for batch in _arrow_batches(stream):
+            _check_names(path.name, batch.schema.names)
+            for begin in range(0, len(batch), BATCH_ROWS):
+                yield from map(_without_nan, batch.slice(begin, BATCH_ROWS).to_pylist())
+
+
+def _arrow_batches(stream: Any) -> Iterator[pa.RecordBatch]:
+    """Of a stream, as the datasets library writes it, or of a file that knows where its batches lie (Feather)."""
+    if stream.read(6) == b"ARROW1":
+        file = pyarrow.ipc.open_file(stream)
+        yield from (file.get_batch(number) for number in range(file.num_record_batches))
+    else:
+        stream.seek(0)
+        yield from pyarrow.ipc.open_stream(stream)
+
+
+def _arrow_schema(path: Path) -> pa.Schema:
+    with pa.memory_map(str(path)) as stream:
+        return pyarrow.ipc.open_stream(stream).schema
+
+
+def _without_nan(row: Row) -> Row:
+    """The row with null in place of a number that is none: what pandas writes for a missing text."""
+    if all(value == value for value in row.values()):
+        return row
+    return {name: value if value == value else None for name, value in row.items()}
 
 
 def _first_line(error: BaseException) -> str:
@@ -296,8 +436,8 @@ def _first_line(error: BaseException) -> str:
 
 
 READERS: dict[str, Callable[[Path], Iterator[RowOrReason]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": _read_fields,
+    ".tsv": _read_fields,
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
@@ -305,3 +445,6 @@ READERS: dict[str, Callable[[Path], Iterator[RowOrReason]]] = {
     ".arrow": _read_arrow,
     ".txt": _read_text,
 }
+
+FIELDS_FORMATS = {".csv": ",", ".tsv": "\t"}
+"""Formats that hold nothing but text, with the usual delimiter."""

@@ -183,14 +183,17 @@ def open_source(
 ) -> DatasetSource:
     """A dataset of files below `root`. `names`: class names from the README, used where the files have none."""
     splits: dict[str, SplitSource] = {}
+    dialects: dict[str, None] = {}
     for split, members in files.items():
         paths = tuple(root / member for member in members)
         try:
             columns = dict.fromkeys(name for path in paths[:1] for name in readers.column_names(path))
+            found = [(path.name, readers.dialect_of(path)) for path in paths]
         except UnreadableFileError as error:
             raise TrainerError(FailureClass.BAD_DATA, f"{error}.") from error
         splits[split] = SplitSource(split, paths, tuple(columns), names | readers.class_names(paths[0]))
-    return DatasetSource(splits, origin, notes)
+        dialects |= dict.fromkeys(f"{name}: {dialect}" for name, dialect in found if dialect)
+    return DatasetSource(splits, origin, (*notes, *dialects))
 
 
 def open_path(path: Path, given: str, config: str | None, field: str) -> DatasetSource:
