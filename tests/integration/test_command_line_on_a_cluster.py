@@ -509,6 +509,21 @@ def test_logs_of_a_pod_that_failed_before_its_stage_began_are_those_of_the_failu
     assert log_server.asked == ["check-publish"]
 
 
+def test_logs_are_followed_from_one_container_to_the_next(
+    submitted: Shell, kubelet: FakeKubelet, log_server: LogServer
+) -> None:
+    pod = kubelet.bind(pod_of(submitted, "p", "prepare", before="check-publish"))
+    runs = {**pod["status"]["initContainerStatuses"][0], "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}
+    submitted.control_plane.api.patch(pod, {"status": {"initContainerStatuses": [runs]}}, "status")
+    log_server.write("p", "hello")
+    log_server.end("p")
+    timer = threading.Timer(0.3, kubelet.run, [pod])
+    timer.start()
+    assert submitted("logs", "support", "-f") == "hello\nhello\n"
+    timer.join()
+    assert log_server.asked == ["check-publish", "trainer"]
+
+
 def test_logs_of_an_older_job_of_the_same_name_are_not_shown(
     submitted: Shell, kubelet: FakeKubelet, log_server: LogServer
 ) -> None:

@@ -21,6 +21,7 @@ from finetune_operator.manifests.backend import Backend, ChildState, condition_o
 from finetune_operator.manifests.backends import BACKENDS
 from finetune_operator.manifests.job import UID_LABEL
 from finetune_operator.manifests.labels import ATTEMPT, STAGE, node_rank
+from finetune_operator.programs import PROGRAMS
 
 NODE_LOST_REASONS = frozenset({"DeletionByTaintManager"})
 STUCK_REASONS = frozenset(
@@ -249,7 +250,11 @@ def read_pod(body: Object, out_of_service: frozenset[str]) -> Pod:
     reason = (disruption or {}).get("reason", "")
     main = _main_state(status)
     ended = _ended_states(status)
-    failed = next((end for end in ended if end.get("exitCode")), None)
+    failed_container, failed = next(((name, end) for name, end in ended if end.get("exitCode")), ("", None))
+    waiting = _waiting(meta["name"], body) if phase is PodPhase.PENDING else ""
+    began = _began(body)
+    if phase is PodPhase.PENDING and began is not None and not waiting:
+        phase = PodPhase.RUNNING
     node = spec.get("nodeName", "")
     return Pod(
         name=meta["name"],
@@ -259,12 +264,12 @@ def read_pod(body: Object, out_of_service: frozenset[str]) -> Pod:
         evicted=status.get("reason") == "Evicted" or (disruption is not None and reason not in NODE_LOST_REASONS),
         node_lost=lost or reason in NODE_LOST_REASONS,
         out_of_service=node in out_of_service,
-        oom_killed=any(end.get("reason") == "OOMKilled" for end in ended),
-        memory_limit=_memory_limit(spec),
+        oom_killed=any(end.get("reason") == "OOMKilled" for _, end in ended),
+        memory_limit=_memory_limit(spec, failed_container),
         exit_code=(failed or main.get("terminated") or {}).get("exitCode"),
-        failure=next((failure for end in ended if (failure := _failure(end)) is not None), None),
-        waiting=_waiting(meta["name"], body) if phase is PodPhase.PENDING else "",
-        started=_time((main.get("running") or main.get("terminated") or {}).get("startedAt")),
+        failure=next((failure for _, end in ended if (failure := _failure(end)) is not None), None),
+        waiting=waiting,
+        started=began or _started(main),
         finished=_time((failed or main.get("terminated") or {}).get("finishedAt")),
         node=node,
     )
@@ -281,10 +286,27 @@ def _main_state(status: Mapping[str, Any]) -> dict[str, Any]:
     return next((c.get("state") or {} for c in status.get("containerStatuses") or []), {})
 
 
-def _ended_states(status: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How containers ended, initial ones first: the check of the write access is one."""
+def _began(body: Object) -> datetime | None:
+    """When the first of the programs before the stage's own began; None if there are none, or none has begun.
+
+    They run in init containers, during which Kubernetes calls the pod Pending. Init containers of others (a service
+    mesh has some) are no part of the attempt.
+    """
+    key, statuses = _key(body), (body.get("status") or {}).get("initContainerStatuses") or []
+    ours = {program.name for program in PROGRAMS[key[1]]} if key is not None else set()
+    times = (_started(one.get("state") or {}) for one in statuses if one.get("name") in ours)
+    return min(filter(None, times), default=None)
+
+
+def _started(state: Mapping[str, Any]) -> datetime | None:
+    return _time((state.get("running") or state.get("terminated") or {}).get("startedAt"))
+
+
+def _ended_states(status: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """How containers ended, by name, initial ones first: they run programs of the stage, too."""
     every = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    return [ended for container in every if (ended := (container.get("state") or {}).get("terminated"))]
+    ended = ((str(container.get("name", "")), (container.get("state") or {}).get("terminated")) for container in every)
+    return [(name, end) for name, end in ended if end]
 
 
 def _failure(ended: Mapping[str, Any]) -> Failure | None:
@@ -299,8 +321,11 @@ def _first_problem(error: ValidationError, root: str) -> str:
     return f"{path}: {first['msg'].removeprefix('Value error, ')}."
 
 
-def _memory_limit(spec: Mapping[str, Any]) -> str:
-    limits = (spec["containers"][0].get("resources") or {}).get("limits") or {}
+def _memory_limit(spec: Mapping[str, Any], name: str) -> str:
+    """The memory limit of the container of that name; of the stage's own without one."""
+    every = [*(spec.get("initContainers") or []), *spec["containers"]]
+    container = next((each for each in every if each["name"] == name), spec["containers"][0])
+    limits = (container.get("resources") or {}).get("limits") or {}
     return str(limits.get("memory", ""))
 
 

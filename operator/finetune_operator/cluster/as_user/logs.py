@@ -20,7 +20,9 @@ class LogSource:
 
     name: str
     container: str
-    """The one whose log is wanted: the stage's own, or the one before it that failed."""
+    """The one whose log is wanted: the stage's own, or one before it that runs or has failed."""
+    last: bool
+    """Whether it is the stage's own, which no other follows."""
     stage: Stage
     attempt: int
     node_rank: int
@@ -48,9 +50,12 @@ def _source(pod: Object) -> LogSource:
     marks = pod["metadata"]["labels"]
     container = _container(pod.get("status", {}))
     state = container.get("state", {})
+    own = str(pod["spec"]["containers"][0]["name"])
+    name = str(container.get("name") or own)
     return LogSource(
         name=str(pod["metadata"]["name"]),
-        container=str(container.get("name") or pod["spec"]["containers"][0]["name"]),
+        container=name,
+        last=name == own,
         stage=Stage(marks[labels.STAGE]),
         attempt=int(marks.get(labels.ATTEMPT, "1")),
         node_rank=labels.node_rank(marks),
@@ -60,9 +65,10 @@ def _source(pod: Object) -> LogSource:
 
 
 def _container(status: Object) -> Object:
-    """The status of the stage's container; of one before it, if that failed and the stage's thus never starts."""
+    """The status of the stage's container; of one before it that runs, or that failed so that the stage's never will."""
     for earlier in status.get("initContainerStatuses") or []:
-        if earlier.get("state", {}).get("terminated", {}).get("exitCode"):
+        state = earlier.get("state", {})
+        if "running" in state or state.get("terminated", {}).get("exitCode"):
             return dict(earlier)
     return dict(next(iter(status.get("containerStatuses") or []), {}))
 
@@ -98,10 +104,11 @@ async def _merged(api: Api, namespace: str, sources: list[LogSource], query: dic
 
     async def pump(source: LogSource) -> None:
         try:
-            started = await _wait_for_start(api, namespace, source)
-            if started is not None:
+            following: LogSource | None = source
+            while following and (started := await _wait_for_start(api, namespace, following)):
                 async for line in _lines(api, namespace, started, query):
                     await lines.put(line)
+                following = await _next_container(api, namespace, started)
         except Exception as error:
             if not isinstance(error, ApiError) or error.code != 404:  # the pod is gone: its log has ended
                 await lines.put(error)
@@ -132,3 +139,16 @@ async def _wait_for_start(api: Api, namespace: str, source: LogSource) -> LogSou
         if pod.get("status", {}).get("phase") in ("Failed", "Succeeded") and not source.started:
             return None
     return source
+
+
+async def _next_container(api: Api, namespace: str, source: LogSource) -> LogSource | None:
+    """The pod's container after one whose log has ended; None if there is none, or if it never starts."""
+    while not source.last:
+        pod = await api.get("Pod", namespace, source.name)
+        following = _source(pod)
+        if following.container != source.container:
+            return following
+        if pod.get("status", {}).get("phase") in ("Failed", "Succeeded"):
+            return None
+        await asyncio.sleep(START_POLL_SECONDS)
+    return None

@@ -81,6 +81,39 @@ def test_a_host_out_of_memory_comes_with_its_limit() -> None:
     assert (seen.oom_killed, seen.memory_limit) == (True, "64Gi")
 
 
+def preparing(status: Body, *initial: Body) -> Body:
+    """A pod of Prepare, with the states of its init containers by name."""
+    body = pod({"phase": "Pending", "initContainerStatuses": list(initial)} | status)
+    body["metadata"]["labels"] |= labels("prepare")
+    limits = {"resources": {"limits": {"memory": "2Gi"}}}
+    body["spec"]["initContainers"] = [{"name": each["name"], **limits} for each in initial]
+    return body
+
+
+def test_a_pod_runs_as_soon_as_a_program_before_its_stage_does() -> None:
+    began = "2026-01-01T00:00:01Z"
+    runs = {"name": "check-publish", "state": {"running": {"startedAt": began}}}
+    over = {"name": "check-publish", "state": {"terminated": {"exitCode": 0, "startedAt": began}}}
+    waits = {"containerStatuses": [{"name": "prepare", "state": {"waiting": {"reason": "PodInitializing"}}}]}
+    for seen in (read(preparing(waits, runs)), read(preparing(waits, over))):
+        assert (seen.phase, seen.started) == (PodPhase.RUNNING, datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC))
+    waits_for_image = read(preparing(waiting("ImagePullBackOff"), over))
+    assert waits_for_image.phase is PodPhase.PENDING
+    assert "ImagePullBackOff" in waits_for_image.waiting
+
+
+def test_init_containers_of_others_are_no_part_of_the_attempt() -> None:
+    mesh = {"name": "mesh-init", "state": {"running": {"startedAt": "2026-01-01T00:00:01Z"}}}
+    seen = read(preparing({}, mesh))
+    assert (seen.phase, seen.started) == (PodPhase.PENDING, None)
+
+
+def test_an_init_container_out_of_memory_comes_with_its_own_limit() -> None:
+    killed = {"name": "check-publish", "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+    seen = read(preparing({"phase": "Failed"}, killed))
+    assert (seen.phase, seen.oom_killed, seen.memory_limit) == (PodPhase.FAILED, True, "2Gi")
+
+
 @pytest.mark.parametrize(
     ("status", "evicted", "lost"),
     [
