@@ -125,6 +125,12 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return str(found[0]) if found else None
 
 
+def near_match(given: str, known: Iterable[str]) -> str:
+    """` Did you mean '…'?`, or nothing if none of the known names is like it."""
+    near = nearest(given, known)
+    return f" Did you mean {near!r}?" if near else ""
+
+
 def _fault(root: type[ApiModel], detail: ErrorDetails) -> Fault:
     path = tuple(part for part in detail["loc"] if part != "[key]")
     kind, value, limits = detail["type"], detail["input"], detail.get("ctx", {})

@@ -176,9 +176,12 @@ def slim(kind: str, body: Object) -> Object:
 
 
 def _pod_spec(spec: Object) -> Object:
-    """Where a pod runs and what its first container may use."""
-    containers = [{"resources": container.get("resources") or {}} for container in spec.get("containers", [])[:1]]
-    return {name: spec[name] for name in ("nodeName",) if name in spec} | {"containers": containers}
+    """Where a pod runs and what its containers may use."""
+    node = {"nodeName": spec["nodeName"]} if "nodeName" in spec else {}
+    return node | {
+        kind: [{"name": each["name"], "resources": each.get("resources") or {}} for each in spec.get(kind) or []]
+        for kind in ("initContainers", "containers")
+    }
 
 
 def _without_pods(spec: Object) -> Object:

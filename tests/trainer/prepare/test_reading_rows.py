@@ -12,11 +12,16 @@ import pytest
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare import readers
-from finetune_trainer.prepare.readers import UnreadableFileError, read_rows
+from finetune_trainer.prepare.dataset_files import FORMATS, choose_files, split_of
+from finetune_trainer.prepare.readers import READERS, UnreadableFileError, read_rows
 from finetune_trainer.prepare.readme import Head
-from finetune_trainer.prepare.sources import SplitSource, choose_files, open_path, split_of
+from finetune_trainer.prepare.sources import SplitSource, open_path
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "three\nfour", "label": "b"}]
+
+
+def test_there_is_a_reader_for_each_format() -> None:
+    assert tuple(READERS) == FORMATS
 
 
 @pytest.mark.parametrize(

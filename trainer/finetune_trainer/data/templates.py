@@ -10,7 +10,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefine
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune_api.report import FailureClass
-from finetune_api.structure import nearest
+from finetune_api.structure import near_match
 from finetune_trainer.data.limits import within_limits
 from finetune_trainer.failures import TrainerError
 
@@ -84,12 +84,6 @@ def check_template(source: str, known: Sequence[str], field: str, *, expression:
             f"Available: {', '.join(sorted(known))}.",
             field,
         )
-
-
-def near_match(given: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """` Did you mean '…'?`, or nothing where no known name is near."""
-    near = nearest(given, known)
-    return f" Did you mean {near!r}?" if near else ""
 
 
 def _shortened(source: str) -> str:

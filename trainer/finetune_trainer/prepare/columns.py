@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Columns
+from finetune_api.structure import near_match
 from finetune_api.traits import USUAL_COLUMNS, Task
-from finetune_trainer.data.templates import near_match
 from finetune_trainer.failures import TrainerError
 
 MADE_BY_TEMPLATE = ("text", "question", "document")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from finetune_api.report import Progress
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
+from finetune_trainer.prepare.dataset_files import choose_files
 from finetune_trainer.prepare.hub import Hub
 from finetune_trainer.prepare.readme import Head
 from finetune_trainer.prepare.scan import DatasetReader, open_reader
-from finetune_trainer.prepare.sources import DatasetSource, choose_files, open_path, open_source
+from finetune_trainer.prepare.sources import DatasetSource, open_path, open_source
 
 CONVERTED_REVISION = "refs/convert/parquet"
 """Where the Hub keeps Parquet files of datasets that only a script can load."""
@@ -49,8 +50,7 @@ def _open_repo(hub: Hub, repo: str, revision: str, config: str | None, field: st
         notes = (f"read from the Hub's Parquet files ({CONVERTED_REVISION}), as the repository has a loading script",)
     head = Head()
     if "README.md" in names:
-        readme = hub.download(resolved, ["README.md"], field) / "README.md"
-        head = Head.parse(readme.read_text(encoding="utf-8", errors="replace"))
+        head = Head.read(hub.download(resolved, ["README.md"], field))
     files, chosen = choose_files(names, head, config, field)
     root = hub.download(resolved, [name for members in files.values() for name in members], field)
     return open_source(root, files, head.class_names(chosen), f"{repo}@{resolved.commit}", notes)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Split
-from finetune_trainer.data.templates import near_match
+from finetune_api.structure import near_match
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.near_duplicates import METHOD, joined, keep_together
 from finetune_trainer.prepare.scan import DatasetReader, Scan

@@ -21,8 +21,8 @@ from finetune_trainer.data.render import Rendering, render_training
 from finetune_trainer.prepare.fetch import hub_of, open_datasets
 from finetune_trainer.prepare.mixture import SplitAssignment, assign_splits
 from finetune_trainer.prepare.models import fetch_model, load_config
+from finetune_trainer.prepare.reuse import selects_checkpoint
 from finetune_trainer.prepare.scan import scan_all
-from finetune_trainer.prepare.stage import selects_checkpoint
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat
 from finetune_trainer.prepare.workers import Workers
 from finetune_trainer.prepare.write import rendering_of

@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from finetune_trainer.prepare.dataset_files import FORMATS, format_of
+
 Row = dict[str, Any]
 RowOrReason = Row | str
 
 BATCH_ROWS = 1024
-COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 LONGEST_ROW = 1 << 24
@@ -53,13 +54,6 @@ class UnreadableFileError(Exception):
     """The file as a whole cannot be read; the message says why."""
 
 
-def format_of(name: str) -> str | None:
-    """The format that a file name stands for (`.csv` for `a/b.csv.gz`), or None."""
-    path = Path(name.lower())
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-    return suffix if suffix in READERS else None
-
-
 def read_rows(path: Path) -> Iterator[RowOrReason]:
     """The rows of a file in order; in place of a row that cannot be read, the reason.
 
@@ -67,7 +61,7 @@ def read_rows(path: Path) -> Iterator[RowOrReason]:
     """
     name = format_of(path.name)
     if name is None:
-        known = ", ".join(suffix.removeprefix(".") for suffix in READERS)
+        known = ", ".join(suffix.removeprefix(".") for suffix in FORMATS)
         raise UnreadableFileError(f"{path.name} is not in a supported format ({known})")
     try:
         yield from READERS[name](path)

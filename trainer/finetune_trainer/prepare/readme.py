@@ -6,6 +6,7 @@ Anybody may have written it, so that every part which is used is typed, and the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -87,6 +88,15 @@ class Head:
 
     configs: tuple[Config, ...] = ()
     infos: tuple[Info, ...] = ()
+
+    @classmethod
+    def read(cls, directory: Path) -> Head:
+        """The head of the README.md in that directory; an absent one says nothing. Raises as `parse`."""
+        try:
+            with (directory / "README.md").open(encoding="utf-8", errors="replace") as file:
+                return cls.parse(file.read(LONGEST_HEAD_CHARACTERS + 1000))
+        except (FileNotFoundError, IsADirectoryError):
+            return cls()
 
     @classmethod
     def parse(cls, readme: str) -> Head:

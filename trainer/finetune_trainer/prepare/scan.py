@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from finetune_api.report import FailureClass
 from finetune_api.spec import Dataset
+from finetune_api.structure import near_match
 from finetune_api.traits import Task
 from finetune_trainer.data.examples import UNANSWERABLE, Example, read_example
 from finetune_trainer.data.messages import BadRowError
-from finetune_trainer.data.templates import TemplateRowError, check_template, compile_filter, near_match
+from finetune_trainer.data.templates import TemplateRowError, check_template, compile_filter
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.columns import find_columns
 from finetune_trainer.prepare.near_duplicates import SignatureFile, Signatures, signatures

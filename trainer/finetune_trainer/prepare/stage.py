@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from finetune_api.report import Digests, Progress, Report
-from finetune_api.runconfig import RunConfig, resolve
+from finetune_api.runconfig import resolve
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat
@@ -45,6 +45,7 @@ from finetune_trainer.prepare.models import (
     nf4_copy,
 )
 from finetune_trainer.prepare.rendering import RowCounts
+from finetune_trainer.prepare.reuse import config_digest, is_prepared, selects_checkpoint
 from finetune_trainer.prepare.scan import scan_all
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat
 from finetune_trainer.prepare.workers import Workers
@@ -54,7 +55,7 @@ from finetune_trainer.prepare.write import DatasetWriter, rendering_of
 def run(context: RunContext) -> None:
     """Prepare model and data for the job. Raises TrainerError with what is wrong and what to do."""
     digest = config_digest(context.config)
-    if not _is_prepared(context, digest):
+    if not is_prepared(context, digest):
         context.take_fence()
         for left_over in context.run.glob(".prepared-*"):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -69,31 +70,6 @@ def run(context: RunContext) -> None:
     told = Report.model_validate(context.reporter.report.to_wire() | found)
     digests = Digests(prepared=sha256_of(context.prepared / MANIFEST_FILE))
     context.reporter.done(**{name: getattr(told, name) for name in FACTS}, digests=digests)
-
-
-def config_digest(config: RunConfig) -> str:
-    """sha256 of everything in the run config that decides what `prepared/` holds."""
-    spec = config.spec
-    training, evaluation = spec.training, spec.evaluation
-    parts = {
-        "model": spec.model.to_wire(),
-        "datasets": [dataset.to_wire() for dataset in spec.datasets],
-        "split": spec.split.to_wire(),
-        "tuning": [spec.tuning.method, spec.tuning.quantization.to_wire(), spec.tuning.virtual_tokens],
-        "training": [training.max_sequence_length, selects_checkpoint(spec)],
-        "evaluation": [evaluation.few_shot, evaluation.max_rows, evaluation.max_new_tokens],
-        "paths": [config.paths.source, config.paths.cache],
-    }
-    return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _is_prepared(context: RunContext, digest: str) -> bool:
-    try:
-        manifest = PreparedManifest.read(context.prepared)
-    except (OSError, ValueError):
-        return False
-    places = (manifest.model.directory, manifest.model.nf4_directory, manifest.model.adapter_directory)
-    return manifest.config_digest == digest and all(Path(place).is_dir() for place in places if place)
 
 
 def _publish(aside: Path, prepared: Path) -> None:
@@ -166,11 +142,6 @@ def fetch_light(context: RunContext, spec: FineTuneJobSpec, hub: Hub) -> LocalMo
         return light
     context.reporter.activity("converting the model from GGUF")
     return fetch_model(spec.model, hub, context.resolve_source, context.cache)
-
-
-def selects_checkpoint(spec: FineTuneJobSpec) -> bool:
-    """Whether training chooses by validation, so that those rows can no longer measure."""
-    return spec.training.keep_best or spec.training.early_stopping is not None
 
 
 def _ticker(context: RunContext, total: int, unit: str = "rows") -> Callable[[int], None]:

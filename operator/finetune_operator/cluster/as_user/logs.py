@@ -65,7 +65,7 @@ def _source(pod: Object) -> LogSource:
 
 
 def _container(status: Object) -> Object:
-    """The status of the stage's container; of one before it that runs, or that failed so that the stage's never will."""
+    """The status of the stage's container; of one before it, while that runs, or if it failed."""
     for earlier in status.get("initContainerStatuses") or []:
         state = earlier.get("state", {})
         if "running" in state or state.get("terminated", {}).get("exitCode"):

@@ -115,7 +115,7 @@ def test_no_termination_message_makes_a_decision_fail(state: str, data: st.DataO
     message = {"class": "crash", "sentence": "x", "rank": 0, "time": "2026-01-01T00:01:00Z"}
     terminated = {"exitCode": 1, "message": json.dumps(data.draw(mutated(message)))}
     status = {"phase": "Failed", "containerStatuses": [{"state": {"terminated": terminated}}]}
-    body = {"metadata": {"name": "p"}, "spec": {"containers": [{}]}, "status": status}
+    body = {"metadata": {"name": "p"}, "spec": {"containers": [{"name": "pytorch"}]}, "status": status}
     failure = read_pod(body, frozenset()).failure
     children = tuple(
         replace(child, failed=True, pods=tuple(replace(pod, failure=failure, exit_code=1) for pod in child.pods))

@@ -117,7 +117,11 @@ class StubPods:
     def pod(self, rank: int, state: str) -> Object:
         marks = {"finetune.dev/stage": "train", "training.kubeflow.org/replica-index": str(rank)}
         status = {"containerStatuses": [{"name": "trainer", "state": {state: {}}}]}
-        return {"metadata": {"name": f"w-{rank}", "labels": marks}, "spec": {}, "status": status}
+        return {
+            "metadata": {"name": f"w-{rank}", "labels": marks},
+            "spec": {"containers": [{"name": "trainer"}]},
+            "status": status,
+        }
 
     async def list(self, kind: str, namespace: str, labels: str) -> list[Object]:
         return [self.pod(1, "waiting"), self.pod(0, "running")]
