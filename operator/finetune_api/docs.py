@@ -17,11 +17,7 @@ from finetune_api.traits import Task
 
 JSON_MAXIMUM = 2**53 - 1
 """Largest integer that JSON keeps exactly: a bound of every count, not worth a word."""
-CHANGE = {
-    Mutability.ALWAYS: "at any time",
-    Mutability.SUSPENDED: "while `suspend: true`",
-    Mutability.NEVER: "never",
-}
+CHANGE = {Mutability.ALWAYS: "at any time", Mutability.SUSPENDED: "while `suspend: true`", Mutability.NEVER: "never"}
 
 HEAD = f"""<!-- Generated from operator/finetune_api by `make generate`; edits are lost. -->
 # FineTuneJob reference

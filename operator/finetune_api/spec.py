@@ -45,8 +45,7 @@ Resource = Annotated[dict[str, ResourceAmount], Field(max_length=32)]
 
 
 ONE_SOURCE = Rule(
-    "has(self.repo) != has(self.path)",
-    "set exactly one of repo (a Hub repository) and path (a file or directory)",
+    "has(self.repo) != has(self.path)", "set exactly one of repo (a Hub repository) and path (a file or directory)"
 )
 REVISION_NEEDS_REPO = Rule(
     "has(self.repo) || self.revision == 'main'",

@@ -61,30 +61,16 @@ class MethodTraits:
 
 METHODS: dict[Method, MethodTraits] = {
     Method.FULL: MethodTraits(
-        title="full fine-tuning",
-        default_learning_rate=1e-5,
-        lighter=(Method.LORA, Method.QLORA),
-        trains_base=True,
+        title="full fine-tuning", default_learning_rate=1e-5, lighter=(Method.LORA, Method.QLORA), trains_base=True
     ),
     Method.LORA: MethodTraits(
-        title="LoRA",
-        default_learning_rate=2e-4,
-        blocks=("lora",),
-        lighter=(Method.QLORA,),
-        low_rank=True,
+        title="LoRA", default_learning_rate=2e-4, blocks=("lora",), lighter=(Method.QLORA,), low_rank=True
     ),
     Method.QLORA: MethodTraits(
-        title="QLoRA",
-        default_learning_rate=2e-4,
-        blocks=("lora", "quantization"),
-        low_rank=True,
-        four_bit=True,
+        title="QLoRA", default_learning_rate=2e-4, blocks=("lora", "quantization"), low_rank=True, four_bit=True
     ),
     Method.PROMPT: MethodTraits(
-        title="prompt tuning",
-        default_learning_rate=1e-2,
-        blocks=("prompt",),
-        prepends_tokens=True,
+        title="prompt tuning", default_learning_rate=1e-2, blocks=("prompt",), prepends_tokens=True
     ),
     Method.PREFIX: MethodTraits(
         title="prefix tuning",

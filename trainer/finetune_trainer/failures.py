@@ -90,11 +90,7 @@ def _class_of(error: BaseException) -> tuple[FailureClass, str, str]:
     if isinstance(error, MemoryError):
         limit = "podTemplate.resources.limits.memory (of Prepare and Publish: podTemplate.cpuResources.limits.memory)"
         return FailureClass.HOST_OOM, f"Out of host memory. Raise {limit}.", ""
-    return _class_of_torch_error(error) or (
-        FailureClass.CRASH,
-        f"{type(error).__name__}: {error}".strip(": "),
-        "",
-    )
+    return _class_of_torch_error(error) or (FailureClass.CRASH, f"{type(error).__name__}: {error}".strip(": "), "")
 
 
 def _class_of_torch_error(error: BaseException) -> tuple[FailureClass, str, str] | None:

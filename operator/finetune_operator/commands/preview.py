@@ -24,8 +24,7 @@ LOG_FILE = "preview.log"
 def preview(
     file: Annotated[str, typer.Argument(help="File with one FineTuneJob; - reads standard input.", metavar="FILE")],
     overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a field, as in finetune run.", metavar="PATH=VALUE"),
+        list[str] | None, typer.Option("--set", help="Override a field, as in finetune run.", metavar="PATH=VALUE")
     ] = None,
     allow_env: AllowEnv = None,
 ) -> None:

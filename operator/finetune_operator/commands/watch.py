@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_operator.commands._cluster import (
-    Context,
-    Name,
-    Namespace,
-    ending,
-    exit_code,
-    jobs_in,
-    not_served,
-)
+from finetune_operator.commands._cluster import Context, Name, Namespace, ending, exit_code, jobs_in, not_served
 from finetune_operator.commands._output import OutputFormat, output_of
 from finetune_operator.errors import EXIT_COMPLETE, EXIT_INTERRUPTED
 

@@ -39,13 +39,7 @@ from finetune_operator.decision.model import (
 )
 from finetune_operator.decision.next_attempt import with_plan
 from finetune_operator.devices import loopback_interface
-from finetune_operator.errors import (
-    EXIT_BAD_SPEC,
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_GATE_REFUSED,
-    EXIT_INTERRUPTED,
-)
+from finetune_operator.errors import EXIT_BAD_SPEC, EXIT_COMPLETE, EXIT_FAILED, EXIT_GATE_REFUSED, EXIT_INTERRUPTED
 from finetune_operator.local.jobfile.record import Record
 from finetune_operator.local.processes import process_table
 from finetune_operator.local.processes.children import Environ

@@ -83,11 +83,7 @@ def labels(job: Job, stage: Stage | None = None, number: int | None = None) -> d
     }
     if stage is None:
         return common
-    return common | {
-        "app.kubernetes.io/component": str(stage),
-        STAGE: str(stage),
-        ATTEMPT: str(number),
-    }
+    return common | {"app.kubernetes.io/component": str(stage), STAGE: str(stage), ATTEMPT: str(number)}
 
 
 def owned(job: Job) -> list[Manifest]:

@@ -48,9 +48,7 @@ class PyTorchJobBackend:
             "spec": {
                 "nprocPerNode": str(job.ranks_per_node),
                 "runPolicy": policy,
-                "pytorchReplicaSpecs": {
-                    "Worker": {"replicas": nodes, "restartPolicy": "Never", "template": template},
-                },
+                "pytorchReplicaSpecs": {"Worker": {"replicas": nodes, "restartPolicy": "Never", "template": template}},
             },
         }
 

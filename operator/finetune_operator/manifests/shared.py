@@ -65,11 +65,7 @@ def run_claim(job: Job) -> Manifest:
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
         "metadata": made,
-        "spec": {
-            "accessModes": [run.access_mode],
-            "resources": {"requests": {"storage": run.size}},
-            **storage,
-        },
+        "spec": {"accessModes": [run.access_mode], "resources": {"requests": {"storage": run.size}}, **storage},
     }
 
 
@@ -80,9 +76,5 @@ def isolation(job: Job) -> Manifest:
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": metadata(job, shared_name(job.name, "trainer")),
-        "spec": {
-            "podSelector": pods,
-            "policyTypes": ["Ingress"],
-            "ingress": [{"from": [{"podSelector": pods}]}],
-        },
+        "spec": {"podSelector": pods, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": pods}]}]},
     }

@@ -23,9 +23,6 @@ def training_template(job: Job, attempt: Attempt, container: str, rendezvous: It
 
 def _together(job: Job) -> Manifest:
     """Near each other by preference: in one zone, where the network between them is fast."""
-    term = {
-        "topologyKey": "topology.kubernetes.io/zone",
-        "labelSelector": {"matchLabels": {UID_LABEL: job.uid}},
-    }
+    term = {"topologyKey": "topology.kubernetes.io/zone", "labelSelector": {"matchLabels": {UID_LABEL: job.uid}}}
     preferred = [{"weight": 100, "podAffinityTerm": term}]
     return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}

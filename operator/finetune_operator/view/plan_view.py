@@ -102,10 +102,7 @@ def _rows(spec: FineTuneJobSpec, plan: Plan, price_per_gpu_hour: float | None) -
     batch = f"global batch size {training.global_batch_size}"
     rows = [
         ("Trained", f"{count(plan.trainable_parameters)} of {count(plan.parameters)} parameters ({_percent(share)})"),
-        (
-            "Steps",
-            f"{plan.steps:,}: {_epochs(spec)} of {plan.examples:,} examples, {batch}",
-        ),
+        ("Steps", f"{plan.steps:,}: {_epochs(spec)} of {plan.examples:,} examples, {batch}"),
         ("Tokens", f"{count(plan.tokens)} total, {plan.tokens_per_rank_step:,} per {holder} and step"),
         ("Micro-batch", _micro_batch(plan, holder)),
         ("Host memory", f"{gib(plan.host_bytes)} per node"),

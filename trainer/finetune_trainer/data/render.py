@@ -92,12 +92,7 @@ def render_training(rendering: Rendering, example: Example) -> Rendered:
 
 
 def render_evaluation(
-    rendering: Rendering,
-    example: Example,
-    dataset: str,
-    *,
-    answer_tokens: int = 0,
-    few_shot: FewShot | None = None,
+    rendering: Rendering, example: Example, dataset: str, *, answer_tokens: int = 0, few_shot: FewShot | None = None
 ) -> list[EvaluationRow]:
     """Held-out rows as they are scored (several only for chats and texts that make several documents).
 

@@ -248,11 +248,7 @@ def _answers_to_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], sett
     chat = ChatFormat(tokenizer)
     ids = [chat.prompt([{"role": "user", "content": prompt}])[1] for prompt in prompts]
     return greedy_answers(
-        model,
-        tokenizer,
-        ids,
-        max_new_tokens=settings.max_new_tokens,
-        tokens_per_batch=4 * settings.budget.tokens,
+        model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, tokens_per_batch=4 * settings.budget.tokens
     )
 
 

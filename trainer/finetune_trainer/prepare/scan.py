@@ -276,21 +276,11 @@ def scan(
     if not kept.rows:
         why = f": the filter removes all {kept.filtered:,}" if kept.filtered else ""
         raise TrainerError(
-            FailureClass.BAD_DATA,
-            f"{reader.name} has no rows{why} ({split}, {reader.source.origin}).",
-            reader.field,
+            FailureClass.BAD_DATA, f"{reader.name} has no rows{why} ({split}, {reader.source.origin}).", reader.field
         )
     ranks = _ranks(kept.contents, seed)
     return Scan(
-        source,
-        kept.rows,
-        ranks,
-        kept.labels,
-        kept.groups,
-        kept.bad,
-        kept.filtered,
-        kept.foreign,
-        kept.unanswerable,
+        source, kept.rows, ranks, kept.labels, kept.groups, kept.bad, kept.filtered, kept.foreign, kept.unanswerable
     )
 
 

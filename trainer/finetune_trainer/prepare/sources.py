@@ -65,11 +65,7 @@ class DatasetSource:
 
 
 def open_source(
-    root: Path,
-    files: dict[str, list[str]],
-    names: dict[str, list[str]],
-    origin: str,
-    notes: tuple[str, ...] = (),
+    root: Path, files: dict[str, list[str]], names: dict[str, list[str]], origin: str, notes: tuple[str, ...] = ()
 ) -> DatasetSource:
     """A dataset of files below `root`. `names`: class names from the README, used where the files have none."""
     splits: dict[str, SplitSource] = {}

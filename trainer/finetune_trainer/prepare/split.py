@@ -78,10 +78,7 @@ def quotas(sizes: dict[Hashable, int], share: float) -> dict[Hashable, int]:
 
 
 def assign(
-    ranks: Sequence[int],
-    strata: Sequence[Hashable],
-    together: npt.NDArray[np.int64],
-    shares: dict[SplitName, float],
+    ranks: Sequence[int], strata: Sequence[Hashable], together: npt.NDArray[np.int64], shares: dict[SplitName, float]
 ) -> list[SplitName]:
     """The side of each row; what no share asks for is `train`.
 

@@ -100,11 +100,7 @@ class MicroBatcher:
         return weights, self.loss_weights[[document.dataset for document in documents]]
 
     def _collate(
-        self,
-        examples: NDArray[np.int64],
-        slots: Sequence[int],
-        shares: list[Float32],
-        groups: Sequence[Shared] = (),
+        self, examples: NDArray[np.int64], slots: Sequence[int], shares: list[Float32], groups: Sequence[Shared] = ()
     ) -> Batch:
         documents = [self.store[int(examples[slot])] for slot in slots]
         if self.packing:
