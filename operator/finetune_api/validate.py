@@ -74,14 +74,10 @@ def _check_document(document: Document, checked: Checked) -> None:
     faults = list(_faults(data))
     checked.problems.extend(
         Problem(document.number, show_path(fault.path), document.line(fault.path), fault.sentence, fault.hint)
-        for fault in _in_order(faults, document)
+        for fault in sorted(faults, key=lambda fault: document.line(fault.path) or 0)
     )
     if not faults:
         checked.jobs.append(FineTuneJob.model_validate(_named(without_nulls(data))))
-
-
-def _in_order(faults: list[Fault], document: Document) -> list[Fault]:
-    return sorted(faults, key=lambda fault: document.line(fault.path) or 0)
 
 
 def _is_another_kind(data: dict[str, Any]) -> bool:

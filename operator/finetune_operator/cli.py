@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import os
 import sys
@@ -56,14 +55,10 @@ COMMANDS: dict[str, Entry] = {
 }
 
 
-def _module(name: str) -> str:
-    return f"finetune_operator.commands.{name}"
-
-
 def load(name: str) -> Any:
     """The command `name`, imported now. Raises UserError if the extra that it needs is not installed."""
     with _missing_extra(name):
-        function = getattr(importlib.import_module(_module(name)), name.replace("-", "_"))
+        function = getattr(importlib.import_module(f"finetune_operator.commands.{name}"), name.replace("-", "_"))
     app = typer.Typer(add_completion=False)
     app.command(name, help=_paragraphs(inspect.getdoc(function) or COMMANDS[name].help))(_runnable(name, function))
     return get_command(app)
@@ -108,19 +103,17 @@ class LazyGroup(TyperGroup):
     """Lists the commands from `COMMANDS` and imports one only when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of the commands that exist in this version, in the table's order."""
-        return [name for name in COMMANDS if importlib.util.find_spec(_module(name)) is not None]
+        """In the table's order."""
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A stand-in with name and help: enough for listing and completing."""
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        entry = COMMANDS[cmd_name]
-        return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel)
+        entry = COMMANDS.get(cmd_name)
+        return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel) if entry else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The real command in place of its stand-in."""
-        self.commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        self.commands = {name: self.get_command(ctx, name) for name in COMMANDS}
         name, _, rest = super().resolve_command(ctx, args)
         return name, load(name) if name else None, rest
 

@@ -225,13 +225,10 @@ class Reconciler:
         stage = next_stage(status, spec)
         if stage is None or terminal(status) or spec.suspend or "deletionTimestamp" in job["metadata"]:
             return Needs()
-        if stage is not Stage.PUBLISH and self._has_child(key, job, status):
+        record = attempts.running(status)
+        if stage is not Stage.PUBLISH and record and self.store.holds(*self._child(key, job, record)):
             return Needs()
         return await self._prerequisites.look(key.namespace, spec, stage, self.clock())
-
-    def _has_child(self, key: Key, job: Object, status: JobStatus) -> bool:
-        record = attempts.running(status)
-        return record is not None and self.store.holds(*self._child(key, job, record))
 
     def _child(self, key: Key, job: Object, record: AttemptRecord) -> tuple[str, Key, str]:
         """Kind, key and name of an attempt's child."""
@@ -269,7 +266,9 @@ class Reconciler:
                 if error.code != 403:
                     raise
                 continue
-            if body is not None and _is_out_of_service(body):
+            if body is not None and any(
+                taint.get("key") == OUT_OF_SERVICE_TAINT for taint in body.get("spec", {}).get("taints") or []
+            ):
                 out_of_service.add(node)
         return frozenset(out_of_service)
 
@@ -346,10 +345,6 @@ def _requeue_after(
 def _same(before: Missing | None, now: Missing | None) -> bool:
     """Whether the refusal is the same; its sentence may contain numbers that change all the time."""
     return before is not None and now is not None and (before.kind, before.name) == (now.kind, now.name)
-
-
-def _is_out_of_service(node: Object) -> bool:
-    return any(taint.get("key") == OUT_OF_SERVICE_TAINT for taint in node.get("spec", {}).get("taints") or [])
 
 
 def _about(key: Key, attempt: str = "") -> dict[str, str]:

@@ -50,7 +50,10 @@ async def serve(settings: Settings, stop: asyncio.Event | None = None) -> None:
             ready_flag=ready,
             liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz" if settings.health_port else None,
         )
-        runner = await _listen(_http_app(metrics, lambda: ready.is_set() and _listed(watches)), settings.metrics_port)
+        runner = await _listen(
+            _http_app(metrics, lambda: ready.is_set() and all(watch.listed.is_set() for watch in watches)),
+            settings.metrics_port,
+        )
         tasks = [
             asyncio.create_task(_lead(lease, reconciler, metrics, watches), name="lease"),
             asyncio.create_task(kopf_operator, name="kopf"),
@@ -71,10 +74,6 @@ async def _watch(watches: list[Watch], resyncs: list[Watch]) -> None:
     async with asyncio.TaskGroup() as group:
         for work in (*(watch.run() for watch in watches), *(resync.resync() for resync in resyncs)):
             group.create_task(work)
-
-
-def _listed(watches: list[Watch]) -> bool:
-    return all(watch.listed.is_set() for watch in watches)
 
 
 async def _serve_queue(reconciler: Reconciler, watches: list[Watch]) -> None:

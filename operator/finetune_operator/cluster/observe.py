@@ -248,7 +248,7 @@ def read_pod(body: Object, out_of_service: frozenset[str]) -> Pod:
     phase, lost = _phase(status)
     disruption = condition_of(body, "DisruptionTarget")
     reason = (disruption or {}).get("reason", "")
-    main = _main_state(status)
+    main = next((c.get("state") or {} for c in status.get("containerStatuses") or []), {})
     ended = _ended_states(status)
     failed_container, failed = next(((name, end) for name, end in ended if end.get("exitCode")), ("", None))
     waiting = _waiting(meta["name"], body) if phase is PodPhase.PENDING else ""
@@ -280,10 +280,6 @@ def _phase(status: Mapping[str, Any]) -> tuple[PodPhase, bool]:
     if phase == "Unknown" or status.get("reason") == "NodeLost":
         return PodPhase.RUNNING, True
     return PodPhase(phase), False
-
-
-def _main_state(status: Mapping[str, Any]) -> dict[str, Any]:
-    return next((c.get("state") or {} for c in status.get("containerStatuses") or []), {})
 
 
 def _began(body: Object) -> datetime | None:

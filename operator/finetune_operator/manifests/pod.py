@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from finetune_api.base import STAGES, Stage
@@ -44,7 +44,10 @@ def pod_template(
     """
     *before, program = programs_of(attempt.stage, job.spec)
     named = replace(program, name=container or program.name)
-    environment = [*_as_list(_environment(job, attempt, rendezvous)), *variables]
+    environment = [
+        *({"name": name, "value": value} for name, value in _environment(job, attempt, rendezvous).items()),
+        *variables,
+    ]
     template = job.spec.pod_template
     spec: Manifest = {
         "serviceAccountName": channel_name(job.name, attempt.stage),
@@ -55,7 +58,7 @@ def pod_template(
         "securityContext": _pod_security(),
         "initContainers": [_container(job, attempt, each, environment, cpu_resources(job, _SMALL)) for each in before],
         "containers": [_container(job, attempt, named, environment, resources)],
-        "tolerations": [*_own_tolerations(), *(_tolerations(job) if placed else [])],
+        "tolerations": [*_own_tolerations(), *(each.to_wire() for each in job.spec.pod_template.tolerations if placed)],
         "volumes": _volumes(job, attempt, [*before, program]),
     }
     if placed and template.node_selector:
@@ -145,10 +148,6 @@ def _threads(job: Job) -> int | None:
     return max(1, int(cores / job.ranks_per_node))
 
 
-def _as_list(variables: Mapping[str, str]) -> list[Manifest]:
-    return [{"name": name, "value": value} for name, value in variables.items()]
-
-
 def _resume_claim(job: Job, stage: Stage) -> str | None:
     """The claim with another job's checkpoint that Train starts from, if it is not on the run's own."""
     resume_from = job.spec.training.resume_from
@@ -233,10 +232,6 @@ def _own_tolerations() -> list[Manifest]:
         }
         for taint in ("not-ready", "unreachable")
     ]
-
-
-def _tolerations(job: Job) -> list[Manifest]:
-    return [toleration.to_wire() for toleration in job.spec.pod_template.tolerations]
 
 
 def computing_resources(job: Job) -> Manifest:

@@ -8,7 +8,6 @@ import sys
 import termios
 from collections.abc import Callable
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
 from rich.console import Console, Group
@@ -35,9 +34,7 @@ class Output(Protocol):
     def __enter__(self) -> Self:
         """Begin to show."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End; what was shown last stays on the screen."""
 
     def scene(self, scene: Scene) -> None:
@@ -65,11 +62,9 @@ class LiveOutput:
         self._live.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.vertical_overflow = "visible"
-        self._live.__exit__(kind, error, trace)
+        self._live.__exit__(None, None, None)
         self._quiet.end()
 
     def scene(self, scene: Scene) -> None:
@@ -118,9 +113,7 @@ class _Lines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.flush()
 
 

@@ -43,7 +43,7 @@ def forbidden_changes(found: list[Change], status: JobStatus) -> list[Change]:
     """The changes that a job in this state does not allow."""
     finished = status.is_true(ConditionType.COMPLETE) or status.is_true(ConditionType.FAILED)
     free = MUTABLE if finished else MUTABLE + MUTABLE_WHILE_STOPPED
-    return [change for change in found if not any(_below(change.path, prefix) for prefix in free)]
+    return [change for change in found if not any(f"{change.path}.".startswith(f"{prefix}.") for prefix in free)]
 
 
 def has_trained(status: JobStatus) -> bool:
@@ -61,10 +61,6 @@ def refusal(job: FineTuneJob, found: list[Change], status: JobStatus, run: str) 
         f"{job.metadata.name} {state} with a different spec: {named}{more} changed. Undo the change to resume, give "
         f"the job a different metadata.name, or add --fresh to start over (what was done stays in {run})."
     )
-
-
-def _below(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(f"{prefix}.")
 
 
 def _fields(spec: FineTuneJobSpec) -> dict[str, Any]:
