@@ -102,18 +102,14 @@ def _paragraphs(text: str) -> str:
 class LazyGroup(TyperGroup):
     """Lists the commands from `COMMANDS` and imports one only when it is called."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """In the table's order."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A stand-in with name and help: enough for listing and completing."""
-        entry = COMMANDS.get(cmd_name)
-        return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel) if entry else None
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = {
+            name: TyperCommand(name, help=entry.help, rich_help_panel=entry.panel) for name, entry in COMMANDS.items()
+        }
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The real command in place of its stand-in."""
-        self.commands = {name: self.get_command(ctx, name) for name in COMMANDS}
+        """The real command in place of its stand-in, which has a name and a help line."""
         name, _, rest = super().resolve_command(ctx, args)
         return name, load(name) if name else None, rest
 
