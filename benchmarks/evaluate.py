@@ -17,6 +17,7 @@ from benchmarks.harness import Figures, Result, Size, Table, in_turn, ratios, sp
 from finetune_api.traits import Method
 from finetune_trainer.data.evaluation_rows import read_evaluation
 from finetune_trainer.data.manifest import PreparedManifest
+from finetune_trainer.evaluate.final_answer import AnswerReader
 from finetune_trainer.evaluate.generation import greedy_answers
 from finetune_trainer.evaluate.likelihood import (
     ClosedQuestion,
@@ -85,12 +86,13 @@ def score_labels(model: Any, rows: Sequence[ClosedQuestion], rounds: int) -> Fig
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], rounds: int, new_tokens: int) -> Figures:
     """Seconds for all prompts of each way, in turn."""
+    reader = AnswerReader(tokenizer)
 
     def answers(groups: Sequence[Sequence[Sequence[int]]]) -> Callable[[], float]:
         def run() -> float:
             begun = time.perf_counter()
             for group in groups:
-                greedy_answers(model, tokenizer, group, max_new_tokens=new_tokens, tokens_per_batch=8192)
+                greedy_answers(model, reader, group, max_new_tokens=new_tokens, tokens_per_batch=8192)
             return time.perf_counter() - begun
 
         return run

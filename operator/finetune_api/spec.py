@@ -575,7 +575,8 @@ class Evaluation(ApiModel):
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of held-out rows to evaluate per dataset, drawn with the split's seed. Default: all."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    """Maximum number of tokens of a generated answer (question answering, summaries, `prompts`)."""
+    """Maximum number of tokens of a generated answer (question answering, summaries, `prompts`). A model that thinks
+    before it answers gets up to 16 times as many for its thoughts, which are not scored."""
     prompts: Annotated[list[Text], Field(max_length=64)] = []
     """Prompts that the base and the tuned model answer side by side in the report."""
     metrics: Annotated[

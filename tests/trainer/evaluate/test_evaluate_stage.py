@@ -12,9 +12,13 @@ from tests.support.evaluation_runs import EvaluationRun
 from tests.support.ranks import run_ranks
 
 from finetune_api.report import FailureClass, MetricResult, Results
+from finetune_api.traits import Task
 from finetune_trainer.context import context_from_environment
+from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.digest import export_digest
 from finetune_trainer.evaluate import stage
+from finetune_trainer.evaluate.compare import DatasetAnswers
+from finetune_trainer.evaluate.metrics import Answer
 from finetune_trainer.failures import TrainerError
 
 Changed = Callable[..., EvaluationRun]
@@ -117,6 +121,20 @@ def test_progress_and_choices_are_reported(evaluated: EvaluationRun) -> None:
     assert report.choices["evaluation.scoring.tuned"].value == "tree"
     assert report.origin["model"] == "acme/tiny-base@" + "b" * 40
     assert report.origin["versions"].keys() >= {"torch", "transformers", "peft", "finetune-operator"}
+
+
+def test_thoughts_are_counted_and_unfinished_ones_are_a_warning(evaluated: EvaluationRun) -> None:
+    rows = [EvaluationRow(str(n), "q", "question-answering") for n in range(3)]
+    tuned = [Answer(), Answer(thought="finished"), Answer(thought="finished")]
+    base = [Answer(), Answer(), Answer(thought="unfinished")]
+    context = evaluated.context(number=2)
+    stage._report_thoughts(context, [DatasetAnswers("q", Task.QUESTION_ANSWERING, rows, tuned, base)])
+    report = context.reporter.report
+    assert report.choices["evaluation.thoughts.q.tuned"].why.startswith("2 of 3 answers begin with a thought")
+    assert report.warnings == [
+        "1 of 3 answers to q (base) were still a thought after 136 tokens and are scored as empty: "
+        "raise evaluation.maxNewTokens."
+    ]
 
 
 # -- what each field changes ------------------------------------------------------------------------------------

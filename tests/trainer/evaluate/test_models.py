@@ -146,6 +146,7 @@ def test_without_a_baseline_one_model_is_loaded(base: Path, tmp_path: Path) -> N
 def test_a_generation_config_with_a_penalty_does_not_change_answers(base: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
+    from finetune_trainer.evaluate.final_answer import AnswerReader
     from finetune_trainer.evaluate.generation import greedy_answers
 
     answers = []
@@ -158,7 +159,8 @@ def test_a_generation_config_with_a_penalty_does_not_change_answers(base: Path, 
             config.write_text('{"repetition_penalty": 5.0, "do_sample": true, "temperature": 3.0}')
         tokenizer = AutoTokenizer.from_pretrained(out / "export")
         with opened(source(prepared, out, Method.FULL), "tuned") as model:
-            answers.append(greedy_answers(model, tokenizer, [IDS], max_new_tokens=12, tokens_per_batch=100))
+            reader = AnswerReader(tokenizer)
+            answers.append(greedy_answers(model, reader, [IDS], max_new_tokens=12, tokens_per_batch=100))
     assert answers[0] == answers[1]
 
 
@@ -167,6 +169,7 @@ def test_the_head_gets_batches_that_lie_in_one_piece(base: Path, tmp_path: Path,
     """Else PyTorch multiplies row by row, each with a copy of the head: 57 MB per row with 49,152 tokens."""
     from transformers import AutoTokenizer
 
+    from finetune_trainer.evaluate.final_answer import AnswerReader
     from finetune_trainer.evaluate.generation import greedy_answers
 
     prepared, seen = exported(base, tmp_path, method), []
@@ -178,6 +181,6 @@ def test_the_head_gets_batches_that_lie_in_one_piece(base: Path, tmp_path: Path,
         )
         if not has_virtual_tokens(model):
             tree_scores(model, several)
-        greedy_answers(model, tokenizer, [IDS, IDS[:3]], max_new_tokens=2, tokens_per_batch=100)
+        greedy_answers(model, AnswerReader(tokenizer), [IDS, IDS[:3]], max_new_tokens=2, tokens_per_batch=100)
     assert {variant for variant, (rows, _), _ in seen if rows > 1} == {"tuned", "base"}
     assert all(contiguous for *_, contiguous in seen)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_trainer.data.evaluation_rows import EvaluationRow
+from finetune_trainer.evaluate.final_answer import AnswerReader
 from finetune_trainer.evaluate.generation import greedy_answers
 from finetune_trainer.evaluate.likelihood import (
     Budget,
@@ -40,7 +41,7 @@ def closed(row: EvaluationRow, *, few_shot: bool = False) -> ClosedQuestion:
 
 def answer_rows(
     model: Any,
-    tokenizer: Any,
+    reader: AnswerReader,
     rows: Sequence[EvaluationRow],
     settings: AnswerSettings,
     *,
@@ -55,15 +56,15 @@ def answer_rows(
     if rows[0].ids:
         return _document_answers(model, rows, settings, done)
     prompts = [row.few_shot_prompt_ids if few_shot and row.few_shot_prompt_ids else row.prompt_ids for row in rows]
-    texts = greedy_answers(
+    answers = greedy_answers(
         model,
-        tokenizer,
+        reader,
         prompts,
         max_new_tokens=settings.max_new_tokens,
         tokens_per_batch=4 * settings.budget.tokens,
         done=done,
     )
-    return [Answer(text=text) for text in texts]
+    return [Answer(text=answer.text, thought=answer.thought) for answer in answers]
 
 
 def _closed_answers(

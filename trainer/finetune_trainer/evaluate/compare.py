@@ -29,6 +29,11 @@ class DatasetAnswers:
     base: list[Answer] | None = None
     baselines: dict[str, list[Answer]] = field(default_factory=dict)
 
+    @property
+    def everybody(self) -> dict[str, list[Answer]]:
+        """By `tuned`, `base` and the baselines' names."""
+        return {"tuned": self.tuned, **({"base": self.base} if self.base is not None else {}), **self.baselines}
+
 
 @dataclass(frozen=True)
 class MetricComparison:
@@ -60,9 +65,8 @@ def compare(datasets: Sequence[DatasetAnswers], asked: Sequence[str]) -> list[Me
 def _compare_one(
     dataset: DatasetAnswers, name: str, *, primary: bool, seed: int
 ) -> tuple[MetricComparison, dict[str, Float64]]:
-    speakers = {"tuned": dataset.tuned, **({"base": dataset.base} if dataset.base is not None else {})}
-    baselines = {who: answers for who, answers in dataset.baselines.items() if _answers_metric(name, answers)}
-    measures = {who: measure(name, dataset.rows, answers) for who, answers in (speakers | baselines).items()}
+    answered = {who: answers for who, answers in dataset.everybody.items() if _answers_metric(name, answers)}
+    measures = {who: measure(name, dataset.rows, answers) for who, answers in answered.items()}
     resampled = dict(zip(measures, resampled_values(list(measures.values()), seed), strict=True))
     values = {who: interval(m.value, resampled[who]) for who, m in measures.items()}
     sign = -1.0 if name in LOWER_IS_BETTER else 1.0
@@ -82,7 +86,7 @@ def _compare_one(
         base=measures["base"].value if "base" in measures else None,
         tuned=measures["tuned"].value,
         difference=difference,
-        baselines={who: measures[who].value for who in baselines},
+        baselines={who: measures[who].value for who in dataset.baselines if who in measures},
     )
     return MetricComparison(result, values, advantage), resampled
 

@@ -21,6 +21,7 @@ import regex
 from finetune_api.traits import Scoring, Task
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.data.words import fold, spaced, words
+from finetune_trainer.evaluate.final_answer import Thought
 
 Float64 = npt.NDArray[np.float64]
 
@@ -56,6 +57,8 @@ class Answer:
     """Tokens of the reference that `nll` is summed over."""
     right_tokens: int = 0
     """How many of these were the most probable token (likelihood tasks only)."""
+    thought: Thought = "none"
+    """Whether the model thought before a generated answer."""
 
 
 @dataclass(frozen=True)

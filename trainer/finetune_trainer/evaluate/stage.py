@@ -22,7 +22,6 @@ from finetune_api.files import write_json
 from finetune_api.report import Digests, FailureClass, Progress, Report, Results
 from finetune_api.traits import Task
 from finetune_trainer.context import RunContext
-from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.evaluation_rows import EvaluationRow, read_baseline, read_evaluation
 from finetune_trainer.data.manifest import MANIFEST_FILE, PreparedManifest
 from finetune_trainer.digest import export_digest, refuse_other
@@ -31,8 +30,9 @@ from finetune_trainer.evaluate.answers import AnswerSettings, answer_rows, close
 from finetune_trainer.evaluate.bootstrap import STATEMENT
 from finetune_trainer.evaluate.card import CardFacts, base_license, model_card
 from finetune_trainer.evaluate.compare import DatasetAnswers, MetricComparison, compare
+from finetune_trainer.evaluate.final_answer import AnswerReader
 from finetune_trainer.evaluate.gate import decide_gate
-from finetune_trainer.evaluate.generation import greedy_answers
+from finetune_trainer.evaluate.generation import THOUGHT_FACTOR, greedy_answers
 from finetune_trainer.evaluate.likelihood import Budget, has_virtual_tokens, tree_disagreement
 from finetune_trainer.evaluate.metrics import EXTRA, Answer
 from finetune_trainer.evaluate.models import ModelPair, Variant, fits_on_one_device, model_pair, opened_both
@@ -85,12 +85,13 @@ def run(context: RunContext) -> None:
         everyone = ranks.gather(answers)
         if ranks.rank:
             return
-    _decode_documents(pair, inputs)
+    _for_readers(pair, inputs)
     answered = _put_together(inputs, everyone, baseline=spec.evaluation.baseline)
     context.reporter.activity("comparing")
     _add_baselines(context, answered)
     compared = compare(answered, spec.evaluation.metrics)
     _warn_of_metrics_without_effect(context, manifest)
+    _report_thoughts(context, answered)
     metrics = [one.result for one in compared]
     gate = decide_gate(spec.evaluation.gate, metrics, baseline=spec.evaluation.baseline)
     results = Results(split=manifest.evaluation_split, metrics=metrics, gate=gate, export_digest=digest)
@@ -202,7 +203,8 @@ def _all_answers(
     prompted: dict[Variant, list[str]] = {}
     if pair.device_map and context.rank:
         return answers, []
-    tokenizer = AutoTokenizer.from_pretrained(pair.export, trust_remote_code=pair.trust_remote_code)
+    tokenizer: Any = AutoTokenizer.from_pretrained(pair.export, trust_remote_code=pair.trust_remote_code)
+    reader = AnswerReader(tokenizer)
     progress = _RowProgress(context, inputs, variants=(2 if spec.evaluation.baseline else 1) + inputs.few_shot)
     context.reporter.activity("loading the model")
     for variant, model in opened_both(pair, base=spec.evaluation.baseline):
@@ -214,11 +216,11 @@ def _all_answers(
             for name, rows in inputs.rows.items():
                 own = inputs.own[name]
                 given = answer_rows(
-                    model, tokenizer, [rows[i] for i in own], settings, few_shot=few_shot, done=progress.add
+                    model, reader, [rows[i] for i in own], settings, few_shot=few_shot, done=progress.add
                 )
                 answers[who, name] = list(zip(own, given, strict=True))
         if context.rank == 0 and inputs.prompts:
-            prompted[variant] = _answers_to_prompts(model, tokenizer, inputs.prompts, settings)
+            prompted[variant] = _answers_to_prompts(model, reader, inputs.prompts, settings)
     both = zip(
         inputs.prompts, prompted.get("base", [None] * len(inputs.prompts)), prompted.get("tuned", []), strict=False
     )
@@ -244,12 +246,17 @@ def _settings(
     return AnswerSettings(settings.max_new_tokens, budget, trees)
 
 
-def _answers_to_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], settings: AnswerSettings) -> list[str]:
-    chat = ChatFormat(tokenizer)
-    ids = [chat.prompt([{"role": "user", "content": prompt}])[1] for prompt in prompts]
-    return greedy_answers(
-        model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, tokens_per_batch=4 * settings.budget.tokens
+def _answers_to_prompts(
+    model: Any, reader: AnswerReader, prompts: Sequence[str], settings: AnswerSettings
+) -> list[str]:
+    answers = greedy_answers(
+        model,
+        reader,
+        [reader.chat.prompt([{"role": "user", "content": prompt}])[1] for prompt in prompts],
+        max_new_tokens=settings.max_new_tokens,
+        tokens_per_batch=4 * settings.budget.tokens,
     )
+    return ["(a thought without an end)" if a.thought == "unfinished" else a.text for a in answers]
 
 
 class _RowProgress:
@@ -275,15 +282,19 @@ class _RowProgress:
 # -- results ----------------------------------------------------------------------------------------------------
 
 
-def _decode_documents(pair: ModelPair, inputs: EvaluationInputs) -> None:
-    """Give rows that came as tokens their text, for those who read the results."""
+def _for_readers(pair: ModelPair, inputs: EvaluationInputs) -> None:
+    """Give rows that came as tokens their text, and references the form in which they are compared."""
     from transformers import AutoTokenizer
 
-    if not any(row.ids for rows in inputs.rows.values() for row in rows[:1]):
-        return
     tokenizer: Any = AutoTokenizer.from_pretrained(pair.export, trust_remote_code=pair.trust_remote_code)
+    reader = AnswerReader(tokenizer)
     for name, rows in inputs.rows.items():
-        inputs.rows[name] = [replace(row, text=tokenizer.decode(row.ids)) if row.ids else row for row in rows]
+        inputs.rows[name] = [
+            replace(row, text=tokenizer.decode(row.ids))
+            if row.ids
+            else replace(row, answers=[reader.reference(answer) for answer in row.answers])
+            for row in rows
+        ]
 
 
 def _put_together(
@@ -342,6 +353,27 @@ def _warn_of_metrics_without_effect(context: RunContext, manifest: PreparedManif
             context.reporter.warn(
                 f"evaluation.metrics: {metric} applies only to {tasks_of_metric}; this job has no such dataset."
             )
+
+
+def _report_thoughts(context: RunContext, answered: Sequence[DatasetAnswers]) -> None:
+    """Say which answers came after thoughts, and which did not come because a thought did not end."""
+    most = context.config.spec.evaluation.max_new_tokens
+    for dataset in answered:
+        for who, answers in dataset.everybody.items():
+            thoughts = [answer.thought for answer in answers if answer.thought != "none"]
+            if not thoughts:
+                continue
+            context.reporter.choose(
+                f"evaluation.thoughts.{dataset.name}.{who}",
+                f"{THOUGHT_FACTOR * most:,} more tokens",
+                f"{len(thoughts):,} of {len(answers):,} answers begin with a thought, which is not scored",
+            )
+            unfinished = thoughts.count("unfinished")
+            if unfinished:
+                context.reporter.warn(
+                    f"{unfinished:,} of {len(answers):,} answers to {dataset.name} ({who}) were still a thought after "
+                    f"{(1 + THOUGHT_FACTOR) * most:,} tokens and are scored as empty: raise evaluation.maxNewTokens."
+                )
 
 
 def _reports(context: RunContext) -> list[tuple[int, Report]]:
