@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from yaml.reader import ReaderError
 
 PathParts = tuple[str | int, ...]
 
@@ -73,7 +74,11 @@ class Document:
 
 def read_documents(text: str) -> Iterator[Document]:
     """Yield the documents that are not empty; raises `DocumentError` at the first that cannot be read."""
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise DocumentError(f"not YAML: contains the control character U+{error.character:04X}", line) from None
     number = 0
     try:
         while loader.check_node():

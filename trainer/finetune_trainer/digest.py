@@ -26,9 +26,8 @@ def export_digest(directory: Path) -> str:
     Raises TrainerError if a file is missing, unknown or not what `digest.json` says.
     """
     try:
-        recorded: dict[str, Any] = json.loads((directory / DIGEST_FILE).read_text())
-        known: dict[str, Any] = recorded["files"]
-    except (OSError, ValueError, KeyError) as error:
+        known: dict[str, Any] = dict(json.loads((directory / DIGEST_FILE).read_text())["files"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise TrainerError(
             FailureClass.CRASH, f"{directory} is not a complete export: {DIGEST_FILE} is missing or damaged."
         ) from error

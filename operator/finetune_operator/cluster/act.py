@@ -134,7 +134,7 @@ def snapshot_image(config: Object | None, uid: str) -> str | None:
     # Read loosely: an older operator's snapshot may hold fields that this one does not know.
     try:
         return str(json.loads(text).get("image", ""))
-    except ValueError:
+    except (ValueError, AttributeError, RecursionError):
         return RunConfig.model_fields["image"].default  # type: ignore[no-any-return]
 
 

@@ -198,7 +198,7 @@ def _image(run_config: str) -> str:
     """Of a run config, what is read again: the image."""
     try:
         return json.dumps({"image": json.loads(run_config).get("image", "")})
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return run_config
 
 

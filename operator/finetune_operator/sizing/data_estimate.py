@@ -73,11 +73,15 @@ def _rows_of(dataset: Dataset, places: Sequence[Path]) -> _Rows:
         tokens = known.characters / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
         return _Rows(count, tokens, round(2 * tokens), f"{count:,} rows, the known size of {dataset.repo}")
     files = _files(find_path(dataset.path, places)) if dataset.path is not None else []
+    why = "is not on this machine"
     if files:
-        return _measured(files, dataset)
+        try:
+            return _measured(files, dataset)
+        except Exception as error:  # whatever csv, json and pyarrow raise for a damaged file
+            why = f"cannot be read ({type(error).__name__})"
     count = dataset.max_rows or ASSUMED_ROWS
     where = dataset.repo or dataset.path
-    note = f"assumed {count:,} rows of {ASSUMED_TOKENS} tokens, because {where} is not on this machine"
+    note = f"assumed {count:,} rows of {ASSUMED_TOKENS} tokens, because {where} {why}"
     return _Rows(count, ASSUMED_TOKENS, 4 * ASSUMED_TOKENS, note)
 
 

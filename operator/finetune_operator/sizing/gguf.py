@@ -25,6 +25,8 @@ _ARCHITECTURES = {
 _FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 """Value types of fixed size, as struct reads them."""
 _STRING, _ARRAY = 8, 9
+_LONGEST_TEXT, _MOST_DIMENSIONS = 1 << 24, 8
+"""Of a header that is none: the file could claim to hold more than there is memory."""
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
@@ -32,11 +34,12 @@ def gguf_config(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             metadata, shapes = _header(file)
-    except (OSError, struct.error, ValueError, KeyError, OverflowError) as error:
+    except (OSError, struct.error, ValueError, LookupError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not a readable GGUF file: {error}.") from error
     kind = str(metadata.get("general.architecture", ""))
     sizes = {key.removeprefix(f"{kind}."): value for key, value in metadata.items()}
-    vocabulary = shapes["token_embd.weight"][1] if "token_embd.weight" in shapes else sizes.get("vocab_size", 0)
+    embedding = shapes.get("token_embd.weight", ())
+    vocabulary = embedding[1] if len(embedding) == 2 else sizes.get("vocab_size", 0)
     config = {
         "architectures": [_ARCHITECTURES.get(kind, kind)],
         "hidden_size": sizes.get("embedding_length"),
@@ -68,6 +71,8 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     for _ in range(tensor_count):
         name = _string(file)
         (dimensions,) = struct.unpack("<I", file.read(4))
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor has {dimensions:,} dimensions")
         shapes[name] = struct.unpack(f"<{dimensions}Q", file.read(8 * dimensions))
         file.read(12)
     return metadata, shapes
@@ -75,6 +80,8 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
 
 def _string(file: BinaryIO) -> str:
     (length,) = struct.unpack("<Q", file.read(8))
+    if length > _LONGEST_TEXT:
+        raise ValueError(f"a text has {length:,} bytes")
     return file.read(length).decode("utf-8", "replace")
 
 

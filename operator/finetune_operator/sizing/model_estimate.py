@@ -13,6 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from finetune_api.report import ModelFacts
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.errors import UserError
@@ -73,8 +75,14 @@ def _from_path(path: Path) -> ModelEstimate:
 def _facts(config: dict[str, Any], parameters: int | None = None) -> ModelFacts:
     try:
         return model_facts(config, parameters)
-    except (UnknownShapeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"Cannot read the model's shape: {error}.") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except UnknownShapeError as error:
+        why = str(error)
+    except Exception as error:  # a config by strangers has any type in any place
+        why = f"its config.json has a value of the wrong kind ({error!r})"
+    raise UserError(f"Cannot read the model's shape: {why}.")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -82,7 +90,7 @@ def _json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON; a model's config.json is needed.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a model's config.json.")
@@ -95,12 +103,16 @@ def _counted(directory: Path) -> int | None:
     tied = bool(_json(directory / "config.json").get("tie_word_embeddings"))
     for path in directory.glob("model*.safetensors"):
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(
-            prod(tensor["shape"])
-            for name, tensor in header.items()
-            if name != "__metadata__" and not (tied and name == "lm_head.weight")
-        )
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(min(length, path.stat().st_size)))
+                total += sum(
+                    prod(tensor["shape"])
+                    for name, tensor in header.items()
+                    if name != "__metadata__" and not (tied and name == "lm_head.weight")
+                )
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                raise UserError(f"{path} has no header of a safetensors file.") from error
     return total or None
 
 

@@ -263,6 +263,8 @@ def with_file(path: Path) -> None:
         (lambda out: (out / "extra.bin").touch(), r"extra\.bin was added"),
         (lambda out: (out / "digest.json").unlink(), "not a complete export"),
         (lambda out: (out / "digest.json").write_text("{"), "not a complete export"),
+        (lambda out: (out / "digest.json").write_text("[]"), "not a complete export"),
+        (lambda out: (out / "digest.json").write_text('{"files": 1}'), "not a complete export"),
         (lambda out: with_link(out / "notes.txt"), r"notes\.txt is a link"),
         (lambda out: with_link(out / "assets/digest.json"), r"assets/digest\.json is a link"),
         (lambda out: with_file(out / "assets/digest.json"), r"assets/digest\.json was added"),

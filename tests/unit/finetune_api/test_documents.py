@@ -67,6 +67,7 @@ def test_deep_nesting_is_refused_in_a_sentence(text: str) -> None:
         ("".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, *a{n - 1}' if n else ''}]}}\n" for n in range(40)), 16, "100,000"),
         ("".join(f"a{n}: &a{n} [{f'*a{n - 1}' if n else 'x'}]\n" for n in range(200)), 100, "more than 100 levels"),
         ("a: !!python/object:os.system x\n", 1, "not YAML"),
+        ("a: 1\nb: \0\n", 2, "not YAML: contains the control character U+0000"),
         ("? [a]\n: b\n", 1, "a field's name must be text"),
         ("a: &x [*x]\n", 1, "refers to an enclosing value"),
     ],

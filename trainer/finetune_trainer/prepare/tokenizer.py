@@ -70,7 +70,7 @@ def load_tokenizer(place: Path, *, trust_remote_code: bool = False) -> Any:
         return gguf.load_tokenizer(place)
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of no narrower class where `tokenizers` cannot read a file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sentence = f"The model's tokenizer cannot be read: {reason[:400]}"
         raise TrainerError(FailureClass.BAD_SPEC, sentence, "model") from error

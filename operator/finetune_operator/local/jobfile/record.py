@@ -18,8 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from finetune_api.files import write_json
 from finetune_api.runconfig import RUN_CONFIG_FILE
 from finetune_api.spec import FineTuneJob, ObjectMeta
@@ -74,12 +72,14 @@ def read(run: Path) -> Record:
     _refuse_links(run, *run.glob("*"), *run.glob("logs/**/*"), *run.glob("reports/*"))
     try:
         resource = json.loads((run / STATUS_FILE).read_text(encoding="utf-8"))
+        if not isinstance(resource, dict):
+            raise ValueError("not a JSON object")
         status = JobStatus.parse(resource.pop("status", None))
         job = FineTuneJob.model_validate(resource)
         if job.metadata.uid != run.name:
             raise ValueError("the record of another run")
         return Record(run, job, status)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{run / STATUS_FILE} cannot be read ({type(error).__name__}): remove {run} to start over, "
             "or add --fresh to keep it and start a new run.",

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from tests.support.time_limits import scaled
 
+from finetune_api.runconfig import RUN_CONFIG_FILE
 from finetune_operator.cluster import api, watch
+from finetune_operator.cluster.act import snapshot_image
 from finetune_operator.cluster.api import ApiError
 from finetune_operator.cluster.store import Key, Store
 from finetune_operator.cluster.watch import Watch
@@ -128,6 +130,17 @@ async def test_what_belongs_to_one_job_is_listed_alone_when_it_is_doubted() -> N
     assert await made.look_again(Key("ml", "support"))
     assert (names(store), names(store, "other")) == (["listed", "made-since"], ["another-jobs"])
     assert set(told) == {Key("ml", "support")}
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "[" * 100_000, '{"image": []}'])
+async def test_a_run_config_that_somebody_else_wrote_ends_no_watch(text: str) -> None:
+    owner = {"kind": "FineTuneJob", "name": "support", "uid": "u", "controller": True}
+    body = pod("support-config", 1)
+    body["metadata"]["ownerReferences"] = [owner]
+    store = Store()
+    assert store.put("ConfigMap", body | {"data": {RUN_CONFIG_FILE: text}}) == Key("ml", "support")
+    (kept,) = store.of("ConfigMap", Key("ml", "support"))
+    assert isinstance(snapshot_image(kept, "u"), str | None)
 
 
 async def test_what_was_made_after_a_list_is_not_forgotten_by_it() -> None:

@@ -101,6 +101,15 @@ def test_a_recorded_run_with_a_link_in_it_is_refused(tmp_path: Path, place: str)
         record.read(made.run)
 
 
+@pytest.mark.parametrize("text", ["", "null", "[]", "[" * 100_000, '{"status": []}', '{"spec": 1}'])
+def test_a_record_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    made = record.create(tmp_path, FineTuneJob.model_validate(job()))
+    made.save()
+    (made.run / record.STATUS_FILE).write_text(text)
+    with pytest.raises(UserError, match="cannot be read"):
+        record.read(made.run)
+
+
 def test_a_record_that_names_another_run_is_refused(tmp_path: Path) -> None:
     made = record.create(tmp_path, FineTuneJob.model_validate(job()))
     made.save()
