@@ -16,20 +16,20 @@ export UV_SYSTEM_CERTS ?= 1
 # Without bytecode every process compiles torch and transformers anew: half of its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run test e2e images lint generate verify bench bench-full bench-operator clean
+.PHONY: help setup run test e2e images lint hashes generate verify bench bench-full bench-operator clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY) ## create .venv with all dependencies (the other targets do it when needed)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt hashes.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	  || { echo "Python 3.11 or newer is needed: install it, or say which with make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	  || { echo "Python's venv module is missing: apt-get install python3-venv (or your system's package)"; exit 1; }
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	@sed -n '/^uv==/,/[0-9a-f]$$/p' hashes.txt | $(BIN)/python -m pip install --quiet --require-hashes --requirement /dev/stdin
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --constraint hashes.txt \
 	  --editable '.[operator,trainer]' --group dev
 	@touch $@
 
@@ -55,6 +55,11 @@ lint: $(READY) ## run ruff, mypy, import-linter, vulture and deptry
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/deptry operator trainer
+
+hashes: $(READY) ## write hashes.txt after a change of constraints.txt or images/build-tools.txt (asks the package index)
+	{ echo '# Generated from constraints.txt and images/build-tools.txt by `make hashes`; edits are lost.'; \
+	  $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-header \
+	    --no-annotate constraints.txt images/build-tools.txt; } > hashes.new && mv hashes.new hashes.txt
 
 generate: $(READY) ## write all generated files: CRD, reference page, chart values, code map
 	$(BIN)/python -m finetune_api.generate

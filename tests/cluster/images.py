@@ -105,7 +105,7 @@ class Images:
         """A digest of everything that an image is made from."""
         files = [
             "pyproject.toml",
-            "constraints.txt",
+            "hashes.txt",
             "README.md",
             "LICENSE",
             "images/build-tools.txt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatch
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -36,7 +37,7 @@ def test_a_change_of_code_leaves_the_layer_of_the_dependencies_as_it_was(path: P
     steps = instructions(path)
     last_stage = steps[max(i for i, (name, _) in enumerate(steps) if name == "FROM") :]
     copied = [words.split()[:-1] for name, words in last_stage if name == "COPY"]
-    assert copied[0] == ["pyproject.toml", "constraints.txt", "images/build-tools.txt"]
+    assert copied[0] == ["pyproject.toml", "hashes.txt", "images/build-tools.txt"]
     assert copied[1:] == [["--from=project", "/opt/project"]]
     (code,) = [i for i, (_, words) in enumerate(last_stage) if words.startswith("--from=project")]
     assert "RUN" not in [name for name, _ in last_stage[code:]], "made again after every change of code"
@@ -52,14 +53,47 @@ def test_everything_that_is_copied_is_let_into_the_build(path: Path) -> None:
                 assert any(fnmatch(source, pattern) for pattern in allowed), source
 
 
-def test_what_builds_the_images_is_pinned_and_agrees_with_the_projects_own_pins() -> None:
-    def pins(name: str) -> dict[str, str]:
-        lines = (ROOT / name).read_text().splitlines()
-        return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+def pins(name: str) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;\n]+)", (ROOT / name).read_text(), flags=re.MULTILINE))
 
+
+def test_what_builds_the_images_is_pinned_and_agrees_with_the_projects_own_pins() -> None:
     tools, project = pins("images/build-tools.txt"), pins("constraints.txt")
     assert {"uv", "hatchling", "cyclonedx-bom"} <= tools.keys()
     assert {name: project.get(name, version) for name, version in tools.items()} == tools
+
+
+def test_every_package_that_is_installed_is_pinned() -> None:
+    installed = {
+        re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower(): found.version for found in metadata.distributions()
+    }
+    project = pins("constraints.txt")
+    unpinned = {name for name, version in installed.items() if project.get(name) != version}
+    assert unpinned <= {"finetune-operator", "pip"}
+
+
+def test_every_pinned_package_has_hashes() -> None:
+    pinned = pins("constraints.txt") | pins("images/build-tools.txt")
+    assert pins("hashes.txt") == pinned, "run `make hashes`, and commit the result"
+    _, *entries = re.split(r"^(?=[a-z])", (ROOT / "hashes.txt").read_text(), flags=re.MULTILINE)
+    for entry in entries:
+        head, *hashes = entry.rstrip().split(" \\\n")
+        assert hashes, head
+        assert all(re.fullmatch(r" {4}--hash=sha256:[0-9a-f]{64}", line) for line in hashes), head
+
+
+@pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda path: path.parent.name)
+def test_an_image_installs_only_files_whose_hashes_are_known(path: Path) -> None:
+    installs = [
+        words
+        for name, step in instructions(path)
+        for words in step.split(" && ")
+        if name == "RUN" and "pip install" in words
+    ]
+    built_here = [words for words in installs if "/dist/" in words]
+    assert len(built_here) == 1
+    assert all("--require-hashes" in words for words in installs if words not in built_here)
+    assert len(installs) == 6
 
 
 @pytest.mark.parametrize("name", ["podman", "buildah", "docker"])
