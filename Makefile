@@ -12,11 +12,12 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 RETRY_WAITS := --reruns 1 --only-rerun TimedOutError
 BENCH_ARGS ?=
 IMAGE_ARGS ?=
+FUZZ_SECONDS ?= 120
 export UV_SYSTEM_CERTS ?= 1
 # Without bytecode every process compiles torch and transformers anew: half of its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run test e2e images lint hashes generate verify bench bench-full bench-operator clean
+.PHONY: help setup run test fuzz e2e images lint hashes generate verify bench bench-full bench-operator clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,9 +39,12 @@ run: $(READY) ## fine-tune a small model end to end on this machine, and measure
 	$(BIN)/finetune run examples/quickstart.yaml
 
 test: verify ## run verify and all tests; lists at the end what this machine could not run
-	$(BIN)/python -m pytest tests/unit tests/trainer tests/local $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/trainer tests/local tests/fuzz $(WORKERS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(WORKERS) $(RETRY_WAITS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/e2e $(RETRY_WAITS) --maxfail 3 $(PYTEST_ARGS)
+
+fuzz: $(READY) ## try new hostile input on each parser of outside data; FUZZ_SECONDS=600 for each, PYTEST_ARGS="-k parquet" for one
+	FINETUNE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -n 2 --timeout $$(($(FUZZ_SECONDS) + 300)) $(PYTEST_ARGS)
 
 e2e: $(READY) ## run the end-to-end tests: real pods on this machine, with injected failures (needs root and about 40 GB)
 	FINETUNE_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest tests/e2e $(RETRY_WAITS) $(PYTEST_ARGS)

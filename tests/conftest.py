@@ -30,7 +30,7 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-FIRST = ("unit", "trainer", "local", "integration", "e2e")
+FIRST = ("unit", "fuzz", "trainer", "local", "integration", "e2e")
 LONG = ("local/test_run_end_to_end.py", "trainer/benchmarks/test_benchmarks.py", "trainer/train/test_launchers.py")
 """Files that take a minute and more: begun last, they would keep one worker busy while the other has ended."""
 
