@@ -104,7 +104,7 @@ class AttemptRecord(ApiModel):
     message: str = ""
     """Root cause, as a sentence."""
     rank: int | None = None
-    """Rank that caused the failure."""
+    """Rank that reported the failure that is the root cause; absent if no rank reported it."""
     counted: bool = False
     """Whether it counts towards `retry.limit`."""
     forgiven: bool = False

@@ -17,7 +17,7 @@ from finetune_api.status import AttemptRecord, JobStatus
 from finetune_api.traits import Method
 from finetune_operator.cluster.api import Object
 from finetune_operator.decision.model import Child, Environment, Missing, Observation, Pod, PodPhase
-from finetune_operator.manifests.backend import Backend, ChildState, condition_of, describe
+from finetune_operator.manifests.backend import Backend, ObjectState, condition_of, describe
 from finetune_operator.manifests.backends import BACKENDS
 from finetune_operator.manifests.job import UID_LABEL
 from finetune_operator.manifests.labels import ATTEMPT, STAGE, node_rank
@@ -180,7 +180,7 @@ def _child(
     backend: Backend,
 ) -> Child:
     _, stage, number = key
-    read = tuple(sorted((read_pod(pod, out_of_service) for pod in pods), key=lambda pod: pod.index))
+    read = tuple(sorted((read_pod(pod, out_of_service) for pod in pods), key=lambda pod: pod.node_rank))
     foreign = _foreign(stage, pods, backend) if body is None else ""
     if foreign:
         return _carried_by_another(stage, number, ours, read, foreign)
@@ -225,10 +225,10 @@ def _carried_by_another(stage: Stage, number: int, ours: bool, pods: tuple[Pod, 
     )
 
 
-def batch_state(body: Object) -> ChildState:
+def batch_state(body: Object) -> ObjectState:
     """The state of a batch/v1 Job; suspended (by a queue) means queued."""
     failed = condition_of(body, "Failed") or condition_of(body, "FailureTarget")
-    return ChildState(
+    return ObjectState(
         succeeded=condition_of(body, "Complete") is not None,
         failed=failed is not None,
         queued=bool(body["spec"].get("suspend")),
@@ -258,7 +258,7 @@ def read_pod(body: Object, out_of_service: frozenset[str]) -> Pod:
     node = spec.get("nodeName", "")
     return Pod(
         name=meta["name"],
-        index=node_rank(meta.get("labels") or {}),
+        node_rank=node_rank(meta.get("labels") or {}),
         phase=phase,
         terminating="deletionTimestamp" in meta,
         evicted=status.get("reason") == "Evicted" or (disruption is not None and reason not in NODE_LOST_REASONS),

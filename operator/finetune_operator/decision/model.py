@@ -47,7 +47,7 @@ class Pod:
     """One pod of an attempt."""
 
     name: str
-    index: int = 0
+    node_rank: int = 0
     phase: PodPhase = PodPhase.PENDING
     terminating: bool = False
     """A deletionTimestamp is set: it may still be writing."""

@@ -22,7 +22,7 @@ _SIGKILL_EXIT = 128 + signal.SIGKILL
 
 @dataclass(frozen=True)
 class Cause:
-    """Root cause: its class, a sentence, and the rank where it arose."""
+    """Root cause: its class, a sentence, and the rank that reported it; None if no rank did."""
 
     reason: FailureClass | InfraFailure
     sentence: str
@@ -80,10 +80,10 @@ def _infra_failure(child: Child) -> Cause | None:
     for pod in child.pods:
         if pod.node_lost or pod.out_of_service:
             state = "is out of service" if pod.out_of_service else "is lost"
-            return Cause(InfraFailure.NODE_LOST, f"Node {pod.node or 'unknown'} of pod {pod.name} {state}.", pod.index)
+            return Cause(InfraFailure.NODE_LOST, f"Node {pod.node or 'unknown'} of pod {pod.name} {state}.")
     for pod in child.pods:
         if pod.evicted:
-            return Cause(InfraFailure.EVICTED, f"Pod {pod.name} was evicted or preempted by the cluster.", pod.index)
+            return Cause(InfraFailure.EVICTED, f"Pod {pod.name} was evicted or preempted by the cluster.")
     return None
 
 
@@ -112,7 +112,7 @@ def _from_exit(pod: Pod) -> Cause | None:
         what = f"was killed (SIGKILL). If the node ran out of memory, raise {_LIMIT}{limit}."
     else:
         what = f"{_exit_text(code)} without an error report."
-    return Cause(reason, f"Pod {pod.name} {what}", pod.index)
+    return Cause(reason, f"Pod {pod.name} {what}")
 
 
 def _exit_text(code: int | None) -> str:
@@ -130,8 +130,7 @@ def _without_evidence(child: Child, report: Report | None) -> Cause:
         return Cause(InfraFailure.DELETED, "The attempt was deleted from outside the job.")
     terminating = next((pod for pod in child.pods if pod.terminating), None)
     if terminating is not None:
-        sentence = f"Pod {terminating.name} was deleted from outside the job."
-        return Cause(InfraFailure.DELETED, sentence, terminating.index)
+        return Cause(InfraFailure.DELETED, f"Pod {terminating.name} was deleted from outside the job.")
     if len(child.pods) < child.pods_expected:
         gone = child.pods_expected - len(child.pods)
         return Cause(InfraFailure.DELETED, f"{gone} of {child.pods_expected} pods disappeared without an error report.")

@@ -10,7 +10,7 @@ from finetune_operator.manifests.job import Job, Manifest
 
 
 @dataclass(frozen=True)
-class ChildState:
+class ObjectState:
     """The state of the object that runs an attempt."""
 
     succeeded: bool = False
@@ -41,7 +41,7 @@ class Backend(Protocol):
         """The child of one attempt."""
         ...
 
-    def state(self, child: dict[str, Any]) -> ChildState:
+    def state(self, child: dict[str, Any]) -> ObjectState:
         """The state in a child's spec and status."""
         ...
 

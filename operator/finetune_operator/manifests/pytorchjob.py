@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_api.rendezvous import DEFAULT_PORT, TORCHRUN
 from finetune_api.runconfig import Attempt
-from finetune_operator.manifests.backend import ChildState, condition_of, describe
+from finetune_operator.manifests.backend import ObjectState, condition_of, describe
 from finetune_operator.manifests.job import Job, Manifest, attempt_metadata
 from finetune_operator.manifests.labels import REPLICA_INDEX
 from finetune_operator.manifests.training import training_template
@@ -52,11 +52,11 @@ class PyTorchJobBackend:
             },
         }
 
-    def state(self, child: dict[str, Any]) -> ChildState:
+    def state(self, child: dict[str, Any]) -> ObjectState:
         """Success and failure from its conditions; suspended by another controller means queued."""
         spec = child["spec"]
         succeeded, failed = condition_of(child, "Succeeded"), condition_of(child, "Failed")
-        return ChildState(
+        return ObjectState(
             succeeded=succeeded is not None,
             failed=failed is not None,
             queued=bool(spec.get("runPolicy", {}).get("suspend")),

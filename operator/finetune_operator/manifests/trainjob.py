@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.runconfig import Attempt
-from finetune_operator.manifests.backend import ChildState, condition_of, describe
+from finetune_operator.manifests.backend import ObjectState, condition_of, describe
 from finetune_operator.manifests.job import Job, Manifest, attempt_metadata
 from finetune_operator.manifests.training import training_template
 
@@ -59,11 +59,11 @@ class TrainJobBackend:
             },
         }
 
-    def state(self, child: dict[str, Any]) -> ChildState:
+    def state(self, child: dict[str, Any]) -> ObjectState:
         """Success and failure from its conditions; suspended by another controller means queued."""
         spec = child["spec"]
         complete, failed = condition_of(child, "Complete"), condition_of(child, "Failed")
-        return ChildState(
+        return ObjectState(
             succeeded=complete is not None,
             failed=failed is not None,
             queued=bool(spec.get("suspend")),

@@ -159,7 +159,7 @@ class Coordinator:
         return tuple(self._pod(index, attempt) for index in self._heartbeats)
 
     def _pod(self, index: int, attempt: Attempt) -> Pod:
-        pod = Pod(name=f"{attempt.stage}-{attempt.number}/node{index}", index=index, node=f"machine {index}")
+        pod = Pod(name=f"{attempt.stage}-{attempt.number}/node{index}", node_rank=index, node=f"machine {index}")
         status = self._statuses.get(index)
         if status is None:
             return replace(pod, waiting=f"Machine {index} has not joined yet: run the same command there.")

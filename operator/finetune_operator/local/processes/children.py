@@ -125,7 +125,7 @@ class Children:
         ended = PodPhase.SUCCEEDED if code == 0 else PodPhase.FAILED
         return Pod(
             name=f"{record.stage}-{record.number}/node{process.index}",
-            index=process.index,
+            node_rank=process.index,
             phase=PodPhase.RUNNING if running else ended,
             terminating=running and (record.stage, record.number) in self._deleting,
             oom_killed=process.oom_killed,

@@ -52,7 +52,7 @@ def read(body: Body, out_of_service: frozenset[str] = NOTHING) -> Pod:
 def test_a_termination_message_is_the_failure() -> None:
     message = '{"class": "cuda-oom", "sentence": "No memory.", "rank": 5, "time": "2026-01-01T00:00:00Z"}'
     seen = read(pod(ended(68, message), index=1))
-    assert (seen.index, seen.phase, seen.exit_code) == (1, PodPhase.FAILED, 68)
+    assert (seen.node_rank, seen.phase, seen.exit_code) == (1, PodPhase.FAILED, 68)
     assert seen.failure is not None
     assert (seen.failure.failure_class, seen.failure.rank) == ("cuda-oom", 5)
     assert seen.finished == datetime(2026, 1, 1, 0, 0, 9, tzinfo=UTC)
@@ -166,7 +166,7 @@ def carrier(uid: str = "u1", owner: str | None = None, **meta: Any) -> Body:
 def test_a_child_is_its_object_and_its_pods_by_rank() -> None:
     (seen,) = children("u1", [carrier()], [pod(index=2), pod(index=0)], NOTHING, BACKEND)
     assert (seen.stage, seen.number, seen.ours, seen.exists, seen.pods_expected) == (Stage.TRAIN, 1, True, True, 3)
-    assert [p.index for p in seen.pods] == [0, 2]
+    assert [p.node_rank for p in seen.pods] == [0, 2]
 
 
 def test_pods_without_their_object_are_still_a_child() -> None:

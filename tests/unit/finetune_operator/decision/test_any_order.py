@@ -156,7 +156,7 @@ class AnyOrder(RuleBasedStateMachine):
         )
 
     def _has_pod(self, rank: int) -> bool:
-        return any(p.index == rank and p.phase is PodPhase.RUNNING for p in self.world.child.pods)
+        return any(p.node_rank == rank and p.phase is PodPhase.RUNNING for p in self.world.child.pods)
 
     @precondition(_running)
     @rule(ranks=st.sets(RANKS))
@@ -185,7 +185,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def the_node_comes_back(self) -> None:
         for pod in self.world.child.pods:
-            self.world.pod(pod.index, node_lost=False)
+            self.world.pod(pod.node_rank, node_lost=False)
 
     @precondition(_running)
     @rule(step=st.integers(1, 400))
@@ -216,7 +216,7 @@ class AnyOrder(RuleBasedStateMachine):
     def kueue_takes_it_back(self) -> None:
         child = self.world.child
         if child.exists and not child.failed and not child.succeeded:
-            self.world.change(queued=True, pods=tuple(Pod(p.name, p.index, node=p.node) for p in child.pods))
+            self.world.change(queued=True, pods=tuple(Pod(p.name, p.node_rank, node=p.node) for p in child.pods))
 
     @rule()
     def deleted_pods_go(self) -> None:

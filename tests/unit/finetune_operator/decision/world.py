@@ -229,14 +229,14 @@ class World:
         return self
 
     def pod(self, index: int, **what: object) -> World:
-        pods = tuple(replace(p, **what) if p.index == index else p for p in self.child.pods)  # type: ignore[arg-type]
+        pods = tuple(replace(p, **what) if p.node_rank == index else p for p in self.child.pods)  # type: ignore[arg-type]
         return self.change(pods=pods)
 
     def running(self, *indices: int) -> World:
         """Those pods run (all when none is named)."""
         for pod in self.child.pods:
-            if pod.phase is PodPhase.PENDING and (not indices or pod.index in indices):
-                self.pod(pod.index, phase=PodPhase.RUNNING, started=self.now, waiting="")
+            if pod.phase is PodPhase.PENDING and (not indices or pod.node_rank in indices):
+                self.pod(pod.node_rank, phase=PodPhase.RUNNING, started=self.now, waiting="")
         return self
 
     def with_pod_failed(self, kind: str = "crash", rank: int = 0, sentence: str = "", **what: object) -> World:
@@ -257,14 +257,14 @@ class World:
         """The other ranks follow."""
         for pod in self.child.pods:
             if pod.phase is PodPhase.RUNNING:
-                self.with_pod_failed(kind, rank=pod.index)
+                self.with_pod_failed(kind, rank=pod.node_rank)
         return self
 
     def all_ended_but(self, index: int) -> World:
         """The other ranks follow, but for one that says nothing."""
         for pod in self.child.pods:
-            if pod.index != index:
-                self.with_pod_failed("peer", rank=pod.index)
+            if pod.node_rank != index:
+                self.with_pod_failed("peer", rank=pod.node_rank)
         return self
 
     def says(self, **fields: object) -> World:
@@ -281,7 +281,7 @@ class World:
         if with_report:
             self.says(done=True, **self.product(self.current[0]))
         for pod in self.child.pods:
-            self.pod(pod.index, phase=PodPhase.SUCCEEDED, finished=self.now, exit_code=0)
+            self.pod(pod.node_rank, phase=PodPhase.SUCCEEDED, finished=self.now, exit_code=0)
         return self.change(succeeded=True)
 
     def product(self, stage: Stage) -> dict[str, object]:
