@@ -31,7 +31,7 @@ SIZES = {"LoRA, rank 16, of 135M": 4_884_480, "full tuning of 135M": 134_515_008
 
 
 def state_of(parameters: int, tensors: int = 60) -> dict[str, Tensor]:
-    """Parameters and two moments in float32, in so many tensors each."""
+    """Parameters and two moments in float32, split into `tensors` tensors each."""
     each = max(1, parameters // tensors)
     return {f"{kind}.{i}": torch.randn(each) for kind in ("model", "exp_avg", "exp_avg_sq") for i in range(tensors)}
 
@@ -107,7 +107,7 @@ def run(size: Size) -> Result:
     never, always = ([sample["seconds"] for sample in steps[name]] for name in ("never", "after every step"))
     cost = statistics.median(a - n for a, n in zip(always, never, strict=True))
     figures["costSeconds"], figures["shareOfRun"] = cost, cost / EVERY_SECONDS
-    loops = Table("Seconds of a step of the loop (LoRA)", ("saves never", "saves after every step", "a save costs"))
+    loops = Table("Seconds per loop step (LoRA)", ("never saves", "saves after every step", "cost of a save"))
     loops.rows.append([spread(never, 2), spread(always, 2), f"{cost:.2f}"])
     note = (
         f"A save every ten minutes costs {max(0.0, figures['shareOfRun']):.2%} of a run (aim {AIM:.0%}), "

@@ -20,7 +20,7 @@ from finetune_trainer.data.documents import DocumentStore
 
 VALIDATE_EVERY = 5
 HELD_OUT = 60
-"""Documents whose loss is looked at: each look costs both sides a few steps' time, which is not counted."""
+"""Documents whose loss is measured: each measurement costs both sides a few steps' time, which is not counted."""
 CONSTANT = {
     "scheduler": {"type": "constant", "warmupRatio": 0},
     "learningRate": 2e-4,

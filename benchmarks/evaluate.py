@@ -1,4 +1,4 @@
-"""Evaluate: 77 labels by likelihood against one forward pass a label, and batched generation against one by one."""
+"""Evaluate: 77 labels by likelihood against one forward pass per label, and batched generation against one by one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def label_by_label(model: Any, rows: Sequence[ClosedQuestion]) -> list[list[floa
 
 
 def score_labels(model: Any, rows: Sequence[ClosedQuestion], rounds: int) -> Figures:
-    """Seconds a document of each way, in turn, and how far their scores are apart."""
+    """Seconds per document for each way, measured alternately, and the largest difference of their scores."""
     few = rows[:DOCUMENTS_PER_LABEL]
     scores: dict[str, list[list[float]]] = {}
 

@@ -1,10 +1,10 @@
 """Model FLOPs: what the mathematics of a step needs, not what is computed again.
 
-With N the elements of the decoder's matrices, A those of the adapters, t a document's tokens, L layers, Q the queries'
-width, V·H the head's elements: 4N a token for LoRA (2N forward, 2N for the gradient of the input), 6N for full tuning,
-6A a token, attention 2·t²·Q·L forward (causal: half of two products) and twice that backward, head 4·V·H (full: 6) a
-labelled position. A prefix that is computed once for several documents counts once: what is saved by sharing is not
-utilisation.
+With N the elements of the decoder's matrices, A those of the adapters, t a document's tokens, L layers, Q the
+queries' width, V·H the head's elements: 4N per token for LoRA (2N forward, 2N for the gradient of the input), 6N for
+full tuning, 6A per token, attention 2·t²·Q·L forward (causal: half of two products) and twice that backward, head
+4·V·H (full: 6) per labelled position. A prefix that is computed once for several documents counts once: what is saved
+by sharing is not utilisation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Flops:
     full: bool = False
 
     def of_step(self, tokens: int, squares: int, labelled: int) -> float:
-        """Operations for so many tokens, documents whose squared lengths sum to `squares`, and labelled positions."""
+        """Operations for `tokens` tokens, documents whose squared lengths sum to `squares`, and labelled positions."""
         frozen = 6 if self.full else 4
         per_token = frozen * self.matrices + 6 * self.adapters
         return per_token * tokens + 6 * self.attention * squares + frozen * self.head * labelled

@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions")
-"""What the trainer imports beside torch, transformers, peft and accelerate and what these bring with them."""
+"""What the trainer imports besides torch, transformers, peft and accelerate and what these bring with them."""
 LLAMA_3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -372,7 +372,7 @@ def path_out_of_memory(folder: Path, config: Figures) -> str:
     from finetune_trainer.failures import classify
 
     if not torch.cuda.is_available():
-        raise NotImplementedError("lack of GPU memory needs a GPU")
+        raise NotImplementedError("running out of GPU memory needs a GPU")
     try:
         torch.empty(1 << 50, dtype=torch.uint8, device=device())
     except Exception as error:
@@ -483,7 +483,7 @@ def copy_sources(folder: Path) -> None:
 
 
 def bundle(folder: Path, python: str) -> None:
-    """Everything that the script needs, beside torch and its friends, for a machine where nothing can be installed."""
+    """Everything that the script needs, besides torch and its friends, for a machine where nothing can be installed."""
     copy_sources(folder)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
     pip += ["--only-binary=:all:", "--upgrade"]

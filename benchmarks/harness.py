@@ -161,7 +161,7 @@ def _status(pid: int | str, name: str) -> float:
 
 
 def matmul_flops(dtype: Any, size: int = MATMUL_SIZE, seconds: float = 0.5, device: Any = "cpu") -> float:
-    """Operations a second of a plain square matrix product in this process, 2 n^3 each: the limit on this device."""
+    """Operations per second of a plain square matrix product in this process, 2 n^3 each: the limit on this device."""
     import torch
 
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -178,8 +178,9 @@ def matmul_flops(dtype: Any, size: int = MATMUL_SIZE, seconds: float = 0.5, devi
 
 
 def own_products_flops(matrices: Sequence[Any], rows: int) -> float:
-    """Operations a second of the products that a model cannot do without: so many rows through each of its matrices,
-    and back. matrices: [out, in], in the order of the layers, so that they come from memory as in a step."""
+    """Operations per second of the model's own matrix products, forward and backward, with `rows` rows.
+
+    matrices: [out, in], in the order of the layers, so that they come from memory as in a step."""
     import torch
 
     of_width = {width: torch.randn(rows, width).to(matrices[0].dtype) for m in matrices for width in m.shape}

@@ -296,7 +296,7 @@ async def connected(control_plane: ControlPlane) -> AsyncIterator[aiohttp.Client
 
 
 async def carry(control_plane: ControlPlane, names: list[str], rate: float) -> Cluster:
-    """Create jobs, `rate` a second or all at once (0), and play until all are Complete."""
+    """Create jobs, `rate` per second, or all at once (0), and play until all are Complete."""
     path = f"{KINDS['FineTuneJob']}/namespaces/{NAMESPACE}/finetunejobs"
     async with connected(control_plane) as session:
         cluster = Cluster(session, control_plane.server)
@@ -331,7 +331,7 @@ def carried(control_plane: BareControlPlane, operator: Operator, names: list[str
     cuts = statistics.quantiles(cluster.latencies, n=100)
     return {
         "jobs": len(names),
-        "jobsASecond": rate or "all at once",
+        "jobsPerSecond": rate or "all at once",
         "secondsToAllComplete": round(clock.seconds, 1),
         "cpuSeconds": clock.cpu(),
         "childToStatusSeconds": {

@@ -155,7 +155,7 @@ def compare(
 
 
 def rates(samples: Sequence[Figures], unit: str = "tokens", clock: str = "seconds") -> list[float]:
-    """Units a second of each step."""
+    """Units per second in each step."""
     return [sample[unit] / sample[clock] for sample in samples]
 
 

@@ -38,7 +38,7 @@ TOKENS_PER_RANK = 8192
 
 
 def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, ranks: int, steps: int) -> list[Figures]:
-    """Steps of so many ranks, as rank 0 saw them; the first of them was profiled."""
+    """Steps of `ranks` ranks, as rank 0 saw them; the first of them was profiled."""
     job = jobs.prepare(folder, model, workload)
     fields = job.environment_of()
     with socket.socket() as probe:
@@ -69,7 +69,7 @@ def measure(workload: jobs.Workload, model: jobs.Model, folder: Path, ranks: int
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many nodes of so many GPUs."""
+    """A number of nodes with equally many GPUs each."""
 
     nodes: int
     gpus: int
@@ -87,7 +87,7 @@ class Traffic:
     within: float
     """Received by a rank over NVLink."""
     between: float
-    """Carried by a node's network, a direction."""
+    """Carried by a node's network, per direction."""
 
     def seconds(self, network: float) -> float:
         """Time that it takes if both go on at once: the slower of the two."""
@@ -95,7 +95,7 @@ class Traffic:
 
 
 def traffic(cluster: Cluster, weights: float, gradients: float, hybrid: bool, *, full: bool = False) -> Traffic:
-    """Bytes a step of one micro-batch. `weights`: P; `gradients`: A; `full`: `gradients` are those of all weights."""
+    """Bytes moved by a step of one micro-batch. `weights`: P; `gradients`: A; `full`: of all weights."""
     n, nodes, gpus = cluster.ranks, cluster.nodes, cluster.gpus
     if not hybrid:
         moved = (2 * weights + gradients) * (n - 1) / n

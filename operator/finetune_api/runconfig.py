@@ -109,7 +109,7 @@ class Attempt(ApiModel):
     hang_seconds: int = 1200
     """Seconds without a step after which a rank writes its stacks and exits."""
     report_to: Literal["file", "configmap"] = "file"
-    """Where the report goes beside `reports/<stage>-<n>.json` in the run directory."""
+    """Where the report goes in addition to `reports/<stage>-<n>.json` in the run directory."""
 
     digests: Digests = Digests()
     """What earlier stages left, as they reported it."""

@@ -126,7 +126,7 @@ class TaskTraits:
     template: str = ""
     """Jinja template of the prompt."""
     variables: tuple[str, ...]
-    """What a user's template may use beside the columns."""
+    """What a user's template may use in addition to the columns."""
     without_effect: tuple[str, ...] = ()
     """Fields of a dataset that it does not read."""
     cut_from: str = ""

@@ -18,8 +18,8 @@ K = TypeVar("K", bound=Hashable)
 BASE_SECONDS = 0.2
 CAP_SECONDS = 60.0
 FAIR = 64
-"""Once per so many keys the least urgent one is served first: none waits forever. More often, and new jobs would
-be started faster than those in progress, some thirty keys each, are finished."""
+"""Every 64th key that is served is the least urgent one, so that none waits forever. If it were more often, new jobs
+would start faster than those in progress, some thirty keys each, finish."""
 
 
 class Urgency(IntEnum):

@@ -269,7 +269,7 @@ class Api:
 
 
 def backoff_seconds(failures: int, at_least: float | None = None) -> float:
-    """The pause after so many failures in a row: doubled each time, and never quite the same."""
+    """The pause after `failures` consecutive failures: doubled each time, and never quite the same."""
     first, longest = BACKOFF_SECONDS
     seconds: float = min(first * 2.0 ** (failures - 1), longest) * random.uniform(0.75, 1.25)
     return max(seconds, at_least or 0.0)

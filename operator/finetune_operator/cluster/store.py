@@ -67,7 +67,7 @@ class Store:
             return None
         phase = str((body.get("status") or {}).get("phase", Phase.PENDING)) if kind == FINE_TUNE_JOB else ""
         data = json.dumps(slim(kind, body), separators=(",", ":"), ensure_ascii=False).encode()
-        # What is at work is read again at once, a job that has ended hardly ever.
+        # Active jobs are read again soon, ended ones hardly ever.
         if phase in ENDED or len(data) >= COMPRESSED_FROM:
             data = zlib.compress(data, 1)
         known[name] = _Packed(uid, version, phase, data)

@@ -18,7 +18,7 @@ from finetune_operator.manifests.labels import JOB
 log = logging.getLogger(__name__)
 
 PAGE_SIZE = 50
-"""Bodies that are held whole at a time, before the store has made them small."""
+"""Complete bodies held at once, before the store trims them."""
 RELIST_SECONDS = 900.0
 """How often everything is listed again, in case the watch missed an event."""
 RESYNC_SECONDS = 3600.0

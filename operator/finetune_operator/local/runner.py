@@ -98,7 +98,7 @@ class Processes(Protocol):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run needs beside the job."""
+    """What a run needs besides the job."""
 
     placement: Placement
     source: Path

@@ -300,7 +300,7 @@ class _Layer:
     def _attention(self) -> int:
         """Queries, keys and values, the output, the softmax's normaliser.
 
-        On a GPU and with masks keys and values are repeated to the number of queries.
+        On a GPU, or with masks, keys and values are repeated to the number of queries.
         """
         facts = self.shape.facts
         repeated = self.run.cuda or self.shape.family.masked
@@ -370,7 +370,7 @@ class Memory:
 
     @cached_property
     def adapters(self) -> int:
-        """Parameters trained beside the base model."""
+        """Parameters trained in addition to the base model."""
         if self.run.trains_base:
             return 0
         return sum(self._local(tensor) * tensor.element_bytes for tensor in self._tensors if tensor.trained)
@@ -466,7 +466,7 @@ class Memory:
         return self.run.trains_base or "lm_head" in self.run.tuning.lora.modules_to_save
 
     def _moments(self, tokens: int) -> list[list[tuple[str, int]]]:
-        """The components of each moment that may be the peak, beside what is always there."""
+        """The components of each moment that may be the peak, on top of what is always there."""
         facts, run = self.shape.facts, self.run
         activations = self.activations(tokens)
         logits, chunks = self._logits(tokens)
@@ -522,7 +522,7 @@ class Memory:
         return total
 
     def components(self, tokens: int) -> list[MemoryComponent]:
-        """Peak memory of a rank whose largest micro-batch has so many tokens, by component; they add up to it."""
+        """Peak memory of a rank whose largest micro-batch has `tokens` tokens, by component; they add up to it."""
         lasting = [
             ("weights", self.weights),
             ("quantisation constants", self.constants),

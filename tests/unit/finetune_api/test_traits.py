@@ -14,7 +14,7 @@ from finetune_api.traits import METHODS, TASKS, USUAL_COLUMNS, Method, Task
 ROOT = Path(__file__).parents[3]
 NAMES_METHODS = {
     "operator/finetune_api/traits.py",
-    "operator/finetune_operator/cluster/observe.py",  # a job to try the API server with, of any method
+    "operator/finetune_operator/cluster/observe.py",  # placeholder for a spec that cannot be read
     "operator/finetune_operator/sizing/memory.py",
     "trainer/finetune_trainer/model/adapters.py",
     "trainer/finetune_trainer/model/build.py",
@@ -43,7 +43,7 @@ def test_each_method_and_each_task_has_one_row() -> None:
 @pytest.mark.parametrize("method", Method)
 def test_a_methods_row_names_fields_of_the_spec(method: Method) -> None:
     assert set(method.traits.blocks) < set(Tuning.model_fields)
-    assert Tuning(method=method).virtual_tokens == (20 if method.traits.prepends_tokens else 0)
+    assert (Tuning(method=method).virtual_tokens > 0) == method.traits.prepends_tokens
 
 
 @pytest.mark.parametrize("task", Task)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from finetune_api.base import STAGES, Stage
@@ -112,6 +115,13 @@ def test_pods_and_local_processes_get_the_same_environment_but_for_what_is_liste
     differ = {name for name in set(pod) & set(local) if pod[name] != local[name]}
     of_the_stage = {Stage.TRAIN: RENDEZVOUS_VALUES, Stage.EVALUATE: EVALUATE_VALUES}.get(stage, {})
     assert differ <= set(DIFFERENT_VALUES | of_the_stage)
+
+
+def test_the_documentation_names_every_variable() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    every = {name for stage, backend in CASES for name in in_pod(stage, backend)}
+    every |= {name for stage in STAGES for name in locally(stage)} - {"NCCL_IB_HCA"}
+    assert {name for name in every if not re.search(rf"`{name}\b", page)} <= {"NCCL_IB_HCA"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

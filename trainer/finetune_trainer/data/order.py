@@ -54,7 +54,7 @@ class ExampleSampler:
         return _epoch(self, epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def epochs_done(self, steps: int) -> float:
-        """Passes over the mixture after so many steps."""
+        """Passes over the mixture after `steps` steps."""
         epoch, within = divmod(steps, self.steps_per_epoch)
         return epoch + min(1.0, within * self.batch_size / self.examples)
 

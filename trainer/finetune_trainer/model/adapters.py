@@ -52,8 +52,10 @@ def attach(model: PreTrainedModel, tuning: Tuning, adapter_directory: Path | Non
         config = PromptTuningConfig(
             task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tuning.prompt.virtual_tokens, prompt_tuning_init="RANDOM"
         )
-    else:
+    elif tuning.method is Method.PREFIX:
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tuning.prefix.virtual_tokens)
+    else:
+        raise NotImplementedError(f"{tuning.method} tuning has no adapter")
     if isinstance(config, LoraConfig) and not tuning.method.traits.four_bit:  # 4-bit layers are linear layers too
         config._register_custom_module({nn.Linear: LoraLinear})
     try:

@@ -493,7 +493,7 @@ def _initialise(root: CausalModel, directory: Path, tuning: Tuning, seed: int, a
         if tuning.lora.init == "pissa":
             factors = {name: p for name, p in root.named_parameters() if ".lora_A." in name or ".lora_B." in name}
             root.initial = {name: p.detach().clone() for name, p in factors.items()}
-    else:
+    elif root.method.traits.prepends_tokens:
         rows = _prompt_rows(directory, tuning, seed) if root.method is Method.PROMPT else None
         adapters.initialise_virtual_tokens(model, rows, seed)
 

@@ -1,7 +1,7 @@
 """FSDP2 over a model: by layer, then the rest; and the assertion that it did happen.
 
-Gradients are SUMMED over ranks, never averaged: the loop divides by its own denominator (labels or examples of all
-ranks), which is exact for uneven batches and accumulation.
+Gradients are SUMMED over ranks, never averaged: the shares of train/loss_scaling.py already contain the step's
+denominator, which is exact for uneven batches and accumulation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def shard(
 
     Each layer is a group of its own, gathered for its forward and again for its backward pass. `embeddings` (input
     embeddings that are not tied to the head) too. What is left over (final norm, head, tied embeddings, prompt) is
-    the root's group: gathered once a pass and kept until the end of the backward pass.
+    the root's group: gathered once per pass and kept until the end of the backward pass.
 
     Products are computed in `precision`; gradients are reduced in float32. Trainable parameters keep their own data
     type (float32) as shards; FSDP asks for a uniform type of the trainable ones only, frozen 4-bit and 16-bit

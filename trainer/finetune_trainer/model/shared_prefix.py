@@ -217,12 +217,12 @@ def _strip(before: int) -> Tensor:
 
 
 class _OnCpu:
-    """PyTorch's flash attention for CPUs, some calls a segment and one a group, in float32 whatever is given and kept.
+    """PyTorch's flash attention for CPUs, several calls per segment and one per group, always computed in float32.
 
     Keys and values are [1, G, T, D] with H / G heads each: the kernel groups by itself, forward and backward.
     Its backward pass in bfloat16 is slow on short documents: 1,024 tokens in documents of 80, nine heads, took 20 ms
     against 5.5 ms, of 16 tokens 30 ms against 2.1 ms (one core with AVX512-BF16). It leaves out what the mask hides
-    in blocks of 512 keys only: 300 tokens at once took 2.8 and 6.2 ms, 64 queries a call 1.9 and 4.1 ms.
+    in blocks of 512 keys only: 300 tokens at once took 2.8 and 6.2 ms, 64 queries per call 1.9 and 4.1 ms.
     """
 
     def __init__(self, layout: Layout) -> None:

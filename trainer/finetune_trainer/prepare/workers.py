@@ -24,7 +24,7 @@ PARALLEL_ROWS = 50_000
 MOST_WORKERS = 4
 CHUNK_ROWS = 256
 AHEAD = 3
-"""Chunks a process that are read before they are worked on."""
+"""Chunks per process that are read ahead."""
 
 
 class Workers:

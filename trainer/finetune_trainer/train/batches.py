@@ -50,7 +50,7 @@ class MicroBatcher:
     """Factor on the loss of each dataset, float64[datasets]."""
     reduction: Reduction
     micro_batch_tokens: int
-    """At most so many tokens per packed row, or per padded batch with its virtual tokens."""
+    """Maximum number of tokens per packed row, or per padded batch with its virtual tokens."""
     pad_id: int
     rank: int = 0
     world_size: int = 1
@@ -58,7 +58,7 @@ class MicroBatcher:
     virtual_tokens: int = 0
     """Trained tokens that prompt and prefix tuning put before every row."""
     multiple: int = 1
-    """Packed rows are padded to a multiple of so many tokens."""
+    """Packed rows are padded to a multiple of this many tokens."""
     share_prefixes: bool = False
     """A common prefix of several examples of a step is computed once per row; needs packing."""
 

@@ -64,7 +64,7 @@ class Throughput:
         self._steps.append((self._clock(), 0, 0))
 
     def step(self, tokens: int, computed: int) -> None:
-        """A step with so many tokens (without padding, over all ranks) has ended; shared prefixes are computed once."""
+        """A step of `tokens` tokens (without padding, over all ranks) has ended; shared prefixes are computed once."""
         self._steps.append((self._clock(), tokens, computed))
 
     @property

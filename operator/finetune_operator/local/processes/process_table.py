@@ -1,7 +1,7 @@
 """Finding and stopping processes by what they inherited, so that none of a job's is missed and no other is hit.
 
-Every process of an attempt carries `FINETUNE_PROCESS=<uid>/<stage>/<n>/<node>` in its environment. Ranks under
-torchrun have sessions of their own, so that a process group alone does not hold them.
+Every process of an attempt carries `FINETUNE_PROCESS=<uid>/<stage>/<n>/<node>` in its environment. A user's
+code may start sessions of its own, so that a process group alone does not hold all of them.
 """
 
 from __future__ import annotations
