@@ -140,10 +140,16 @@ class Columns(ApiModel):
     choices: ColumnName | None = None
     """List of choices, or CommonsenseQA's `{label: [...], text: [...]}`."""
     answer: ColumnName | None = None
-    """Answer. Multiple choice: letter, index or text. Question answering: text, list of texts or SQuAD's
-    `{text: [...]}`."""
+    """Answer. Multiple choice: the choice's label, letter, text, or number from 0 or from 1, the same in all rows.
+    Question answering: text, list of texts or SQuAD's `{text: [...]}`."""
     context: ColumnName | None = None
     """Passage that the question refers to."""
+    prompt: ColumnName | None = None
+    """Instruction to follow, for task `instruction`."""
+    input: ColumnName | None = None
+    """Input of the instruction, if it has one."""
+    completion: ColumnName | None = None
+    """Text that the model learns to write after the instruction."""
     messages: ColumnName | None = None
     """List of `{role, content}` turns."""
     document: ColumnName | None = None
@@ -194,6 +200,9 @@ class Dataset(Source):
     """Jinja template of the prompt over the row's columns. Replaces the task's own template."""
     answer_template: Text | None = None
     """Jinja template of the answer over the row's columns."""
+    special_tokens: Literal["text", "control"] = "text"
+    """Task `text`: read special tokens such as `<|im_start|>` in the rows letter by letter (`text`), or as the
+    tokenizer's special tokens (`control`), for rows that were rendered with a chat template or for filling in."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         ONE_SOURCE,
@@ -215,6 +224,12 @@ class Dataset(Source):
             "self.lossOn == 'all' || (has(self.task) && self.task == 'chat')",
             "lossOn: last selects turns of a chat and has no effect on other tasks: remove it",
             ".lossOn",
+        ),
+        Rule(
+            "self.specialTokens == 'text' || (has(self.task) && self.task == 'text')",
+            "specialTokens: control has no effect on tasks other than text, whose rows cannot hold special tokens: "
+            "remove it",
+            ".specialTokens",
         ),
     )
 

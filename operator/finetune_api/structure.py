@@ -51,6 +51,31 @@ HABITS = {
 }
 """Field names of other tools, and their names here."""
 
+CHOICE_HABITS = {
+    "sft": "instruction",
+    "alpaca": "instruction",
+    "instruct": "instruction",
+    "instructions": "instruction",
+    "promptcompletion": "instruction",
+    "inputoutput": "instruction",
+    "completion": "instruction",
+    "sharegpt": "chat",
+    "conversation": "chat",
+    "conversational": "chat",
+    "messages": "chat",
+    "qa": "question-answering",
+    "squad": "question-answering",
+    "mcq": "multiple-choice",
+    "nli": "classification",
+    "sentimentanalysis": "classification",
+    "textclassification": "classification",
+    "languagemodeling": "text",
+    "pretraining": "text",
+    "cpt": "text",
+    "clm": "text",
+}
+"""Names that other tools give to what a field chooses (here: tasks), without `-` and `_`, and their names here."""
+
 PATTERNS = {
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": "lower-case letters, digits and '-', with a letter or digit at both ends",
     r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$": "lower-case letters, digits, '-' and '.', with a letter or digit at both ends",
@@ -198,7 +223,8 @@ def _not_a_choice(root: type[ApiModel], path: PathParts, value: Any, expected: s
     if isinstance(value, bool) or value is None:
         hint = "put it in quotes" if "on" in choices or "off" in choices else f"write one of {shown}"
         return Fault(path, f"{_show(value)} must be one of {shown}", hint)
-    near = nearest(str(value), choices)
+    near = CHOICE_HABITS.get(re.sub(r"[-_ ]", "", str(value).lower()), "")
+    near = near if near in choices else nearest(str(value), choices) or ""
     sentence = f"{_show(value)} must be {'one of ' if len(choices) > 1 else ''}{shown}"
     return Fault(path, sentence, f"did you mean {near}?" if near else "")
 

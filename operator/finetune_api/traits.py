@@ -88,6 +88,7 @@ class Task(StrEnum):
     CLASSIFICATION = "classification"
     MULTIPLE_CHOICE = "multiple-choice"
     QUESTION_ANSWERING = "question-answering"
+    INSTRUCTION = "instruction"
     CHAT = "chat"
     SUMMARIZATION = "summarization"
     TEXT = "text"
@@ -103,7 +104,9 @@ class Scoring(Enum):
 
     CANDIDATES = "Closed answers: the candidate with the highest log-probability, end token included."
     GENERATION = "Free answers: greedy decoding."
-    LIKELIHOOD = "Chat and text: likelihood of the held-out tokens (neg-loss is minus the mean loss in nats)."
+    LIKELIHOOD = (
+        "Instructions, chat and text: likelihood of the held-out tokens (neg-loss is minus the mean loss in nats)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +188,17 @@ TASKS: dict[Task, TaskTraits] = {
         may_be_unanswerable=True,
         trained_share=0.1,
     ),
+    Task.INSTRUCTION: TaskTraits(
+        title="Instruction following",
+        hub_task="text-generation",
+        columns=("prompt", "input", "completion"),
+        optional_columns=("input",),
+        scoring=Scoring.LIKELIHOOD,
+        metrics=("neg-loss", "perplexity"),
+        template="{{ prompt }}{% if input %}\n\n{{ input }}{% endif %}",
+        variables=("prompt", "input", "completion", "answer"),
+        trained_share=0.5,
+    ),
     Task.CHAT: TaskTraits(
         title="Chat",
         hub_task="text-generation",
@@ -223,11 +237,14 @@ TASKS: dict[Task, TaskTraits] = {
 
 USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "content", "tweet", "review", "utterance", "query", "comment", "claim", "document"),
-    "label": ("label", "labels", "sentiment", "category", "intent", "class", "target", "topic"),
+    "label": ("label", "labels", "sentiment", "category", "intent", "class", "target", "topic", "answer"),
     "question": ("question", "query", "prompt", "goal", "question_stem", "sentence", "ctx"),
     "choices": ("choices", "options", "endings", "candidates"),
-    "answer": ("answer", "answerKey", "answers", "answer_key", "label", "target", "gold"),
+    "answer": ("answer", "answerKey", "answers", "answer_key", "label", "target", "gold", "cop"),
     "context": ("context", "passage", "paragraph", "article"),
+    "prompt": ("prompt", "instruction", "instructions", "question", "query", "inputs", "input"),
+    "input": ("input", "context"),
+    "completion": ("completion", "output", "response", "answer", "target", "targets"),
     "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
     "document": ("document", "article", "text", "dialogue", "source", "content"),
     "summary": ("summary", "highlights", "abstract", "target", "headline", "tldr"),

@@ -111,6 +111,7 @@ BROKEN: tuple[Broken, ...] = (
     _columns("classification", foreign="messages", own="label"),
     _columns("multiple-choice", foreign="label", own="choices"),
     _columns("question-answering", foreign="choices", own="context"),
+    _columns("instruction", foreign="answer", own="completion"),
     _columns("chat", foreign="text", own="messages"),
     _columns("summarization", foreign="text", own="summary"),
     _columns("text", foreign="label", own="text"),
@@ -133,6 +134,12 @@ BROKEN: tuple[Broken, ...] = (
         "lossOn: last selects turns",
         {"spec.datasets.0.lossOn": "last"},
         valid=CHAT | {"spec.datasets.0.lossOn": "last"},
+    ),
+    Broken(
+        "spec.datasets[0].specialTokens",
+        "specialTokens: control has no effect",
+        {"spec.datasets.0.specialTokens": "control"},
+        valid={"spec.datasets.0.task": "text", "spec.datasets.0.specialTokens": "control"},
     ),
     Broken(
         "spec.datasets",

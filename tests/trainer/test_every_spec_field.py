@@ -243,13 +243,15 @@ def _row(i: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "text": said, "label": ("bad", "good")[i % 2], "question": f"Which is {said}?", "choices": [said, "none"],
         "answer": "A", "context": f"It is known that {said}.", "document": f"{said}. " * 3, "summary": said,
+        "prompt": f"Say {said}.", "input": f"the {i}th", "completion": said,
         "messages": [{"role": r, "content": f"{r} {k} {said}"} for k in (1, 2) for r in ("user", "assistant")],
     }  # fmt: skip
     second = {
         **{name: f"second {value}" for name, value in row.items()},
         "answer": "B", "choices": ["none", said], "label": ("no", "yes")[i // 2 % 2], "messages": row["messages"][:2],
     }  # fmt: skip
-    return row | {f"{name}2": value for name, value in second.items()} | {"group": i // 10}
+    others = {"group": i // 10, "marked": f"<|im_start|>{said}<|im_end|>"}
+    return row | {f"{name}2": value for name, value in second.items()} | others
 
 
 ROWS = [_row(i) for i in range(60)]
@@ -314,6 +316,9 @@ EFFECTS: dict[str, Changes | Shown] = {
     "datasets[].columns.choices": data("choices2", "multiple-choice"),
     "datasets[].columns.answer": data("answer2", "multiple-choice"),
     "datasets[].columns.context": data("context2", "question-answering"),
+    "datasets[].columns.prompt": data("prompt2", "instruction"),
+    "datasets[].columns.input": data("input2", "instruction"),
+    "datasets[].columns.completion": data("completion2", "instruction"),
     "datasets[].columns.messages": data("messages2", "chat"),
     "datasets[].columns.document": data("document2", "summarization"),
     "datasets[].columns.summary": data("summary2", "summarization"),
@@ -323,6 +328,7 @@ EFFECTS: dict[str, Changes | Shown] = {
     "datasets[].weight": data(2.0),
     "datasets[].lossWeight": data(2.0),
     "datasets[].lossOn": data("last", "chat"),
+    "datasets[].specialTokens": data("control", "text", **{"columns.text": "marked"}),
     "datasets[].maxRows": data(20),
     "datasets[].filter": data("'1' in text"),
     "datasets[].groupBy": data("group"),

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from finetune_api.spec import Columns
 from finetune_api.traits import Task
 from finetune_trainer.data.chat import ChatFormat
-from finetune_trainer.data.examples import Example, read_example
+from finetune_trainer.data.examples import Example, Reading, answer_survey, read_example
 from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.render import Rendering, few_shot_of, render_evaluation, render_training
 from finetune_trainer.prepare.columns import find_columns
@@ -25,6 +25,7 @@ ROWS: dict[Task, dict[str, Any]] = {
     },
     Task.SUMMARIZATION: {"document": "A long story about a dog.", "summary": "A dog."},
     Task.TEXT: {"text": "Once upon a time."},
+    Task.INSTRUCTION: {"instruction": "Add.", "input": "1 2", "output": "3"},
     Task.CHAT: {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
 }
 
@@ -43,7 +44,11 @@ def smollm2() -> ChatFormat:
 def example(task: Task, row: dict[str, Any] | None = None, number: int = 7) -> Example:
     row = ROWS[task] if row is None else row
     found = find_columns(task, Columns(), list(row), templated=False, where="d", field="datasets[0]")
-    return read_example(task, number, row, found, {})
+    survey = answer_survey(task, found, only_texts=False)
+    if survey is None:
+        return read_example(task, number, row, Reading(found))
+    survey.add(row)
+    return read_example(task, number, row, Reading(found, form=survey.form))
 
 
 def how(task: Task, chat: ChatFormat, **settings: Any) -> Rendering:
@@ -70,6 +75,7 @@ def shown(chat: ChatFormat, rendering: Rendering, of: Example) -> tuple[str, str
         (Task.MULTIPLE_CHOICE, "Where is money kept?\n\nAnswer with one of:\n- bank\n- mall", "bank"),
         (Task.QUESTION_ANSWERING, "Answer the question from the text.\n\nText: Ann did it.\n\nQuestion: Who?", "Ann"),
         (Task.SUMMARIZATION, "Summarise the text.\n\nA long story about a dog.", "A dog."),
+        (Task.INSTRUCTION, "Add.\n\n1 2", "3"),
         (Task.CHAT, "Hi", "Hello."),
     ],
 )
@@ -107,8 +113,10 @@ def test_free_answers_are_evaluated_against_all_that_count(tiny: ChatFormat) -> 
     assert (row.answers, row.candidates) == (["Ann", "Ann herself"], None)
 
 
-@pytest.mark.parametrize("task", [Task.CHAT, Task.TEXT])
-def test_chats_and_texts_are_evaluated_by_the_likelihood_of_what_training_learns(tiny: ChatFormat, task: Task) -> None:
+@pytest.mark.parametrize("task", [Task.INSTRUCTION, Task.CHAT, Task.TEXT])
+def test_instructions_chats_and_texts_are_evaluated_by_the_likelihood_of_what_training_learns(
+    tiny: ChatFormat, task: Task
+) -> None:
     [tokens] = render_training(how(task, tiny), example(task)).documents
     [row] = render_evaluation(how(task, tiny), example(task), "d")
     assert (row.ids, row.target_position, row.target_id) == (tokens.ids, tokens.target_position, tokens.target_id)
@@ -165,6 +173,7 @@ def test_a_long_text_is_cut_at_its_end_and_its_answer_never(tiny: ChatFormat, ta
         (Task.QUESTION_ANSWERING, {"question": "q", "context": "word " * 200, "answer": "a"}),
         (Task.MULTIPLE_CHOICE, {"question": "word " * 200, "choices": ["a", "b"], "answer": "a"}),
         (Task.SUMMARIZATION, {"document": "d", "summary": "word " * 200}),
+        (Task.INSTRUCTION, {"prompt": "p", "input": "word " * 200, "completion": "c"}),
         (Task.CHAT, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "word " * 200}]}),
     ],
 )
@@ -193,6 +202,17 @@ def test_a_long_text_becomes_pieces_that_hold_every_token(tiny: ChatFormat) -> N
     assert (
         tiny.tokenizer.decode([i for document in documents for i in document.ids]) == "abcdefghij" * 100 + "<|im_end|>"
     )
+
+
+def test_special_tokens_in_texts_are_letters_unless_they_are_asked_for(tiny: ChatFormat) -> None:
+    rows = example(Task.TEXT, {"text": "<|im_start|>user\nHi<|im_end|>"})
+    end = tiny.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    [letters] = render_training(how(Task.TEXT, tiny), rows).documents
+    [control] = render_training(how(Task.TEXT, tiny, special_tokens=True), rows).documents
+    assert letters.ids.count(end) == 1, "only the one that ends the text"
+    assert control.ids.count(end) == 1, "it is not written twice"
+    assert tiny.tokenizer.decode(control.ids) == "<|im_start|>user\nHi<|im_end|>"
+    assert len(letters.ids) > len(control.ids) + 20
 
 
 def test_solved_examples_stand_before_the_question_as_many_as_fit(tiny: ChatFormat) -> None:

@@ -375,3 +375,67 @@ def test_qlora_gets_a_four_bit_copy_once(work: Path) -> None:
     again, _ = prepared(prepare_context(work, spec | {"split": {"seed": 1}}))
     assert again.model.nf4_directory == str(copy)
     assert copy.stat().st_ino == made
+
+
+@pytest.mark.parametrize(
+    ("rows", "warning"),
+    [
+        (
+            [{"text": f"text {i}", "label": ("Good", " good ", "bad")[i % 3]} for i in range(60)],
+            "labels that differ only in case or spaces are classes of their own: 'Good' (20 rows) and 'good' (20 rows)",
+        ),
+        (
+            [{"text": f"text {i // 2}", "label": "good" if i % 4 else "bad"} for i in range(60)],
+            "d: 15 texts occur with different labels",
+        ),
+        (
+            [{"text": f"text {i}", "label": f"l{i}"} for i in range(40)],
+            "d has 40 labels for 40 rows, so most labels have one example: check columns.label",
+        ),
+    ],
+    ids=["case", "contradiction", "as many as rows"],
+)
+def test_labels_that_look_like_a_mistake_are_warned_of(work: Path, rows: list[Any], warning: str) -> None:
+    _, report = prepared(prepare_context(work, classification(work, rows)))
+    assert any(warning in said for said in report.warnings)
+
+
+def test_what_was_chosen_for_the_data_is_said(work: Path) -> None:
+    lines = ["frage;context;antwort", *(f'"Who {i}?";Ann {i}.;"[\'Ann {i}\']"' for i in range(29)), '"Who?";Ann.;[]']
+    (work / "data").mkdir()
+    (work / "data" / "train.csv").write_text("\n".join(lines), encoding="utf-16")
+    write_rows(work / "data" / "test.jsonl", [{"frage": "Who?", "context": "Ann.", "antwort": "Ann"}])
+    columns = {"question": "frage", "answer": "antwort"}
+    dataset = {"name": "d", "path": "data", "task": "question-answering", "columns": columns}
+    _, report = prepared(prepare_context(work, {"datasets": [dataset], "evaluation": {"gate": {"mustImprove": False}}}))
+    assert report.datasets[0].notes[:5] == [
+        "train.csv: UTF-16, fields separated by semicolons",
+        "splits that are not used: test (datasets[].splits says which are)",
+        "answers are lists written as text: every entry is right, and the first is learnt",
+        "1 questions have no answer: the model learns to say 'unanswerable'",
+        "evaluated on the unseen half of validation",
+    ]
+
+
+def test_texts_that_hold_the_special_tokens_of_a_model_are_counted(work: Path) -> None:
+    rows = [{"text": f"<fim_prefix>def f{i}(x):<fim_suffix>\n<fim_middle>return {i}"} for i in range(30)]
+    write_rows(work / "rows.jsonl", [*rows, *({"text": f"plain text {i}, a<b|c>d"} for i in range(30))])
+    dataset = {"name": "d", "path": "rows.jsonl", "task": "text"}
+    said = {}
+    for tokens in ("text", "control"):
+        context = prepare_context(work, {"datasets": [dataset | {"specialTokens": tokens}]})
+        _, report = prepared(context)
+        [said[tokens]] = [note for note in report.datasets[0].notes if "marks" in note]
+    assert said["text"].startswith("30 texts hold marks such as <fim_prefix>, read letter by letter as any other text")
+    assert said["control"].endswith("read as special tokens where the tokenizer has them (specialTokens: control)")
+
+
+def test_alpaca_rows_with_a_template_are_no_near_duplicates_of_each_other(work: Path) -> None:
+    rows = [{"instruction": f"Name the {i}th number.", "input": "", "output": f"It is {i}."} for i in range(100)]
+    write_rows(work / "rows.jsonl", rows)
+    dataset = {"name": "d", "path": "rows.jsonl", "columns": {"answer": "output"}, "task": "question-answering"}
+    template = "{{ instruction }}\n{{ input }}"
+    manifest, report = prepared(prepare_context(work, {"datasets": [dataset | {"template": template}]}))
+    assert (manifest.datasets[0].train, manifest.datasets[0].test) == (80, 10)
+    assert "no held-out row occurs in the training rows of any dataset" in report.datasets[0].notes
+    assert not any("near-duplicates" in note for note in report.datasets[0].notes)

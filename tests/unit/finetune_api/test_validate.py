@@ -48,6 +48,10 @@ def _problems(changes: dict[str, object]) -> list[Problem]:
             "did you mean lora?",
         ),
         ({"spec.datasets.0.task": "Chat"}, "spec.datasets[0].task", '"Chat" must be one of', "did you mean chat?"),
+        *(
+            ({"spec.datasets.0.task": task}, "spec.datasets[0].task", "must be one of", "did you mean instruction?")
+            for task in ("sft", "alpaca", "prompt-completion", "prompt_completion", "Instruct")
+        ),
         ({"spec.training.epochs": "2"}, "spec.training.epochs", '"2" is not a number', "remove the quotes"),
         ({"spec.training.seed": 1.5}, "spec.training.seed", "1.5 is not a whole number", ""),
         ({"spec.training.seed": True}, "spec.training.seed", "true is not a whole number", ""),

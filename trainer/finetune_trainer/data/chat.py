@@ -245,11 +245,15 @@ class ChatFormat:
             encoded[0] = encoded[0][1:]
         return encoded
 
-    def plain_text_ids(self, text: str) -> list[int]:
-        """Ids of a text that is no chat: BOS where the tokenizer begins texts with it, EOS at the end."""
-        ids = self._encode_text(self._mark(text), begun=False)
-        start = [self.tokenizer.bos_token_id] if self.adds_bos else []
-        return [*start, *ids, self.tokenizer.eos_token_id]
+    def plain_text_ids(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Ids of a text that is no chat: BOS where the tokenizer begins texts with it, EOS at the end.
+
+        special_tokens: read those that the text holds as such; BOS and EOS are then not written twice.
+        """
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = self._encode_text(text if special_tokens else self._mark(text), begun=False)
+        start = [bos] if self.adds_bos and not (special_tokens and ids[:1] == [bos]) else []
+        return [*start, *ids, *([] if special_tokens and ids[-1:] == [eos] else [eos])]
 
     def _encode_text(self, text: str, *, begun: bool) -> list[int]:
         ids: list[int] = []

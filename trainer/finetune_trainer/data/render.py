@@ -38,6 +38,8 @@ class Rendering:
     answer_template: str = ""
     """Jinja; `{{ answer }}` where empty."""
     loss_on: Literal["all", "last"] = "all"
+    special_tokens: bool = False
+    """Task text: read special tokens in the rows as such."""
     label_column: str = ""
     """Column whose value in an answer template is each candidate in turn."""
 
@@ -162,7 +164,7 @@ def answer_text(rendering: Rendering, example: Example, answer: str) -> str:
     """An answer of a row as the model has to write it."""
     if not rendering.answer_template:
         return answer
-    named = {name: answer for name in ("answer", "label", "summary", rendering.label_column) if name}
+    named = {name: answer for name in ("answer", "label", "summary", "completion", rendering.label_column) if name}
     text = compile_template(rendering.answer_template)({**example.variables, **rendering.constants, **named}).strip()
     if not text:
         raise BadRowError("the answer template renders an empty answer")
@@ -274,7 +276,7 @@ def _without_oldest(rendering: Rendering, turns: list[Message], excess: int) -> 
 def _text_documents(rendering: Rendering, example: Example) -> list[LabelledTokens]:
     """The text in pieces of at most `max_tokens`, the loss on every token but a piece's first."""
     text = question_text(rendering, example.variables) if rendering.template else str(example.variables["text"])
-    ids = rendering.format.plain_text_ids(text)
+    ids = rendering.format.plain_text_ids(text, special_tokens=rendering.special_tokens)
     return [
         LabelledTokens(piece, list(range(len(piece) - 1)), piece[1:])
         for piece in _pieces(ids, rendering.max_tokens)

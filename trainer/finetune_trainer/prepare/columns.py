@@ -8,27 +8,49 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Columns
 from finetune_api.structure import near_match
 from finetune_api.traits import USUAL_COLUMNS, Task
+from finetune_trainer.data.answers import Found
 from finetune_trainer.failures import TrainerError
 
-MADE_BY_TEMPLATE = ("text", "question", "document")
+MADE_BY_TEMPLATE = ("text", "question", "document", "prompt")
 """What a `template` makes out of other columns, so that its own column need not exist."""
 
 SPREAD_CHOICES: tuple[tuple[str, ...], ...] = (
     ("sol1", "sol2"),
     ("answerA", "answerB", "answerC"),
-    ("option1", "option2"),
     ("choice1", "choice2"),
     ("ending0", "ending1", "ending2", "ending3"),
+    ("answer0", "answer1", "answer2", "answer3"),
+    ("opa", "opb", "opc", "opd"),
+    ("option_a", "option_b", "option_c", "option_d"),
+    ("option1", "option2", "option3", "option4"),
+    ("option1", "option2"),
     ("A", "B", "C", "D", "E"),
     ("A", "B", "C", "D"),
 )
-"""Columns that hold one choice each."""
+"""Columns that hold one choice each; more before fewer."""
+
+PAIRS: tuple[tuple[str, ...], ...] = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("sentence_1", "sentence_2"),
+    ("sentence_A", "sentence_B"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("query", "passage"),
+)
+"""Columns that hold the two texts of a pair, whose relation the label says."""
+PREFERENCE = ("chosen", "rejected")
+NAMED = 8
+"""Columns that a note names."""
 
 
 def find_columns(
     task: Task, configured: Columns, present: Sequence[str], *, templated: bool, where: str, field: str
-) -> dict[str, str | tuple[str, ...]]:
-    """Role to column (several columns where each holds one choice). `where` names the dataset for the sentence.
+) -> Found:
+    """Role to column, or to several where each holds one choice or one text of a pair. `where` names the dataset.
 
     Raises TrainerError (bad-data) naming the columns there are.
     """
@@ -36,19 +58,30 @@ def find_columns(
     taken: set[str] = set(filter(None, configured.model_dump().values()))
     for role in task.traits.columns:
         given: str | None = getattr(configured, role)
-        column = _configured(role, given, present, where, field) if given else _usual(role, present, taken)
+        if given:
+            column: str | tuple[str, ...] | None = _configured(role, given, present, where, field)
+        elif role == "text" and task.traits.has_labels and not templated:
+            column = _spread(PAIRS, present, taken) or _usual(role, present, taken)
+        else:
+            column = _usual(role, present, taken)
         if column is not None:
             found[role] = column
             taken.update([column] if isinstance(column, str) else column)
         elif role not in task.traits.optional_columns and not (templated and role in MADE_BY_TEMPLATE):
-            usual = ", ".join(USUAL_COLUMNS[role][:4])
-            raise TrainerError(
-                FailureClass.BAD_DATA,
-                f"{where} has no column with a usual name for {role} ({usual}, …): set columns.{role} "
-                f"to one of its columns: {', '.join(present)}.",
-                f"{field}.columns.{role}",
-            )
+            raise TrainerError(FailureClass.BAD_DATA, _missing(role, present, where), f"{field}.columns.{role}")
     return found
+
+
+def _missing(role: str, present: Sequence[str], where: str) -> str:
+    if set(PREFERENCE) <= set(present):
+        return (
+            f"{where} holds preference pairs (columns {' and '.join(PREFERENCE)}): they need a task for preferences, "
+            f"which is not supported yet. To learn the preferred answers only, set columns.{role}: {PREFERENCE[0]}."
+        )
+    return (
+        f"{where} has no column with a usual name for {role} ({', '.join(USUAL_COLUMNS[role][:4])}, …): "
+        f"set columns.{role} to one of its columns: {', '.join(present)}."
+    )
 
 
 def _configured(role: str, given: str, present: Sequence[str], where: str, field: str) -> str:
@@ -66,6 +99,23 @@ def _usual(role: str, present: Sequence[str], taken: set[str]) -> str | tuple[st
     for name in USUAL_COLUMNS[role]:
         if name.lower() in by_lower:
             return by_lower[name.lower()]
-    if role == "choices":
-        return next((names for names in SPREAD_CHOICES if set(names) <= set(present)), None)
-    return None
+    return _spread(SPREAD_CHOICES, present, taken) if role == "choices" else None
+
+
+def _spread(known: Sequence[tuple[str, ...]], present: Sequence[str], taken: set[str]) -> tuple[str, ...] | None:
+    return next((names for names in known if set(names) <= set(present) - taken), None)
+
+
+def column_notes(found: Found, configured: Columns, present: Sequence[str], used: Sequence[str]) -> list[str]:
+    """Which columns were chosen and which are not used, in sentences. used: those used otherwise, as for `groupBy`."""
+    of_role = {role: [column] if isinstance(column, str) else list(column) for role, column in found.items()}
+    chosen = [
+        f"{role} is {' + '.join(names)}"
+        for role, names in of_role.items()
+        if names != [role] and not getattr(configured, role)
+    ]
+    taken = {name for names in of_role.values() for name in names} | set(used)
+    unused = [name for name in present if name not in taken]
+    more = ", …" if len(unused) > NAMED else ""
+    notes = [f"columns found by their names: {', '.join(chosen)}"] if chosen else []
+    return notes + ([f"columns that are not used: {', '.join(unused[:NAMED])}{more}"] if unused else [])

@@ -8,6 +8,7 @@ import numpy as np
 
 from finetune_api.report import DatasetFacts, LengthFacts
 from finetune_trainer.data.documents import DocumentStore
+from finetune_trainer.data.examples import UNANSWERABLE
 from finetune_trainer.data.manifest import PreparedDataset, PreparedManifest, Span
 from finetune_trainer.prepare.mixture import UNSEEN_HALF, SplitAssignment
 from finetune_trainer.prepare.rendering import RowCounts
@@ -58,7 +59,7 @@ def report_split(
     for assignment in assignments:
         for sentence in assignment.warnings:
             reporter.warn(f"{sentence}.")
-        foreign = sum(scan.foreign for scan in assignment.scans.values())
+        foreign = sum(scan.counts.foreign for scan in assignment.scans.values())
         if foreign:
             reporter.warn(f"{foreign:,} rows of {assignment.reader.name} are not valid UTF-8; decoded as Windows-1252.")
         if assignment.evaluation == "none":
@@ -76,23 +77,46 @@ def report_split(
         reporter.warn("There are no validation rows, so the last checkpoint is exported instead of the best one.")
 
 
+def data_notes(assignment: SplitAssignment) -> list[str]:
+    """What was chosen for a dataset and found in it, in sentences: known before a row is rendered."""
+    scans, evaluation = assignment.scans.values(), assignment.evaluation
+    filtered = sum(scan.counts.filtered for scan in scans)
+    unanswerable = sum(scan.counts.unanswerable for scan in scans)
+    marked = sum(scan.counts.marked for scan in scans)
+    mark = next((scan.counts.mark for scan in scans if scan.counts.mark), "")
+    left_out = assignment.count("left out") + assignment.count("excluded")
+    split = evaluation if evaluation == UNSEEN_HALF else f"{evaluation} split"
+    return [
+        *assignment.reader.source.notes,
+        *assignment.reader.notes,
+        *([f"{filtered:,} rows removed by the filter"] if filtered else []),
+        *([f"{left_out:,} rows not drawn (maxRows)"] if left_out else []),
+        *(
+            [f"{unanswerable:,} questions have no answer: the model learns to say {UNANSWERABLE!r}"]
+            * bool(unanswerable)
+        ),
+        *([f"{marked:,} texts hold marks such as {mark}, {_marks_are(assignment)}"] if marked else []),
+        *([f"evaluated on the {split}"] if evaluation != "none" else []),
+        *assignment.notes,
+    ]
+
+
+def _marks_are(assignment: SplitAssignment) -> str:
+    if assignment.reader.spec.special_tokens == "control":
+        return "read as special tokens where the tokenizer has them (specialTokens: control)"
+    return "read letter by letter as any other text; if they are special tokens, set specialTokens: control"
+
+
 def dataset_facts(assignment: SplitAssignment, written: RowCounts, most: int) -> DatasetFacts:
     """The report's line of one dataset. most: tokens of a document at most."""
     scans = assignment.scans.values()
     bad = sum(scan.bad.count for scan in scans) + written.bad.count
     first = [line for scan in scans for line in scan.bad.first] + written.bad.first
-    left_out = assignment.count("left out") + assignment.count("excluded")
-    filtered = sum(scan.filtered for scan in scans)
-    drawn, evaluation = assignment.scored is not None, assignment.evaluation
-    split = evaluation if evaluation == UNSEEN_HALF else f"{evaluation} split"
+    drawn = assignment.scored is not None
     notes = [
-        *assignment.reader.source.notes,
-        *([f"{filtered:,} rows removed by the filter"] if filtered else []),
-        *([f"{left_out:,} rows not drawn (maxRows)"] if left_out else []),
+        *data_notes(assignment),
         *([f"{bad:,} unusable rows: {'; '.join(first[:3])}{'; …' if bad > 3 else ''}"] if bad else []),
         *([f"{written.scored:,} rows drawn for evaluation (evaluation.maxRows)"] if drawn else []),
-        *([f"evaluated on the {split}"] if evaluation != "none" else []),
-        *assignment.notes,
         *written.notes(most),
     ]
     return DatasetFacts(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from finetune_api.report import FailureClass
 from finetune_api.spec import Split
 from finetune_api.structure import near_match
+from finetune_trainer.data.words import fold
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.near_duplicates import METHOD, joined, keep_together
 from finetune_trainer.prepare.scan import DatasetReader, Scan
@@ -20,6 +22,9 @@ from finetune_trainer.prepare.split import SplitName, assign, draw
 EvaluationSplit = Literal["test", "validation", "unseen half of validation", "none"]
 UNSEEN_HALF: EvaluationSplit = "unseen half of validation"
 Value = TypeVar("Value")
+MANY_LABELS = 10
+NAMED = 3
+"""Labels that a warning names."""
 
 
 @dataclass
@@ -65,6 +70,7 @@ def assign_splits(
     for reader, scans in dataset_readers:
         assignment = _assign(reader, scans, split, selects_checkpoint)
         _check_labels(assignment)
+        _warn_of_labels(assignment)
         if not assignment.count("train"):
             raise TrainerError(FailureClass.BAD_DATA, f"No rows of {reader.name} are left for training.", reader.field)
         if max_rows is not None:
@@ -175,6 +181,41 @@ def _check_labels(assignment: SplitAssignment) -> None:
         )
 
 
+def _warn_of_labels(assignment: SplitAssignment) -> None:
+    """Labels that look like mistakes: written in several ways, contradicting each other, or nearly one per row."""
+    if not assignment.reader.task.traits.has_labels:
+        return
+    name, scans = assignment.reader.name, assignment.scans.values()
+    counts = Counter(label for scan in scans for label in scan.labels)
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for label in sorted(counts):
+        alike["".join(fold(label).split())].append(label)
+    several = [
+        " and ".join(f"{label!r} ({counts[label]:,} rows)" for label in same) for same in alike.values() if same[1:]
+    ]
+    if several:
+        assignment.warnings.append(
+            f"{name}: labels that differ only in case or spaces are classes of their own: {'; '.join(several[:NAMED])}"
+        )
+    contradicting = _contradicting(scans, {label: code for code, label in enumerate(counts)})
+    if contradicting:
+        assignment.warnings.append(f"{name}: {contradicting:,} texts occur with different labels")
+    if len(counts) > MANY_LABELS and 2 * len(counts) > counts.total():
+        assignment.warnings.append(
+            f"{name} has {len(counts):,} labels for {counts.total():,} rows, so most labels have one example: "
+            "check columns.label"
+        )
+
+
+def _contradicting(scans: Collection[Scan], codes: dict[str, int]) -> int:
+    """How many texts occur with several labels."""
+    texts = np.concatenate([np.asarray(scan.inputs, np.uint64) for scan in scans])
+    labels = np.fromiter((codes[label] for scan in scans for label in scan.labels), np.int64, len(texts))
+    order = np.lexsort((labels, texts))
+    texts, labels = texts[order], labels[order]
+    return len(np.unique(texts[1:][(texts[1:] == texts[:-1]) & (labels[1:] != labels[:-1])]))
+
+
 def _draw_scored(assignment: SplitAssignment, max_rows: int) -> set[tuple[str, int]]:
     held = [
         (scan.ranks[i], scan.labels[i], (split, scan.rows[i]))
@@ -220,5 +261,9 @@ def _note_contamination(assignments: Sequence[SplitAssignment]) -> None:
                     f"{count:,} of {len(held):,} held-out rows of {assignment.reader.name} occur, nearly word for "
                     f"word, in the training rows of {name}"
                 )
-        if not met:
-            assignment.notes.append("no held-out row occurs in the training rows of any dataset")
+        wordless = sum(scan.counts.wordless for scan in assignment.scans.values())
+        if wordless:
+            assignment.notes.append(f"{wordless:,} rows have no text, so near-duplicates among them cannot be found")
+        if not met and len(held):
+            judged = "no other held-out row" if wordless else "no held-out row"
+            assignment.notes.append(f"{judged} occurs in the training rows of any dataset")

@@ -18,6 +18,7 @@ from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat, LabelledTokens
 from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.render import Rendering, render_training
+from finetune_trainer.prepare.facts import data_notes
 from finetune_trainer.prepare.fetch import hub_of, open_datasets
 from finetune_trainer.prepare.mixture import SplitAssignment, assign_splits
 from finetune_trainer.prepare.models import fetch_model, load_config
@@ -76,6 +77,10 @@ def _show(console: Console, assignment: SplitAssignment, rendering: Rendering) -
         sides += f", {scored:,} for evaluation ({assignment.evaluation})"
     console.rule(f"{assignment.reader.name}: {assignment.reader.task.value}", align="left")
     console.print(f"{sides}. {assignment.reader.source.origin}", highlight=False, soft_wrap=True)
+    for note in data_notes(assignment):
+        console.print(Text(f"- {note}", style=CONTEXT), soft_wrap=True)
+    for warning in assignment.warnings:
+        console.print(Text(f"- {warning}", style="yellow"), soft_wrap=True)
     for row, tokens in _examples(assignment, rendering):
         text = coloured(tokens, rendering.format.tokenizer, marks=not _coloured(console))
         title = f"row {row}: {len(tokens.ids):,} tokens, {len(tokens.target_id):,} trained on"

@@ -5,9 +5,10 @@ What is kept of a row is a few numbers, so memory grows with the count of rows a
 
 from __future__ import annotations
 
+import re
 import sys
 from array import array
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,15 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Dataset
 from finetune_api.structure import near_match
 from finetune_api.traits import Task
-from finetune_trainer.data.examples import UNANSWERABLE, Example, read_example
+from finetune_trainer.data.answers import AnswerForm, Found
+from finetune_trainer.data.examples import UNANSWERABLE, Example, Reading, all_text, answer_survey, read_example
 from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.templates import TemplateRowError, check_template, compile_filter
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.prepare.columns import find_columns
+from finetune_trainer.prepare.columns import column_notes, find_columns
+from finetune_trainer.prepare.dataset_files import format_of
 from finetune_trainer.prepare.near_duplicates import SignatureFile, Signatures, signatures
-from finetune_trainer.prepare.readers import UnreadableFileError
+from finetune_trainer.prepare.readers import FIELDS_FORMATS, Row, UnreadableFileError
 from finetune_trainer.prepare.sources import DatasetSource, SourceRow, SplitSource
 from finetune_trainer.prepare.split import content_key, occurrence
 from finetune_trainer.prepare.workers import Workers
@@ -33,6 +36,11 @@ from finetune_trainer.prepare.workers import Workers
 MAX_BAD_SHARE = 0.05
 """Share of unusable rows above which a dataset is refused: it is then more likely misunderstood than dirty."""
 NAMED_BAD_ROWS = 5
+_MARKS = re.compile(
+    r"<\|[\w-]{1,40}\|>|<\uff5c[^<>\uff5c]{1,40}\uff5c>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|<fim_(?:prefix|middle|suffix|pad)>|<(?:SUF|MID|endoftext)>"
+)
+"""How chat templates and models for filling in write their special tokens."""
 
 
 @dataclass
@@ -74,8 +82,12 @@ class DatasetReader:
     spec: Dataset
     index: int
     task: Task
-    columns: Mapping[str, str | tuple[str, ...]]
+    columns: Found
     source: DatasetSource
+    notes: list[str] = field(default_factory=list)
+    """What was chosen, in sentences."""
+    form: AnswerForm = AnswerForm.WRITTEN
+    """What the answers are: known after `survey_answers`."""
 
     @property
     def name(self) -> str:
@@ -101,14 +113,34 @@ class DatasetReader:
 
     def example(self, row: SourceRow, split: SplitSource) -> Example | None:
         """The example of a row; None where the filter leaves it out. Raises BadRowError with the reason."""
+        fields = self._kept(row)
+        if fields is None:
+            return None
+        return read_example(self.task, row.number, fields, Reading(self.columns, split.class_names, self.form))
+
+    def _kept(self, row: SourceRow) -> Row | None:
         if row.fields is None:
             raise BadRowError(row.problem)
         try:
-            if self.spec.filter and not compile_filter(self.spec.filter)(row.fields):
-                return None
+            return row.fields if not self.spec.filter or compile_filter(self.spec.filter)(row.fields) else None
         except TemplateRowError as error:
             raise BadRowError(str(error)) from error
-        return read_example(self.task, row.number, row.fields, self.columns, split.class_names)
+
+    def survey_answers(self) -> None:
+        """Find out what the answers are where a single row does not tell, from all rows that are used."""
+        sources = [self.source.splits[split] for split in used_splits(self)]
+        only_texts = all(format_of(file.name) in FIELDS_FORMATS for source in sources for file in source.files)
+        survey = answer_survey(self.task, self.columns, only_texts=only_texts)
+        if survey is None:
+            return
+        for row in (row for source in sources for row in self.rows(source)):
+            with suppress(BadRowError):
+                if fields := self._kept(row):
+                    survey.add(fields)
+            if survey.decided:
+                break
+        self.form = survey.form
+        self.notes += survey.notes
 
     def examples(self, split: SplitSource, only: Container[int]) -> Iterator[Example]:
         """The examples of the rows with these numbers, of those that can be used."""
@@ -116,6 +148,33 @@ class DatasetReader:
             with suppress(BadRowError):
                 if example := self.example(row, split):
                     yield example
+
+
+@dataclass
+class ScanCounts:
+    """How many rows are special in some way."""
+
+    filtered: int = 0
+    """Left out by the filter."""
+    foreign: int = 0
+    """Holding bytes that are not UTF-8."""
+    unanswerable: int = 0
+    """Questions without an answer."""
+    marked: int = 0
+    """Plain texts that hold special tokens of some model."""
+    mark: str = ""
+    """One of these tokens."""
+    wordless: int = 0
+    """Without a text to compare."""
+
+    def add(self, later: ScanCounts) -> None:
+        """Count those of the rows that follow."""
+        self.filtered += later.filtered
+        self.foreign += later.foreign
+        self.unanswerable += later.unanswerable
+        self.marked += later.marked
+        self.mark = self.mark or later.mark
+        self.wordless += later.wordless
 
 
 @dataclass
@@ -132,12 +191,9 @@ class Scan:
     groups: Sequence[int]
     """Hash of the `groupBy` value; empty without one."""
     bad: BadRows
-    filtered: int = 0
-    """Rows that the filter left out."""
-    foreign: int = 0
-    """Rows with bytes that are not UTF-8."""
-    unanswerable: bool = False
-    """Whether some question has no answer."""
+    inputs: Sequence[int]
+    """Hash of each row's text; empty for tasks without labels."""
+    counts: ScanCounts
     cluster: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """int64[n], the same in near-duplicates, over all scans of the job: known when all of them are done."""
 
@@ -177,7 +233,17 @@ def open_reader(spec: Dataset, index: int, source: DatasetSource) -> DatasetRead
             f"Its columns: {', '.join(present)}.",
             f"{field}.groupBy",
         )
-    return DatasetReader(spec, index, spec.task, found, source)
+    notes = column_notes(found, spec.columns, present, _used_otherwise(spec, present))
+    unused = sorted(set(source.splits) - set(spec.splits.model_dump().values()))
+    if unused:
+        notes.append(f"splits that are not used: {', '.join(unused)} (datasets[].splits says which are)")
+    return DatasetReader(spec, index, spec.task, found, source, notes)
+
+
+def _used_otherwise(spec: Dataset, present: Sequence[str]) -> list[str]:
+    """Columns that are used beside those of the task's roles: all that a template may name."""
+    templates = " ".join(filter(None, (spec.template, spec.answer_template, spec.filter)))
+    return [name for name in present if name == spec.group_by or re.search(rf"\b{re.escape(name)}\b", templates)]
 
 
 def _check_templates(spec: Dataset, task: Task, present: tuple[str, ...], field: str) -> None:
@@ -190,7 +256,9 @@ def _check_templates(spec: Dataset, task: Task, present: tuple[str, ...], field:
     if spec.template is not None:
         check_template(spec.template, known, f"{field}.template")
     if spec.answer_template is not None:
-        check_template(spec.answer_template, (*known, "answer", "label", "summary"), f"{field}.answerTemplate")
+        check_template(
+            spec.answer_template, (*known, "answer", "label", "summary", "completion"), f"{field}.answerTemplate"
+        )
     if spec.filter is not None:
         check_template(spec.filter, present, f"{field}.filter", expression=True)
 
@@ -205,27 +273,41 @@ class RowScanner:
     def __call__(self, rows: Sequence[SourceRow]) -> ScanChunk:
         """What is kept of these rows."""
         chunk, texts = ScanChunk(), list[str]()
-        classified, group_by = self.reader.task.traits.has_labels, self.reader.spec.group_by
+        counts = chunk.counts
+        traits, group_by = self.reader.task.traits, self.reader.spec.group_by
         for row in rows:
-            chunk.foreign += row.foreign_bytes
+            counts.foreign += row.foreign_bytes
             try:
                 example = self.reader.example(row, self.split)
             except BadRowError as error:
                 chunk.bad.add(row.place, str(error))
                 continue
             if example is None:
-                chunk.filtered += 1
+                counts.filtered += 1
                 continue
             chunk.rows.append(example.row)
             chunk.contents.append(content_key(0, f"{example.text}\0{example.answer}"))
             # Interned: every row has read a text of its own.
-            chunk.labels.append(sys.intern(example.answer) if classified else "")
+            chunk.labels.append(sys.intern(example.answer) if traits.has_labels else "")
+            if traits.has_labels:
+                chunk.inputs.append(content_key(0, example.text))
             if group_by is not None:
                 chunk.groups.append(content_key(0, repr(example.variables.get(group_by))))
-            chunk.unanswerable |= self.reader.task.traits.may_be_unanswerable and example.answers == [UNANSWERABLE]
-            texts.append(example.text)
+            counts.unanswerable += traits.may_be_unanswerable and example.answers == [UNANSWERABLE]
+            if traits.form == "text" and (mark := _MARKS.search(example.text)):
+                counts.marked, counts.mark = counts.marked + 1, counts.mark or mark[0]
+            texts.append(self._compared_text(row, example))
+            counts.wordless += not texts[-1].strip()
         chunk.signatures = signatures(texts)
         return chunk
+
+    def _compared_text(self, row: SourceRow, example: Example) -> str:
+        """What near-duplicates are found by: the input, and with a template all texts that it may put into it."""
+        if self.reader.spec.template is None or row.fields is None:
+            return example.text
+        taken = [[column] if isinstance(column, str) else column for column in self.reader.columns.values()]
+        others = all_text(row.fields, without=tuple(name for names in taken for name in names))
+        return example.text if others in example.text else f"{example.text} {others}"
 
 
 @dataclass
@@ -235,24 +317,22 @@ class ScanChunk:
     rows: array[int] = field(default_factory=lambda: array("q"))
     contents: array[int] = field(default_factory=lambda: array("Q"))
     groups: array[int] = field(default_factory=lambda: array("Q"))
+    inputs: array[int] = field(default_factory=lambda: array("Q"))
     labels: list[str] = field(default_factory=list)
     signatures: Signatures = field(default_factory=lambda: signatures(()))
     """uint32[n, 64]."""
     bad: BadRows = field(default_factory=BadRows)
-    filtered: int = 0
-    foreign: int = 0
-    unanswerable: bool = False
+    counts: ScanCounts = field(default_factory=ScanCounts)
 
     def add(self, later: ScanChunk) -> None:
         """Append what is kept of the rows that follow, but for their signatures."""
         self.rows += later.rows
         self.contents += later.contents
         self.groups += later.groups
+        self.inputs += later.inputs
         self.labels += map(sys.intern, later.labels)
         self.bad.extend(later.bad)
-        self.filtered += later.filtered
-        self.foreign += later.foreign
-        self.unanswerable |= later.unanswerable
+        self.counts.add(later.counts)
 
 
 def scan(
@@ -274,14 +354,12 @@ def scan(
         tick(len(part.rows))
     kept.bad.check(len(kept.rows), reader.name, reader.field)
     if not kept.rows:
-        why = f": the filter removes all {kept.filtered:,}" if kept.filtered else ""
+        why = f": the filter removes all {kept.counts.filtered:,}" if kept.counts.filtered else ""
         raise TrainerError(
             FailureClass.BAD_DATA, f"{reader.name} has no rows{why} ({split}, {reader.source.origin}).", reader.field
         )
     ranks = _ranks(kept.contents, seed)
-    return Scan(
-        source, kept.rows, ranks, kept.labels, kept.groups, kept.bad, kept.filtered, kept.foreign, kept.unanswerable
-    )
+    return Scan(source, kept.rows, ranks, kept.labels, kept.groups, kept.bad, kept.inputs, kept.counts)
 
 
 def scan_all(
@@ -295,6 +373,8 @@ def scan_all(
 
     directory: where 256 bytes per row are kept until this is done; by default the directory for temporary files.
     """
+    for reader in dataset_readers:
+        reader.survey_answers()
     with SignatureFile(directory) as near:
         found = [
             (reader, {split: scan(reader, split, seed, near, workers, tick) for split in used_splits(reader)})

@@ -29,11 +29,12 @@ def rendering_of(assignment: SplitAssignment, chat: ChatFormat, max_tokens: int)
         format=chat,
         max_tokens=max_tokens,
         labels=assignment.labels if reader.task.traits.has_labels else (),
-        may_be_unanswerable=any(scan.unanswerable for scan in assignment.scans.values()),
+        may_be_unanswerable=any(scan.counts.unanswerable for scan in assignment.scans.values()),
         system_prompt=spec.system_prompt,
         template=spec.template or "",
         answer_template=spec.answer_template or "",
         loss_on=spec.loss_on,
+        special_tokens=spec.special_tokens == "control",
         label_column=str(reader.columns.get("label", "")),
     )
 
