@@ -1,6 +1,5 @@
 """Near-duplicates are found by what they say, not by how they are written."""
 
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -42,6 +41,41 @@ def jaccard(first: str, second: str) -> float:
 
 def test_case_spacing_and_punctuation_make_no_difference() -> None:
     assert cluster("What a  day!", "what, a day", "What a night") == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("\U0001f389\U0001f389", "\U0001f621", "\U0001f389"),
+        ("great \U0001f389", "great \U0001f621", "great"),
+        ("!!!", "???", "..."),
+        ("What is 12 - 7?", "What is 12 + 7?", "What is 12 / 7?", "What is 12 * 7?", "What is 12 7?"),
+        ("C", "C++", "C#"),
+        ("\u20ac5", "$5", "5"),
+        ("\u0915\u0941", "\u0915\u093f", "\u0915"),
+        tuple(f"I feel so good about this today {emoji} {emoji}" for emoji in "\U0001f389\U0001f621"),
+    ],
+    ids=["emoji", "text and emoji", "punctuation", "arithmetic", "languages", "currencies", "vowel signs", "long"],
+)  # fmt: skip
+def test_texts_that_differ_in_signs_only_are_apart(texts: tuple[str, ...]) -> None:
+    assert cluster(*texts) == list(range(len(texts)))
+
+
+def sentence_of(first: str, last: str, seed: int, length: int = 200) -> str:
+    random = np.random.default_rng(seed)
+    return "".join(map(chr, random.integers(ord(first), ord(last), length)))
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [("\u4e00", "\u9f00"), ("\u3041", "\u3090"), ("\u0e01", "\u0e2e"), ("\u1000", "\u1020"), ("\u1780", "\u17a0")],
+    ids=["Chinese", "Japanese", "Thai", "Burmese", "Khmer"],
+)
+def test_a_changed_character_is_found_in_scripts_without_spaces(first: str, last: str) -> None:
+    text, other = sentence_of(first, last, 1), sentence_of(first, last, 2)
+    changed = f"{text[:70]}{last}{text[71:]}"
+    assert cluster(text, other, changed, f"{text[:90]}, {text[90:]}\u3002") == [0, 1, 0, 0]
+    assert cluster(text[:3], text[:2] + last) == [0, 1]
 
 
 def test_a_changed_word_at_the_end_is_found_and_another_text_is_not() -> None:
@@ -123,7 +157,13 @@ def test_many_texts_at_once_have_the_signatures_of_their_definition(texts: list[
 
 @given(st.text(st.characters(max_codepoint=127)))
 def test_a_text_of_ascii_is_normalised_as_any_other(text: str) -> None:
-    assert normalise(text) == re.sub(r"[\W_]+", " ", text.lower()).strip()
+    for removed, table in (
+        (near_duplicates._NO_WORD, near_duplicates._ASCII_WORDS),
+        (near_duplicates._NO_SIGN, near_duplicates._ASCII_SIGNS),
+    ):
+        assert (
+            near_duplicates._parted(text, removed, table) == near_duplicates._parted(f"{text} é", removed, table)[:-1]
+        )
 
 
 def test_long_and_short_texts_together_have_the_signatures_of_their_definition() -> None:

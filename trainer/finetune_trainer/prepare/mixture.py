@@ -263,7 +263,9 @@ def _note_contamination(assignments: Sequence[SplitAssignment]) -> None:
                 )
         wordless = sum(scan.counts.wordless for scan in assignment.scans.values())
         if wordless:
-            assignment.notes.append(f"{wordless:,} rows have no text, so near-duplicates among them cannot be found")
+            assignment.notes.append(
+                f"{wordless:,} rows have no text, so of their near-duplicates only equal rows are found"
+            )
         if not met and len(held):
             judged = "no other held-out row" if wordless else "no held-out row"
             assignment.notes.append(f"{judged} occurs in the training rows of any dataset")

@@ -1,15 +1,15 @@
 """Texts that say nearly the same, found without comparing all pairs.
 
 Method: MinHash (Broder 1997) over the set of five-word shingles of the normalised text (case, punctuation and
-spacing removed), 64 permutations, banded 16 × 4 (locality-sensitive hashing, Indyk and Motwani 1998); two texts of
-one bucket are near-duplicates if their signatures agree in at least 80% of the places, which estimates a
-Jaccard similarity of 0.8. Texts of fewer than five words are compared by their whole normalised text.
+spacing removed; a character is a word where a script writes no spaces, and so is a symbol such as an emoji), 64
+permutations, banded 16 × 4 (locality-sensitive hashing, Indyk and Motwani 1998); two texts of one bucket are
+near-duplicates if their signatures agree in at least 80% of the places, which estimates a Jaccard similarity of 0.8.
+Texts of fewer than five words are compared as a whole, with signs such as `-` and `/`.
 """
 
 from __future__ import annotations
 
 import mmap
-import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,7 +18,10 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import regex
 import xxhash
+
+from finetune_trainer.data.words import fold, spaced
 
 SHINGLE_WORDS = 5
 PERMUTATIONS = 64
@@ -28,15 +31,26 @@ LARGE_CLUSTER_SHARE = 0.01
 LARGE_CLUSTER_ROWS = 10
 """Clusters above this share of the rows, and this many, are reported and not kept together: they would unbalance
 the split."""
-METHOD = f"MinHash over {SHINGLE_WORDS}-word shingles, {PERMUTATIONS} permutations, similarity at least {THRESHOLD}"
+METHOD = (
+    f"MinHash over shingles of {SHINGLE_WORDS} words (characters in scripts without spaces), "
+    f"{PERMUTATIONS} permutations, similarity at least {THRESHOLD}"
+)
 
 Signatures = npt.NDArray[np.uint32]
 
 _generator = np.random.default_rng(20240607)
 _FACTORS = _generator.integers(0, 1 << 63, PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-_NOT_A_WORD = re.compile(r"[\W_]+", re.UNICODE)
-_ASCII_WORDS = bytes(ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else 32 for code in range(256))
-"""Table of the bytes of an ASCII text: letters in lower case, digits, spaces for the rest."""
+_NO_WORD = regex.compile(r"(?V1)(?:[^\p{L}\p{M}\p{N}\p{S}]|[`^|~])+")
+_NO_SIGN = regex.compile(r"""(?V1)(?:[\p{Z}\p{C}.,;:!?"'()\[\]{}_`]|[\p{P}--\p{ASCII}])+""")
+_SYMBOL = regex.compile(r"(?V1)[\p{S}--\p{ASCII}]")
+
+
+def _ascii_table(removed: regex.Pattern[str]) -> bytes:
+    """Table of the bytes of an ASCII text: in lower case, and spaces for those that are removed."""
+    return bytes(32 if code > 127 or removed.match(chr(code)) else ord(chr(code).lower()) for code in range(256))
+
+
+_ASCII_WORDS, _ASCII_SIGNS = _ascii_table(_NO_WORD), _ascii_table(_NO_SIGN)
 _HASHES_AT_ONCE = 512
 """Shingles whose hashes are permuted at once: their products stay in the processor's cache."""
 _ROWS_AT_ONCE = 8192
@@ -47,9 +61,16 @@ _ROWS_OF_A_GROUP = 65_536
 
 def normalise(text: str) -> str:
     """The text in lower case, words parted by one space, nothing else."""
+    words = _parted(text, _NO_WORD, _ASCII_WORDS)
+    if len(words) < SHINGLE_WORDS:
+        words = _parted(text, _NO_SIGN, _ASCII_SIGNS) or text.split()
+    return " ".join(words)
+
+
+def _parted(text: str, removed: regex.Pattern[str], ascii_table: bytes) -> list[str]:
     if text.isascii():  # the same, several times as fast
-        return b" ".join(text.encode().translate(_ASCII_WORDS).split()).decode()
-    return _NOT_A_WORD.sub(" ", text.lower()).strip()
+        return text.encode().translate(ascii_table).decode().split()
+    return spaced(_SYMBOL.sub(r" \g<0> ", fold(removed.sub(" ", text)))).split()
 
 
 def signatures(texts: Sequence[str]) -> Signatures:

@@ -296,8 +296,9 @@ class RowScanner:
             counts.unanswerable += traits.may_be_unanswerable and example.answers == [UNANSWERABLE]
             if traits.form == "text" and (mark := _MARKS.search(example.text)):
                 counts.marked, counts.mark = counts.marked + 1, counts.mark or mark[0]
-            texts.append(self._compared_text(row, example))
-            counts.wordless += not texts[-1].strip()
+            compared = self._compared_text(row, example)
+            counts.wordless += not compared.strip()
+            texts.append(compared if compared.strip() else repr(row.fields))
         chunk.signatures = signatures(texts)
         return chunk
 
