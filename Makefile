@@ -17,7 +17,7 @@ export UV_SYSTEM_CERTS ?= 1
 # Without bytecode every process compiles torch and transformers anew: half of its start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run test fuzz e2e images lint hashes generate verify bench bench-full bench-operator clean
+.PHONY: help setup run test test-architectures fuzz e2e images lint hashes generate verify bench bench-full bench-operator clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test: verify ## run verify and all tests; lists at the end what this machine cou
 	$(BIN)/python -m pytest tests/unit tests/trainer tests/local tests/fuzz $(WORKERS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(WORKERS) $(RETRY_WAITS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/e2e $(RETRY_WAITS) --maxfail 3 $(PYTEST_ARGS)
+
+test-architectures: $(READY) ## compare training and exports of every architecture with plain transformers and PEFT (minutes)
+	FINETUNE_ALL_ARCHITECTURES=1 $(BIN)/python -m pytest tests/trainer/architectures $(PYTEST_ARGS)
 
 fuzz: $(READY) ## try new hostile input on each parser of outside data; FUZZ_SECONDS=600 for each, PYTEST_ARGS="-k parquet" for one
 	FINETUNE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -n 2 --timeout $$(($(FUZZ_SECONDS) + 300)) $(PYTEST_ARGS)

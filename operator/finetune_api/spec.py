@@ -450,7 +450,7 @@ class Training(ApiModel):
     """Data type of matrix products. `auto` selects bf16 if the device has instructions for it."""
     packing: bool | None = None
     """Pack several examples into one sequence, without attention between them. Default: on, except for `prompt` and
-    `prefix`."""
+    `prefix` and for architectures whose packed examples would see each other, such as Falcon and gpt-oss."""
     shared_prefixes: bool | None = None
     """Compute a prefix that several examples of a step share, such as an instruction with all labels, only once. Losses
     and gradients are the same. Default: on if it is exact, that is, without dropout, noise and padding."""

@@ -25,7 +25,8 @@ from finetune_trainer.digest import export_digest, files_of, write_digest
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import flush
 from finetune_trainer.model import adapters
-from finetune_trainer.model.build import CausalModel, base_name
+from finetune_trainer.model.adapters import base_name
+from finetune_trainer.model.build import CausalModel
 from finetune_trainer.model.weights import ModelWeights, SafetensorsDirectory, empty_model, read_config, whole_on_leader
 from finetune_trainer.model.writer import ShardWriter, save_tensors
 
@@ -171,18 +172,23 @@ NewValue = Callable[[Tensor], Tensor]
 
 
 def _write_weights(model: CausalModel, kind: str, out: Path, base: Base, leader: bool) -> None:
-    """The base's files with new values, in their own layout and data types, one tensor at a time."""
+    """The base's files with new values, in their own layout and data types, one tensor at a time.
+
+    Raises RuntimeError if no file took a value that was trained.
+    """
     changes = _full_values(model) if kind == "model" else _merged_values(model, leader)
     tied = {base_name(a): base_name(b) for a, b in (model.causal_lm.all_tied_weights_keys or {}).items()}
     untie = kind == "merged" and any(a in changes or b in changes for a, b in tied.items())
     if kind == "model":
         changes |= {a: changes[b] for a, b in tied.items() if b in changes}
+    taken: set[str] = set()
     writer = ShardWriter(out)
     skeleton = empty_model(read_config(base.directory), torch.float32)
     with SafetensorsDirectory(base.directory) as files:
         weights = ModelWeights(files, skeleton)
 
         def value(name: str, source: str) -> Tensor:
+            taken.add(name)
             old = weights.read(source) if leader and not (kind == "model" and name in changes) else torch.empty(0)
             return changes[name](old).to(weights.dtype(source)) if name in changes else old
 
@@ -196,12 +202,21 @@ def _write_weights(model: CausalModel, kind: str, out: Path, base: Base, leader:
             values = {name: value(name, name) for name in targets}
             for name, tensor in (revert_weight_conversion(skeleton, values) if leader else {}).items():
                 add(name, tensor)
-        for name, other in tied.items() if untie else ():
-            if name not in weights:
-                add(name, value(name, other))
+        for pair in tied.items() if untie else ():
+            for name, other in (pair, pair[::-1]):
+                if name not in weights:
+                    add(name, value(name, other))
+    _refuse_lost(changes.keys() - taken, tied if kind == "model" else {})
     if leader:
         writer.close()
         _write_model_config(base, out, untie)
+
+
+def _refuse_lost(lost: set[str], tied: dict[str, str]) -> None:
+    """Raise RuntimeError for trained values that no file took; files may hold a tied weight once."""
+    lost = {name for name in lost if not any(name in pair and not lost.issuperset(pair) for pair in tied.items())}
+    if lost:
+        raise RuntimeError(f"no file of the export took the trained values of {', '.join(sorted(lost)[:5])}")
 
 
 def _full_values(model: CausalModel) -> dict[str, NewValue]:
@@ -215,13 +230,17 @@ def _merged_values(model: CausalModel, leader: bool) -> dict[str, NewValue]:
     """For each changed parameter of the base, how its new value follows from the one in the files."""
     initial = _initial(model, leader)
     state = {adapters.file_key(name): tensor for name, tensor in _gathered(model, leader).items()}
+    names = {adapters.file_key(name): name for name in (name.removeprefix("model.") for name, _ in model.trainable)}
     found: dict[str, NewValue] = {}
-    for name, layer in adapters.lora_layers(model.causal_lm).items():
-        found[f"{name}.weight"] = _addition(f"base_model.model.{name}", layer, state, initial) if leader else _nothing
-    for name, _ in model.causal_lm.named_parameters():
-        if ".modules_to_save." in name:
-            key = adapters.file_key(f"base_model.model.{name}")
-            found[base_name(name)] = _replacement(state[key]) if leader else _nothing
+    for path, layer in adapters.lora_layers(model.causal_lm).items():
+        prefix = f"base_model.model.{path}"
+        own = {f"{prefix}.{part}" for part in adapters.MERGED_PARTS} & names.keys()
+        if own:
+            target = f"{base_name(path)}.{getattr(layer, 'parameter_name', 'weight')}"
+            found[target] = _addition(prefix, layer, state, initial) if leader else _nothing
+        names = {key: name for key, name in names.items() if key not in own}
+    for key, name in names.items():
+        found[base_name(name.removeprefix("base_model.model."))] = _replacement(state[key]) if leader else _nothing
     return found
 
 
@@ -234,7 +253,7 @@ def _replacement(tensor: Tensor) -> NewValue:
 
 
 def _addition(prefix: str, layer: Any, state: dict[str, Tensor], initial: dict[str, Tensor]) -> NewValue:
-    """The merged value of one adapted layer, computed in float32."""
+    """The merged value of one adapted layer, computed in float32; stacked experts one by one, in the files' type."""
     embedding = f"{prefix}.lora_embedding_A" in state
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     key_a, key_b = (f"{prefix}.{name}" for name in names)
@@ -242,14 +261,20 @@ def _addition(prefix: str, layer: Any, state: dict[str, Tensor], initial: dict[s
     magnitude = state.get(f"{prefix}.lora_magnitude_vector")
 
     def merged(weight: Tensor) -> Tensor:
+        if weight.ndim == 3:
+            return torch.stack([one_merged(expert, index, len(weight)) for index, expert in enumerate(weight)])
+        return one_merged(weight, 0, 1)
+
+    def one_merged(weight: Tensor, expert: int, experts: int) -> Tensor:
+        a = state[key_a].reshape(experts, -1, state[key_a].shape[-1])[expert]
+        b = state[key_b].reshape(len(state[key_b]), -1, experts)[..., expert]
         matrix: Tensor = weight.float().T if flip else weight.float()
-        matrix = matrix + scaling * (state[key_b] @ state[key_a])
+        matrix = matrix + scaling * (b @ a)
         if key_a in initial:
             matrix = matrix - scaling * (initial[key_b] @ initial[key_a])
         if magnitude is not None:
             matrix = matrix * (magnitude / torch.linalg.norm(matrix, dim=1))[:, None]
-        result: Tensor = matrix.T if flip else matrix
-        return result
+        return (matrix.T if flip else matrix).to(weight.dtype if experts > 1 else torch.float32)
 
     return merged
 

@@ -57,7 +57,7 @@ def trained(directory: Path, how: Tuning, **changes: Any) -> tuple[CausalModel, 
     if how.method == "qlora":
         changes["nf4_directory"] = directory / "nf4"
     model = load(directory, how, **changes)
-    batch = (padded if how.method in UNMERGED else packed)(examples(LENGTHS))
+    batch = (packed if model.packs else padded)(examples(LENGTHS))
     optimizer = torch.optim.AdamW([parameter for _, parameter in model.trainable], lr=2e-2, eps=1e-3)
     for _ in range(3):
         (model(batch).sum() / (dist.get_world_size() if dist.is_initialized() else 1)).backward()
@@ -165,6 +165,55 @@ def test_experts_are_exported_one_by_one_as_the_base_has_them(tmp_path: Path) ->
     base, found = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "export"))
     assert found.keys() == base.keys()
     np.testing.assert_allclose(as_a_user(directory, tmp_path / "export", exported), losses, rtol=1e-5, atol=1e-5)
+
+
+EXPERTS = {
+    "mixtral": tuning("lora", targetModules="gate_up_proj,down_proj", rank=2),
+    "qwen2_moe": tuning("lora", targetModules=r".*experts\.(gate_up|down)_proj", layers="1", rank=2),
+    "gpt_oss": tuning("lora", targetModules="q_proj,gate_up_proj,down_proj", rank=2),
+    "granitemoe": tuning("lora", targetModules="gate_up_proj,down_proj", rank=2),
+}
+
+
+@pytest.mark.parametrize("architecture", list(EXPERTS))
+def test_adapters_of_experts_are_exported_and_merged(tmp_path: Path, architecture: str) -> None:
+    directory = tiny_architecture(tmp_path / "model", architecture)
+    tiny_tokenizer(directory / "tokenizer")
+    model, losses = trained(directory, EXPERTS[architecture])
+    assert any("experts" in name for name, _ in model.trainable)
+    for format in ("adapter", "merged"):
+        exported = write(model, directory, tmp_path / format, format)
+        np.testing.assert_allclose(as_a_user(directory, tmp_path / format, exported), losses, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_of_experts_are_merged_under_qlora_too(tmp_path: Path) -> None:
+    directory = tiny_architecture(tmp_path / "model", "mixtral")
+    tiny_tokenizer(directory / "tokenizer")
+    write_nf4_copy(directory, directory / "nf4", Quantization())
+    model, _ = trained(directory, tuning("qlora", rank=2))
+    for format in ("adapter", "merged"):
+        write(model, directory, tmp_path / format, format)
+    plain = AutoModelForCausalLM.from_pretrained(directory)
+    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("method", "format"), [("lora", "merged"), ("full", "adapter")])
+def test_an_export_in_which_a_trained_value_has_no_place_is_never_written(
+    tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, method: str, format: str
+) -> None:
+    model, _ = trained(directory, METHODS[method])
+    values = export._full_values if method == "full" else export._merged_values
+
+    def with_another(*arguments: Any) -> dict[str, Any]:
+        return {**values(*arguments), "model.layers.0.nothing.weight": lambda old: old}
+
+    monkeypatch.setattr(export, values.__name__, with_another)
+    with pytest.raises(RuntimeError, match=r"no file of the export took .*layers\.0\.nothing\.weight"):
+        write(model, directory, tmp_path / "export", format)
+    assert not (tmp_path / "export").exists()
 
 
 def test_exported_weights_have_the_data_type_of_the_base(tmp_path: Path) -> None:

@@ -77,6 +77,44 @@ def test_modules_and_layers_that_are_not_there_are_named(
     assert refusal.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("architecture", "how", "sentence", "field"),
+    [
+        ("mixtral", tuning(init="pissa", rank=4), "PiSSA takes single matrices apart", "tuning.lora.init"),
+        (
+            "mixtral",
+            tuning(targetModules="w1"),
+            "no module w1; it has down_proj, gate_up_proj",
+            "tuning.lora.targetModules",
+        ),
+        ("mixtral", tuning(dora=True), "does not work with use_dora", "tuning"),
+        ("mamba", tuning(), "has no attention", "model"),
+    ],
+)
+def test_what_an_architecture_cannot_do_is_refused_in_a_sentence(
+    tmp_path: Path, architecture: str, how: Tuning, sentence: str, field: str
+) -> None:
+    with pytest.raises(TrainerError, match=sentence) as refusal:
+        load(tiny_architecture(tmp_path, architecture), how)
+    assert refusal.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("architecture", "left_out"),
+    [
+        ("qwen2_moe", "mlp.experts.down_proj, mlp.experts.gate_up_proj"),
+        ("granitemoe", "block_sparse_moe.experts.down_proj, block_sparse_moe.experts.gate_up_proj"),
+        ("mixtral", ""),
+        ("llama", ""),
+    ],
+)
+def test_what_all_linear_leaves_out_is_said(tmp_path: Path, architecture: str, left_out: str) -> None:
+    choices = load(tiny_architecture(tmp_path, architecture)).choices
+    assert (choices["targetModules"].why if "targetModules" in choices else "") == (
+        f"adapts all but {left_out}" if left_out else ""
+    )
+
+
 def test_prefix_tuning_refuses_to_recompute_activations(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="does not support activation checkpointing"):
         load(tiny_llama(tmp_path), tuning("prefix"), activation_checkpointing=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.architectures import ARCHITECTURES, tiny_architecture
+from tests.support.architectures import USUAL, tiny_architecture
 from tests.support.batches import examples, packed, padded
 from tests.support.loading import load, tuning
 from torch.nn import functional
@@ -35,7 +35,12 @@ def alone(directory: Path, lengths: tuple[int, ...] = LENGTHS) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("architecture", "attention"),
-    [*((name, "auto") for name in ARCHITECTURES), ("llama", "sdpa"), ("llama", "eager"), ("mistral", "eager")],
+    [
+        *((name, "auto") for name in (*USUAL, "cohere", "granite")),
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("mistral", "eager"),
+    ],
 )
 def test_losses_of_packed_documents_are_those_of_each_alone(tmp_path: Path, architecture: str, attention: str) -> None:
     directory = tiny_architecture(tmp_path, architecture)
@@ -63,16 +68,19 @@ def test_gradients_through_packed_documents_are_those_of_each_alone(tmp_path: Pa
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_an_architecture_whose_documents_leak_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_whose_documents_leak_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forget_the_bounds(batch: Batch, implementation: str) -> dict[str, object]:
         return {}
 
     directory = tiny_architecture(tmp_path, "llama")
     monkeypatch.setattr(build, "attention_arguments", forget_the_bounds)
-    with pytest.raises(TrainerError, match=r"Set training\.packing to false") as refusal:
-        load(directory)
+    with pytest.raises(TrainerError, match=r"different results for packed .* Remove training\.packing") as refusal:
+        load(directory, packing=True)
     assert refusal.value.failure_class is FailureClass.BAD_SPEC
-    load(directory, packing=False)
+    model = load(directory)
+    assert not model.packs
+    assert model.choices["packing"].value == "off"
+    torch.testing.assert_close(model.eval()(padded(examples(LENGTHS))), alone(directory), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import hashlib
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -30,6 +32,10 @@ from finetune_trainer.model.weights import SafetensorsDirectory, fill, shape_mis
 
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
+MERGED_PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+"""What a LoRA layer may train that can be merged into one weight, as its file names it."""
+WITH_MAMBA = ("falcon_h1", "nemotron_h")
+"""Types of models whose `out_proj` PEFT refuses to adapt: Mamba's kernels read its weight themselves."""
 EXACT_SVD_ELEMENTS = 2**22
 """Matrices up to this size get PiSSA's vectors from a full decomposition, larger ones from a randomised one."""
 SUBSPACE_ITERATIONS = 16
@@ -62,19 +68,25 @@ def attach(model: PreTrainedModel, tuning: Tuning, adapter_directory: Path | Non
         peft_model: PeftModel = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise TrainerError(FailureClass.BAD_SPEC, f"The adapter does not fit the model: {error}", "tuning") from error
+    stacked = [name for name, layer in lora_layers(model).items() if isinstance(layer, ParamWrapper)]
+    if stacked and adapter_directory is None and tuning.lora.init == "pissa":
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"PiSSA takes single matrices apart, and {stacked[0]} is not one (a router, or stacked experts). "
+            "Use init: default, or name other modules in targetModules.",
+            "tuning.lora.init",
+        )
     return peft_model
 
 
 def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
     """PEFT's config for the spec's LoRA on this architecture."""
-    modules, layers = _targets(model, lora)
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=modules,
-        layers_to_transform=layers,
+        **_targets(model, lora),
         modules_to_save=_saved(model, lora) or None,
         use_dora=lora.dora,
         use_rslora=lora.rslora,
@@ -94,8 +106,8 @@ def _layer_count(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
-def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[int] | None]:
-    """`target_modules` and `layers_to_transform` of PEFT; explicit names where PEFT ignores the layers."""
+def _targets(model: PreTrainedModel, lora: Lora) -> dict[str, Any]:
+    """Which modules and stacked experts PEFT adapts: explicit names where PEFT ignores the layers."""
     layers = lora.layer_numbers
     count = _layer_count(model)
     if layers and layers[-1] >= count:
@@ -104,24 +116,74 @@ def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str | list[str], list[
             f"The model has no layers {lora.layers}: they are numbered 0 to {count - 1}.",
             "tuning.lora.layers",
         )
-    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)}
+    linear, experts = _linear(model), stacked_experts(model)
     within = _name_of(model, decoder_layers(model))
     leaves = sorted({name.rpartition(".")[2] for name in linear if name.startswith(f"{within}.")})
     if lora.target_modules == "all-linear":
-        return (leaves, layers) if layers is not None else ("all-linear", None)
+        others = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in linear]
+        if model.config.model_type in WITH_MAMBA:
+            others += sorted(name for name in linear if name.endswith(".out_proj"))
+        modules = "all-linear" if layers is None else leaves
+        return {"target_modules": modules, "layers_to_transform": layers, "exclude_modules": others or None}
+    known = sorted({*leaves, *(name.rpartition(".")[2] for name in experts)})
     if NAMES.fullmatch(lora.target_modules):
         names = [name.strip() for name in lora.target_modules.split(",")]
-        unknown = [name for name in names if not any(_ends_with(module, name) for module in linear)]
-        if not unknown:
-            return names, layers
-        raise _no_such_module(unknown[0], leaves, "tuning.lora.targetModules")
-    matched = sorted(name for name in linear if matches(lora.target_modules, name))
+        for name in names:
+            if not any(_ends_with(module, name) for module in linear | experts):
+                raise _no_such_module(name, known, "tuning.lora.targetModules")
+        modules = [name for name in names if any(_ends_with(module, name) for module in linear)]
+        stacked = [full for full in experts if any(_ends_with(full, name) for name in names)]
+    else:
+        modules, stacked = (
+            [name for name in found if matches(lora.target_modules, name)] for found in (linear, experts)
+        )
     if layers is not None:
-        prefixes = [f"{within}.{layer}." for layer in layers]
-        matched = [name for name in matched if any(name.startswith(prefix) for prefix in prefixes)]
-    if not matched:
-        raise _no_such_module(lora.target_modules, leaves, "tuning.lora.targetModules")
-    return matched, None
+        prefixes = tuple(f"{within}.{layer}." for layer in layers)
+        stacked = [name for name in stacked if name.startswith(prefixes)]
+        if not NAMES.fullmatch(lora.target_modules):
+            modules, layers = [name for name in modules if name.startswith(prefixes)], None
+    if not modules and not stacked:
+        raise _no_such_module(lora.target_modules, known, "tuning.lora.targetModules")
+    return {
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(stacked) or None,
+        "layers_to_transform": layers if modules else None,
+    }
+
+
+def _linear(model: nn.Module) -> set[str]:
+    """Names of the modules that LoRA can adapt: embeddings, and linear layers that are no routers."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | Conv1D) or (isinstance(module, nn.Linear) and not nf4.is_router(module))
+    }
+
+
+def left_out(model: PreTrainedModel) -> list[str]:
+    """Linear layers and stacked experts of the decoder that have no adapter, without their layers' numbers."""
+    layers = lora_layers(model)
+    if not layers:
+        return []
+    adapted = {
+        base_name(f"{name}.{getattr(layer, 'parameter_name', '')}".rstrip(".")) for name, layer in layers.items()
+    }
+    others = {base_name(name) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    others = {name for name in others if ".lora_" not in name} | stacked_experts(model)
+    within = re.compile(re.escape(_name_of(model, decoder_layers(model))) + r"\.\d+\.(.+)")
+    found = {match[1] for name in others - adapted if (match := within.fullmatch(name))}
+    return sorted(name.removesuffix(".weight") for name in found)
+
+
+def stacked_experts(model: nn.Module) -> set[str]:
+    """Names of the parameters that hold the matrices of all experts: [experts, out, in] or [experts, in, out]."""
+    modules = ((name, m) for name, m in model.named_modules() if not isinstance(m, nn.Conv1d | LoraLayer))
+    return {
+        base_name(f"{name}.{leaf}")
+        for name, module in modules
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
 
 
 def _saved(model: PreTrainedModel, lora: Lora) -> list[str]:
@@ -230,8 +292,9 @@ def factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def transposed(layer: LoraLayer) -> bool:
-    """Whether the base stores its matrix as [in, out]: embeddings, GPT-2's Conv1D."""
-    return ADAPTER in layer.lora_embedding_A or bool(getattr(layer, "fan_in_fan_out", False))
+    """Whether the base stores its matrix as [in, out]: embeddings, GPT-2's Conv1D, some experts."""
+    flipped = getattr(layer, "fan_in_fan_out", False) or getattr(layer.get_base_layer(), "is_transposed", False)
+    return ADAPTER in layer.lora_embedding_A or bool(flipped)
 
 
 def base_matrix(layer: LoraLayer) -> Tensor:
@@ -289,6 +352,13 @@ def load_adapter(peft_model: PeftModel, directory: Path) -> None:
             if file.shape(key) != tuple(parameter.shape):
                 raise shape_mismatch(directory, key, file.shape(key), parameter.shape)
             fill(parameter, file.read(key))
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the base model: without what PEFT wraps around its modules."""
+    for wrapping in (".base_layer", ".original_module", f".modules_to_save.{ADAPTER}"):
+        name = name.replace(wrapping, "")
+    return name
 
 
 def is_adapter(name: str) -> bool:

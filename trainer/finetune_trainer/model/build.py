@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -24,7 +25,13 @@ from finetune_api.traits import Method
 from finetune_trainer.data.packing import Batch
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import adapters, nf4
-from finetune_trainer.model.attention import attention_arguments, choose_attention, obstacle_to_sharing
+from finetune_trainer.model.adapters import base_name
+from finetune_trainer.model.attention import (
+    AttentionChoice,
+    attention_arguments,
+    choose_attention,
+    obstacle_to_sharing,
+)
 from finetune_trainer.model.loss import logits_transform, target_losses
 from finetune_trainer.model.sharding import shard
 from finetune_trainer.model.shared_prefix import kernel_obstacle, masks_only
@@ -34,6 +41,7 @@ from finetune_trainer.model.weights import (
     empty_model,
     fill,
     read_config,
+    refuse_without_attention,
     shape_mismatch,
 )
 
@@ -65,6 +73,8 @@ class CausalModel(nn.Module):
         """Names and parameters (shards, under FSDP) that are trained; names do not depend on the world size."""
         self.initial: dict[str, Tensor] = {}
         """PiSSA's first A and B, which the export takes away again; empty for other methods."""
+        self.packs = False
+        """Whether batches are packed rows; otherwise they are padded."""
         self.shares_prefixes = False
         """Whether batches may hold shared prefixes."""
         self.attention = attention
@@ -158,6 +168,8 @@ class CausalModel(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states [B, T, H] of the batch's own tokens."""
         decoder = self.causal_lm.get_decoder()
+        if decoder is self.causal_lm:  # transformers did not find it, as in Llama 4
+            decoder = self.causal_lm.model
         self._noise_scale = self._neftune(batch)
         if self.method is Method.PROMPT:
             return self._hidden_after_prompt(decoder, batch)
@@ -229,7 +241,7 @@ def load_model(
     mesh: DeviceMesh | None,
     seed: int,
     attention: str = "auto",
-    packing: bool = True,
+    packing: bool | None = None,
     share_prefixes: bool | None = None,
     activation_checkpointing: bool = False,
     compile: bool = False,
@@ -244,7 +256,8 @@ def load_model(
     directory: config and safetensors of the base; nf4_directory: its 4-bit copy (qlora); adapter_directory: a LoRA
     adapter to go on from. precision: type of frozen weights and of products; what is trained is float32.
     mesh: None keeps plain tensors on `device` (one process), else FSDP over [ranks] or [replicas, ranks].
-    packing: batches are packed rows, not padded ones (which prompt and prefix always get).
+    packing: batches are packed rows, not padded ones (which prompt and prefix always get); None: wherever documents in
+    one row do not see each other, as `packs` then says.
     share_prefixes: packed rows may hold shared prefixes; None: wherever that is exact, as `shares_prefixes` then says.
     Raises TrainerError (bad-spec) for files, modules or kernels that do not fit.
     """
@@ -254,17 +267,12 @@ def load_model(
     _refuse_combinations(method, tuning, activation_checkpointing)
     nf4.refuse_quantized(directory, trust_remote_code)
     config = read_config(directory, trust_remote_code)
-    packed = packing and method.traits.can_pack
-    base = empty_model(config, torch.float32 if method.traits.trains_base else precision, "eager", trust_remote_code)
-    chosen = choose_attention(
-        attention,
-        config=base.config.get_text_config(),
-        supports_backend=bool(base._supports_attention_backend),
-        packed=packed,
-        device=device,
-        precision=precision,
-    )
-    base.set_attn_implementation(chosen.implementation)
+    refuse_without_attention(config)
+    packed = packing is not False and method.traits.can_pack
+    dtype = torch.float32 if method.traits.trains_base else precision
+    base = empty_model(config, dtype, None, trust_remote_code)  # some models keep the attention they are made with
+    attend = partial(_set_attention, base, requested=attention, device=device, precision=precision)
+    chosen = attend(packed=packed)
     layers = list(adapters.decoder_layers(base))
     with SafetensorsDirectory(_source(directory, method, nf4_directory)) as files:
         weights = ModelWeights(files, base)
@@ -277,6 +285,10 @@ def load_model(
             autocast=precision if mesh is None and precision != torch.float32 else None,
         )
         root.choices["attention"] = chosen.choice
+        if left_out := adapters.left_out(base) if tuning.lora.target_modules == "all-linear" else []:
+            root.choices["targetModules"] = Choice(
+                value=tuning.lora.target_modules, why=f"adapts all but {', '.join(left_out)}"
+            )
         _train_in_float32(root)
         if activation_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -291,9 +303,11 @@ def load_model(
             check_bits(base, layers[0], weights)
     _initialise(root, directory, tuning, seed, adapter_directory)
     root.trainable = [(name, p) for name, p in root.named_parameters() if p.requires_grad]
-    if packed:
-        _check_documents_apart(root, device)
-    _choose_sharing(root, share_prefixes, packed, device, precision)
+    root.packs = packed and _keeps_documents_apart(root, device, required=packing is True)
+    if packed and not root.packs:
+        chosen = attend(packed=False)
+        root.attention, root.choices["attention"] = chosen.implementation, chosen.choice
+    _choose_sharing(root, share_prefixes, root.packs, device, precision)
     if compile:  # after the check, whose few tokens would be compiled for
         for layer in layers:
             layer.compile()
@@ -308,20 +322,36 @@ def _source(directory: Path, method: Method, nf4_directory: Path | None) -> Path
     return nf4_directory
 
 
-def _check_documents_apart(root: CausalModel, device: torch.device) -> None:
-    """Raise TrainerError (bad-spec) if this architecture, packed, does not compute what it computes for one document.
+def _set_attention(
+    base: PreTrainedModel, *, requested: str, packed: bool, device: torch.device, precision: torch.dtype
+) -> AttentionChoice:
+    chosen = choose_attention(
+        requested,
+        config=base.config.get_text_config(),
+        supports_backend=bool(base._supports_attention_backend),
+        packed=packed,
+        device=device,
+        precision=precision,
+    )
+    base.set_attn_implementation(chosen.implementation)
+    return chosen
+
+
+def _keeps_documents_apart(root: CausalModel, device: torch.device, required: bool) -> bool:
+    """Whether this architecture, packed, computes what it computes for one document alone.
 
     Catches both attention that reaches over into other documents and a head that does more than is known here.
+    Raises TrainerError (bad-spec) if it does not, but is `required` to.
     """
     register_fsdp_forward_method(root, "deviation_when_packed")
     deviation = _deviation(root, device, shared=False)
-    if not deviation < PACKED_DEVIATION:
-        raise TrainerError(
-            FailureClass.BAD_SPEC,
-            f"{root.config.model_type} gives different results for packed examples (logits differ by {deviation:.0%}). "
-            "Set training.packing to false.",
-            "training.packing",
-        )
+    if deviation < PACKED_DEVIATION:
+        return True
+    why = f"{root.config.model_type} gives different results for packed examples: logits differ by {deviation:.0%}"
+    if required:
+        raise TrainerError(FailureClass.BAD_SPEC, f"{why}. Remove training.packing.", "training.packing")
+    root.choices["packing"] = Choice(value="off", why=why)
+    return False
 
 
 def _deviation(root: CausalModel, device: torch.device, shared: bool) -> float:
@@ -463,13 +493,6 @@ def check_bits(base: PreTrainedModel, layer: nn.Module, weights: ModelWeights) -
             if not torch.equal(module.weight.detach().cpu().flatten(), weights.read(key).flatten()):
                 raise RuntimeError(f"{key} was altered when it was gathered from the ranks")
     layer.reshard()
-
-
-def base_name(name: str) -> str:
-    """A parameter's name in the base model: without what PEFT wraps around its modules."""
-    for wrapping in (".base_layer", ".original_module", f".modules_to_save.{adapters.ADAPTER}"):
-        name = name.replace(wrapping, "")
-    return name
 
 
 def _tied_name(base: PreTrainedModel, key: str, weights: ModelWeights) -> str:

@@ -56,6 +56,13 @@ def refuse_saving_quantized(model: nn.Module, modules_to_save: list[str]) -> Non
             )
 
 
+def is_router(linear: nn.Linear) -> bool:
+    """Whether a linear layer of an empty model gives more than a product, as Llama 4's router does."""
+    if type(linear).forward is nn.Linear.forward or hasattr(linear, "quant_state"):
+        return False
+    return not isinstance(linear(linear.weight.new_empty(1, linear.in_features)), Tensor)
+
+
 def quantized_modules(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that are stored in 4 bits, by name: all but the head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -73,7 +80,14 @@ def write_nf4_copy(
     refuse_quantized(model_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     model = empty_model(read_config(model_dir), torch.bfloat16)
-    quantized = {f"{name}.weight" for name in quantized_modules(model)}
+    modules = quantized_modules(model)
+    router = next((name for name, module in modules.items() if is_router(module)), None)
+    if router or not modules:
+        why = f"{router} is a router, which 4 bits do not support" if router else "it has no linear layers"
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"qlora cannot be used for this model: {why}. Use lora.", "tuning.method"
+        )
+    quantized = {f"{name}.weight" for name in modules}
     writer = ShardWriter(out_dir)
     with SafetensorsDirectory(model_dir) as directory:
         weights = ModelWeights(directory, model)

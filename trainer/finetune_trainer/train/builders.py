@@ -48,7 +48,7 @@ def build_model(
         mesh=mesh,
         seed=training.seed,
         attention=spec.model.attention,
-        packing=training.packing is not False,
+        packing=training.packing,
         share_prefixes=training.shared_prefixes,
         activation_checkpointing=checkpointed,
         compile=compiled,
@@ -83,6 +83,7 @@ def build_batchers(
     rank: int,
     world_size: int,
     multiple: int,
+    packing: bool,
     share_prefixes: bool,
 ) -> tuple[tuple[MicroBatcher, MicroBatcher | None], Choices]:
     """The batchers of training and of validation (None if there is nothing to validate on).
@@ -90,7 +91,6 @@ def build_batchers(
     `planned_tokens` is the plan's size of a micro-batch; rows are padded to a multiple of `multiple` tokens.
     """
     training, unpacked = spec.training, not spec.tuning.method.traits.can_pack
-    packing = not unpacked if training.packing is None else training.packing
     virtual_tokens = spec.tuning.virtual_tokens
 
     def batcher(store: DocumentStore) -> MicroBatcher:

@@ -107,7 +107,7 @@ def build_loop(
     )
 
     objective = CrossEntropy()
-    sampler, batcher, validator = _build_data(context, manifest, device, objective, model.shares_prefixes)
+    sampler, batcher, validator = _build_data(context, manifest, device, objective, model)
     total = training.total_steps(sampler.examples)
     identity = training_identity(spec, manifest.model.digest, manifest.digest)
     checkpoints = Checkpoints(
@@ -160,7 +160,7 @@ def build_loop(
 
 
 def _build_data(
-    context: RunContext, manifest: PreparedManifest, device: torch.device, objective: Objective, share_prefixes: bool
+    context: RunContext, manifest: PreparedManifest, device: torch.device, objective: Objective, model: CausalModel
 ) -> tuple[ExampleSampler, MicroBatcher, Validator | None]:
     """What makes examples into micro-batches, and what validates (None if there is nothing to validate on)."""
     spec, reporter = context.config.spec, context.reporter
@@ -179,9 +179,10 @@ def _build_data(
         rank=context.rank,
         world_size=context.world_size,
         multiple=8 if device.type == "cuda" else 1,
-        share_prefixes=share_prefixes,
+        packing=model.packs,
+        share_prefixes=model.shares_prefixes,
     )
-    reporter.choose_all(choices)
+    reporter.choose_all(choices | model.choices)
     if batcher.share_prefixes:
         sample = [sampler.step(step) for step in range(min(sampler.steps_per_epoch, SAMPLED_STEPS))]
         batcher, choices = fit_rows_to_prefixes(batcher, sample, device)
