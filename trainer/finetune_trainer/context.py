@@ -45,51 +45,37 @@ class RunContext:
     gpus_per_node: int | None = None
     """GPUs that this node should have, 0 for none; None: as many as are found."""
     run: Path = field(init=False)
+    cache: Path = field(init=False)
+    """Shared downloads and conversions; read-only outside Prepare."""
+    prepared: Path = field(init=False)
+    """What Prepare wrote."""
+    checkpoints: Path = field(init=False)
+    """Published checkpoints, `step-00000010`."""
+    export: Path = field(init=False)
+    """The trained model."""
+    evaluation: Path = field(init=False)
+    """Results, predictions and the page."""
+    reports: Path = field(init=False)
+    """One report per attempt."""
+    metrics_file: Path = field(init=False)
+    """Training curves, one JSON object per line."""
 
     def __post_init__(self) -> None:
-        self.run = Path(self.config.paths.run)
+        run = self.run = Path(self.config.paths.run)
+        self.cache = Path(self.config.paths.cache)
+        self.prepared, self.checkpoints, self.export = run / "prepared", run / "checkpoints", run / "export"
+        self.evaluation, self.reports, self.metrics_file = (
+            run / "evaluation",
+            run / REPORTS_DIRECTORY,
+            run / METRICS_FILE,
+        )
         if self.gpus_per_node is None:
             self.gpus_per_node = self.config.spec.topology.gpus_per_node
-
-    @property
-    def cache(self) -> Path:
-        """Shared downloads and conversions; read-only outside Prepare."""
-        return Path(self.config.paths.cache)
-
-    @property
-    def prepared(self) -> Path:
-        """What Prepare wrote."""
-        return self.run / "prepared"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Published checkpoints, `step-00000010`."""
-        return self.run / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        """The trained model."""
-        return self.run / "export"
-
-    @property
-    def evaluation(self) -> Path:
-        """Results, predictions and the page."""
-        return self.run / "evaluation"
-
-    @property
-    def reports(self) -> Path:
-        """One report per attempt."""
-        return self.run / REPORTS_DIRECTORY
 
     @property
     def logs(self) -> Path:
         """Logs, failures and stacks of this attempt."""
         return attempt_logs(self.run, self.attempt)
-
-    @property
-    def metrics_file(self) -> Path:
-        """Training curves, one JSON object per line."""
-        return self.run / METRICS_FILE
 
     def resolve_source(self, path: str, field: str) -> Path:
         """The file or directory that a `path` of the spec refers to: absolute, next to the job's file, or in the cache.

@@ -8,7 +8,7 @@ import sys
 import termios
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -28,11 +28,12 @@ QUIET_EVENTS = ("AttemptStarted", "Ending", "WaitingForPreviousAttempt")
 """Shown in other ways, or of no use to a reader."""
 
 
-class Output(Protocol):
+class Output:
     """Something that shows a job; used in a `with` block that ends with the job's last scene shown."""
 
     def __enter__(self) -> Self:
         """Begin to show."""
+        return self
 
     def __exit__(self, *_: object) -> None:
         """End; what was shown last stays on the screen."""
@@ -50,8 +51,8 @@ class Output(Protocol):
         """The final state, in full."""
 
 
-class LiveOutput:
-    """One screen, redrawn in place."""
+class LiveOutput(Output):
+    """One screen, redrawn in place. Events and notes are part of the scene."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False)
@@ -70,12 +71,6 @@ class LiveOutput:
     def scene(self, scene: Scene) -> None:
         """Draw."""
         self._live.update(live.render(scene), refresh=True)
-
-    def event(self, kind: str, reason: str, message: str) -> None:
-        """Nothing: the scene shows it."""
-
-    def note(self, sentence: str) -> None:
-        """Nothing: notes are part of the scene."""
 
     def end(self, scene: Scene) -> None:
         """Draw the last time."""
@@ -104,14 +99,11 @@ class _QuietTerminal:
                 termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
 
 
-class _Lines:
+class _Lines(Output):
     """Lines on a stream, flushed at the end."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stream.flush()
