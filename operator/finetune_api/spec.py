@@ -1027,6 +1027,11 @@ class FineTuneJobSpec(ApiModel):
         ),
     )
 
+    @property
+    def reads_hub(self) -> bool:
+        """Whether the model, its adapter or a dataset comes from a repository."""
+        return any(source is not None and source.repo for source in (self.model, self.model.adapter, *self.datasets))
+
 
 class ObjectMeta(ApiModel):
     """The fields of Kubernetes metadata that are read here. Others are kept unchanged."""

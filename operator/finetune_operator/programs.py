@@ -7,7 +7,7 @@ stage runs the same in both worlds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune_api.base import Stage
 from finetune_api.rendezvous import Rendezvous
@@ -23,31 +23,46 @@ class Program:
     arguments: tuple[str, ...]
     token: TokenKind | None = None
     """The only token that it may read."""
+    reaches_hub: bool = False
+    """Whether it may ask the Hub for anything; others find on the volumes what they need."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Variables of this program, beside those of its stage."""
+        return {} if self.reaches_hub else {"HF_HUB_OFFLINE": "1"}
 
     def command(self, python: str = "python") -> list[str]:
         """The command line."""
         return [python, "-m", "finetune_trainer", *self.arguments]
 
 
-CHECK_PUBLISH = Program("check-publish", ("check-publish",), "publish")
+CHECK_PUBLISH = Program("check-publish", ("check-publish",), "publish", reaches_hub=True)
 """Before anything is downloaded: may the result be written to its repository? Only this program reads the write token
-in Prepare; models and data are downloaded and parsed by another one."""
-PREVIEW = Program("preview", ("preview",), "hub")
-"""Not a stage: `finetune preview` on this machine."""
+in Prepare."""
+FETCH = Program("fetch", ("fetch",), "hub", reaches_hub=True)
+"""Brings the job's repositories into the cache, and parses none of it. What does parse models and data runs after it
+and has no token."""
 PROGRAMS: dict[Stage, tuple[Program, ...]] = {
-    Stage.PREPARE: (CHECK_PUBLISH, Program("prepare", ("prepare",), "hub")),
+    Stage.PREPARE: (CHECK_PUBLISH, FETCH, Program("prepare", ("prepare",))),
     Stage.TRAIN: (Program("train", ("launch", "train"), "wandb"),),
     Stage.EVALUATE: (Program("evaluate", ("launch", "evaluate")),),
-    Stage.PUBLISH: (Program("publish", ("publish",), "publish"),),
+    Stage.PUBLISH: (Program("publish", ("publish",), "publish", reaches_hub=True),),
 }
 """What a stage runs, one program after the other; the last one is the stage itself."""
 COMPUTING_STAGES = (Stage.TRAIN, Stage.EVALUATE)
-"""These have GPUs and ranks, and download nothing: Prepare has fetched all that they read."""
+"""These have GPUs and ranks."""
 
 
 def programs_of(stage: Stage, spec: FineTuneJobSpec) -> tuple[Program, ...]:
     """The programs of a stage of this job."""
-    return tuple(p for p in PROGRAMS[stage] if p is not CHECK_PUBLISH or spec.publish is not None)
+    needed = {CHECK_PUBLISH: spec.publish is not None, FETCH: spec.reads_hub}
+    return tuple(program for program in PROGRAMS[stage] if needed.get(program, True))
+
+
+def preview_programs(spec: FineTuneJobSpec) -> tuple[Program, ...]:
+    """Not a stage: `finetune preview` on this machine, which needs no weights."""
+    fetch = replace(FETCH, arguments=("fetch-preview",))
+    return (*([fetch] if spec.reads_hub else []), Program("preview", ("preview",)))
 
 
 def secret_of(credentials: Credentials, kind: TokenKind | None) -> tuple[str, SecretKey] | None:
@@ -67,7 +82,7 @@ def trainer_environment(
     threads: int | None,
     rendezvous: Rendezvous | None,
 ) -> dict[str, str]:
-    """The variables of a stage's programs. `given`, the user's, replace our defaults, but not what we rely on.
+    """The variables of all programs of a stage. `given`, the user's, replace our defaults, but not what we rely on.
 
     `threads` is per rank, None to leave the number to the libraries; `gpus` is what this node was given; `rendezvous`
     is None where there are no ranks, or where another controller sets its variables.
@@ -82,7 +97,7 @@ def trainer_environment(
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",
         "HF_HOME": hf_home,
-        **({"HF_HUB_OFFLINE": "1", GPUS_VARIABLE: str(gpus)} if computes else {}),
+        **({GPUS_VARIABLE: str(gpus)} if computes else {}),
         CONFIG_VARIABLE: config_file,
         ATTEMPT_VARIABLE: attempt.model_dump_json(by_alias=True, exclude_none=True),
     }

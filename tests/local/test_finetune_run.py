@@ -49,16 +49,20 @@ def test_a_finished_job_does_nothing_when_run_again(workspace: Workspace) -> Non
 
 def test_each_process_sees_only_its_own_tokens(workspace: Workspace) -> None:
     secrets = {"HF_TOKEN": "hf_read", "HF_PUBLISH_TOKEN": "hf_write", "WANDB_API_KEY": "wandb_key"}
+    workspace.write(job(model={"repo": "acme/base"}))
     assert workspace.run(**secrets) == 0
     seen = {entry["program"]: entry["tokens"] for entry in workspace.trace()}
     assert seen == {
         "check-publish": {"publish": "hf_write"},
-        "prepare": {"hub": "hf_read"},
+        "fetch": {"hub": "hf_read"},
+        "prepare": {},
         "train": {"wandb": "wandb_key"},
         "evaluate": {},
         "publish": {"publish": "hf_write"},
     }
     for entry in workspace.trace():
+        online = entry["program"] in ("check-publish", "fetch", "publish")
+        assert ("HF_HUB_OFFLINE" in entry["environ"]) is not online
         assert entry["mode"] == "0o700"
         assert not any(secret in text for secret in secrets.values() for text in entry["environ"].values())
         assert not any(secret in text for secret in secrets.values() for text in entry["arguments"])
@@ -150,6 +154,18 @@ def test_without_write_access_nothing_is_downloaded(workspace: Workspace) -> Non
     failed = workspace.record.status.condition(ConditionType.FAILED)
     assert failed is not None
     assert "acme/llama" in failed.message
+
+
+def test_what_stops_a_download_has_its_own_class_and_is_tried_again(workspace: Workspace) -> None:
+    away = {"fail": "hub-unavailable", "sentence": "The Hub did not deliver acme/base (status 503)."}
+    workspace.write(job(model={"repo": "acme/base"}), fetch=[away, {"kill": True}, {}])
+    assert workspace.run() == 0
+    reasons = [reason for _, reason, _ in attempts(workspace, Stage.PREPARE)]
+    assert reasons == ["hub-unavailable", "crash", None]
+    assert workspace.record.status.attempts[0].message == away["sentence"]
+    programs = [entry["program"] for entry in workspace.trace()]
+    assert programs[:7] == ["check-publish", "fetch"] * 3 + ["prepare"]
+    assert (workspace.record.run / "logs" / "prepare-1" / "fetch.log").exists()
 
 
 def test_no_space_left_is_said_in_a_sentence(
@@ -319,6 +335,14 @@ def test_preview_passes_on_what_the_trainer_shows_and_leaves_nothing(workspace: 
     shown = workspace.finetune("preview", "job.yaml", TMPDIR=str(workspace.root))
     assert (shown.returncode, shown.stdout.strip()) == (0, "one tweet as tiny sees it")
     assert not list(workspace.root.glob("finetune-*"))
+
+
+def test_preview_downloads_first_and_says_what_keeps_it_from_that(workspace: Workspace) -> None:
+    workspace.write(job(model={"repo": "acme/base"}))
+    assert workspace.finetune("preview", "job.yaml").stdout.strip() == "one tweet as tiny sees it"
+    workspace.script(fetch=[{"fail": "no-access", "sentence": "The model acme/base is gated."}])
+    shown = workspace.finetune("preview", "job.yaml")
+    assert (shown.returncode, shown.stdout, shown.stderr.strip()) == (1, "", "error: The model acme/base is gated.")
 
 
 def test_preview_says_what_is_wrong_in_a_sentence(workspace: Workspace) -> None:

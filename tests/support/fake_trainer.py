@@ -27,6 +27,7 @@ EXIT_CODES = {
     "preempted": 70,
     "hang": 71,
     "storage-full": 73,
+    "hub-unavailable": 75,
 }
 STOP = {"asked": False}
 
@@ -190,6 +191,11 @@ def check_publish(process: Process, rank: int) -> int:
     return 0 if code is None else code
 
 
+def fetch(process: Process, rank: int) -> int:
+    code = act(process, process.behaviour("fetch"))
+    return 0 if code is None else code
+
+
 def preview(process: Process, rank: int) -> int:
     code = act(process, process.behaviour("preview"))
     print(f"one tweet as {process.config['job']['name']} sees it")
@@ -212,6 +218,8 @@ def launch(program: str) -> int:
 
 
 PROGRAMS = {
+    "fetch": fetch,
+    "fetch-preview": fetch,
     "prepare": prepare,
     "check-publish": check_publish,
     "train": train,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from finetune_api.base import Stage
 from finetune_api.runconfig import Attempt, JobRef, Paths, RunConfig, resolve
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
+from finetune_trainer.prepare import fetch, stage
 from finetune_trainer.reporter import Reporter
 
 
@@ -48,3 +50,9 @@ def prepare_context(
         (tokens / "hub").write_text(token)
     attempt = Attempt(uid="uid-1", stage=Stage.PREPARE, number=number)
     return RunContext(config, attempt, Reporter(attempt, run / "reports", enabled=True), tokens=tokens)
+
+
+def prepare(context: RunContext) -> None:
+    """The programs of Prepare, one after the other; only the first has the token, and the Hub."""
+    fetch.run(context)
+    stage.run(replace(context, tokens=None))

@@ -56,6 +56,7 @@ from finetune_trainer.evaluate.compare import DatasetAnswers, compare
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.evaluate.metrics import Answer
 from finetune_trainer.model.nf4 import write_nf4_copy
+from finetune_trainer.prepare import fetch
 from finetune_trainer.prepare import stage as prepare
 from finetune_trainer.train import stage as train_stage
 from finetune_trainer.train.optimizer import Optimizer
@@ -183,6 +184,7 @@ def pinned(spec: FineTuneJobSpec, place: Place) -> object:
             repo.refs["old"] = repo.head.id
             hub.push(repo, {"README.md": "moved on"})
         context = prepare_context(place.work, spec.to_wire(), cache=place.work / "cache")
+        fetch.run(context)
         prepare.run(context)
         manifest = PreparedManifest.read(context.prepared)
         return manifest.model.source, manifest.model.commit, manifest.model.adapter_source, manifest.datasets[0].source

@@ -17,10 +17,14 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Model
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.weights import SafetensorsDirectory
-from finetune_trainer.prepare.models import count_parameters, describe, fetch_model, load_config
+from finetune_trainer.prepare.fetched import Fetched
+from finetune_trainer.prepare.models import count_parameters, describe, load_config, locate_model
 from finetune_trainer.untrusted import check_model_files
 
 SECRET = "hf_READTOKENOFTHEVICTIM42"
+
+
+NOTHING_FETCHED = Fetched(attempt="u/prepare/1", config_digest="c")
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def refused(directory: Path) -> str:
         return Path(given)
 
     with pytest.raises(TrainerError) as error:
-        fetch_model(Model(path=str(directory)), None, resolve, directory.parent / "cache")  # type: ignore[arg-type]
+        locate_model(Model(path=str(directory)), NOTHING_FETCHED, resolve, directory.parent / "cache")
     assert error.value.failure_class is FailureClass.BAD_SPEC
     assert SECRET not in error.value.sentence
     return error.value.sentence

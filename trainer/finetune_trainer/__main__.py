@@ -22,6 +22,8 @@ from finetune_trainer.startup import hide_packages, limit_onednn_cache, reduced_
 from finetune_trainer.termination import record_failure, write_termination_message
 
 STAGES = {
+    "fetch": ("finetune_trainer.prepare.fetch", "run"),
+    "fetch-preview": ("finetune_trainer.prepare.fetch", "run_for_preview"),
     "prepare": ("finetune_trainer.prepare.stage", "run"),
     "preview": ("finetune_trainer.prepare.preview", "run"),
     "train": ("finetune_trainer.train.stage", "run"),

@@ -16,6 +16,8 @@ from finetune_operator.errors import EXIT_BAD_SPEC, EXIT_FAILED, UserError, debu
 
 if TYPE_CHECKING:
     from finetune_operator.local.jobfile.job_file import JobFile
+    from finetune_operator.local.processes.tokens import Tokens
+    from finetune_operator.programs import Program
 
 TERMINATION_FILE = "termination.json"
 LOG_FILE = "preview.log"
@@ -52,7 +54,6 @@ def _preview(loaded: JobFile, run: Path) -> int:
     from finetune_api.runconfig import (
         RUN_CONFIG_FILE,
         TERMINATION_VARIABLE,
-        TOKENS_VARIABLE,
         Attempt,
         JobRef,
         Paths,
@@ -63,8 +64,8 @@ def _preview(loaded: JobFile, run: Path) -> int:
     from finetune_operator.devices import cores, loopback_interface
     from finetune_operator.local.processes.environment import environment
     from finetune_operator.local.processes.placement import Node
-    from finetune_operator.local.processes.tokens import remove_tokens, tokens_of, without_secrets, write_tokens
-    from finetune_operator.programs import PREVIEW
+    from finetune_operator.local.processes.tokens import tokens_of, without_secrets
+    from finetune_operator.programs import preview_programs
 
     metadata, cache = loaded.job.metadata, cache_directory()
     spec = resolve(loaded.job.spec)
@@ -74,25 +75,35 @@ def _preview(loaded: JobFile, run: Path) -> int:
         paths=Paths(run=str(run), cache=str(cache), source=str(loaded.source)),
     )
     write_json(run / RUN_CONFIG_FILE, config.to_wire())
+    programs = preview_programs(spec)
     variables = environment(
         without_secrets(os.environ),
-        Node((PREVIEW,), threads=cores()),
+        Node(programs, threads=cores()),
         Attempt(uid="preview", stage=Stage.PREPARE),
         spec,
         config_file=str(run / RUN_CONFIG_FILE),
         cache=str(cache),
         interface=loopback_interface(),
     )
-    tokens = write_tokens(tokens_of(os.environ), PREVIEW.token)
+    variables[TERMINATION_VARIABLE] = str(run / TERMINATION_FILE)
+    tokens = tokens_of(os.environ)
+    codes = (_run_program(program, variables, tokens, run) for program in programs)
+    return next((code for code in codes if code != 0), 0)
+
+
+def _run_program(program: Program, variables: dict[str, str], tokens: Tokens, run: Path) -> int:
+    """Run one program with its own token; returns its exit code."""
+    from finetune_api.runconfig import TOKENS_VARIABLE
+    from finetune_operator.local.processes.tokens import remove_tokens, write_tokens
+
+    directory = write_tokens(tokens, program.token)
+    environ = variables | program.variables | {TOKENS_VARIABLE: str(directory)}
     try:
-        files = {TOKENS_VARIABLE: str(tokens), TERMINATION_VARIABLE: str(run / TERMINATION_FILE)}
-        with (run / LOG_FILE).open("wb") as log:
+        with (run / LOG_FILE).open("ab") as log:
             stderr = None if debugging() else log
-            return subprocess.run(
-                PREVIEW.command(sys.executable), env=variables | files, stderr=stderr, check=False
-            ).returncode
+            return subprocess.run(program.command(sys.executable), env=environ, stderr=stderr, check=False).returncode
     finally:
-        remove_tokens(str(tokens))
+        remove_tokens(str(directory))
 
 
 def _failure(run: Path) -> UserError:

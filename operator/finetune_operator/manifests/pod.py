@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from finetune_api.base import STAGES, Stage
@@ -11,7 +11,14 @@ from finetune_api.rendezvous import Rendezvous
 from finetune_api.runconfig import REPORT_VARIABLE, RESUME_VARIABLE, RUN_CONFIG_FILE, TOKENS_VARIABLE, Attempt
 from finetune_operator.manifests.job import CACHE_VOLUME, RUN_VOLUME, Job, Manifest, labels
 from finetune_operator.manifests.names import channel_name
-from finetune_operator.programs import COMPUTING_STAGES, Program, programs_of, secret_of, trainer_environment
+from finetune_operator.programs import (
+    CHECK_PUBLISH,
+    COMPUTING_STAGES,
+    Program,
+    programs_of,
+    secret_of,
+    trainer_environment,
+)
 
 CONFIG_DIRECTORY = "/etc/finetune"
 TOKENS_DIRECTORY = "/var/run/secrets/finetune"
@@ -44,11 +51,8 @@ def pod_template(
     """
     *before, program = programs_of(attempt.stage, job.spec)
     named = replace(program, name=container or program.name)
-    environment = [
-        *({"name": name, "value": value} for name, value in _environment(job, attempt, rendezvous).items()),
-        *variables,
-    ]
-    template = job.spec.pod_template
+    environment = _environment(job, attempt, rendezvous)
+    template, small = job.spec.pod_template, cpu_resources(job, _SMALL)
     spec: Manifest = {
         "serviceAccountName": channel_name(job.name, attempt.stage),
         "automountServiceAccountToken": False,
@@ -56,8 +60,11 @@ def pod_template(
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": attempt.grace_seconds,
         "securityContext": _pod_security(),
-        "initContainers": [_container(job, attempt, each, environment, cpu_resources(job, _SMALL)) for each in before],
-        "containers": [_container(job, attempt, named, environment, resources)],
+        "initContainers": [
+            _container(job, attempt, each, environment, small if each is CHECK_PUBLISH else resources)
+            for each in before
+        ],
+        "containers": [_container(job, attempt, named, environment, resources, variables)],
         "tolerations": [*_own_tolerations(), *(each.to_wire() for each in job.spec.pod_template.tolerations if placed)],
         "volumes": _volumes(job, attempt, [*before, program]),
     }
@@ -94,12 +101,22 @@ def _pod_security() -> Manifest:
     }
 
 
-def _container(job: Job, attempt: Attempt, program: Program, env: list[Manifest], resources: Manifest) -> Manifest:
+def _container(
+    job: Job,
+    attempt: Attempt,
+    program: Program,
+    environment: Mapping[str, str],
+    resources: Manifest,
+    variables: Iterable[Manifest] = (),
+) -> Manifest:
     return {
         "name": program.name,
         "image": job.image,
         "command": program.command(),
-        "env": env,
+        "env": [
+            *({"name": name, "value": value} for name, value in {**environment, **program.variables}.items()),
+            *variables,
+        ],
         "resources": resources,
         "securityContext": {
             "allowPrivilegeEscalation": False,

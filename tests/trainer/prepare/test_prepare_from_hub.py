@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.support.hub_server import HubServer, hub_in_this_process
-from tests.support.prepare_runs import labelled, prepare_context
+from tests.support.prepare_runs import labelled, prepare, prepare_context
 from tests.support.tiny import tiny_llama
 
 from finetune_api.report import FailureClass
 from finetune_trainer.data.evaluation_rows import read_evaluation
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.prepare import stage
 
 ROWS = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in labelled(40))
 SPEC = {
@@ -48,7 +47,7 @@ def parquet(table: Mapping[str, list[Any]]) -> bytes:
 
 def refused(work: Path, spec: Mapping[str, Any], token: str | None = None) -> TrainerError:
     with pytest.raises(TrainerError) as error:
-        stage.run(prepare_context(work, spec, token=token))
+        prepare(prepare_context(work, spec, token=token))
     return error.value
 
 
@@ -102,7 +101,7 @@ def test_the_three_reference_datasets_work_by_their_names_alone(hub: HubServer, 
     }
     spec = {"model": {"repo": "meta/tiny"}, "datasets": [{"name": n, "repo": repo} for n, repo in names.items()]}
     context = prepare_context(tmp_path, spec)
-    stage.run(context)
+    prepare(context)
     manifest = PreparedManifest.read(context.prepared)
     assert manifest.dataset("claims").labels == ["Claim", "Not a Claim"]
     assert manifest.dataset("banking77").labels == ["activate_my_card", "age_limit", "card_arrival"]
@@ -117,20 +116,20 @@ def test_everything_is_pinned_to_the_commit_that_the_revision_was(hub: HubServer
     rows = hub.add_repo("acme/rows", {"train.csv": ROWS}, kind="datasets")
     first, pinned = base.head.id, rows.head.id
     context = prepare_context(tmp_path, SPEC)
-    stage.run(context)
+    prepare(context)
     hub.push(base, {"README.md": "moved on"})
     hub.push(rows, {"train.csv": "text,label\nother,x\n"})
     manifest = PreparedManifest.read(context.prepared)
     assert (manifest.model.commit, manifest.datasets[0].source) == (first, f"acme/rows@{pinned}")
     assert context.reporter.report.origin["model"] == f"meta/tiny@{first}"
     before = len(hub.requests)
-    stage.run(prepare_context(tmp_path, SPEC, number=2))
+    prepare(prepare_context(tmp_path, SPEC, number=2))
     assert len(hub.requests) == before, "what is prepared asks nothing of the Hub"
     old = {"datasets": [SPEC["datasets"][0] | {"revision": pinned}]}
     again = prepare_context(
         tmp_path / "again", SPEC | old | {"model": {"repo": "meta/tiny", "revision": first}}, cache=tmp_path / "cache"
     )
-    stage.run(again)
+    prepare(again)
     assert PreparedManifest.read(again.prepared).model.directory == manifest.model.directory
     assert not [r for r in hub.requests[before:] if r.method == "GET" and "/resolve/" in r.path], "downloaded twice"
 
@@ -139,7 +138,7 @@ def test_only_what_is_needed_is_downloaded(hub: HubServer, model: Path, tmp_path
     base = hub.add_repo("meta/tiny", model)
     hub.push(base, {"pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"pickle", "evil.py": "boom"})
     hub.add_repo("acme/rows", {"train.csv": ROWS, "test.csv": ROWS, "picture.png": b"x"}, kind="datasets")
-    stage.run(prepare_context(tmp_path, SPEC))
+    prepare(prepare_context(tmp_path, SPEC))
     fetched = " ".join(request.path for request in hub.seen("GET", "/resolve/"))
     assert "model.safetensors" in fetched
     assert not [name for name in (".bin", ".pth", ".py", ".png") if name in fetched]
@@ -153,7 +152,7 @@ def test_the_download_tells_its_bytes(
     context = prepare_context(tmp_path, SPEC)
     seen: list[Any] = []
     monkeypatch.setattr(context.reporter, "progress", seen.append)
-    stage.run(context)
+    prepare(context)
     of_model = [p for p in seen if p.unit == "bytes" and p.total > (model / "model.safetensors").stat().st_size]
     assert of_model[-1].step == of_model[-1].total
 
@@ -168,7 +167,7 @@ def test_a_dataset_with_a_loading_script_is_read_from_the_hub_s_conversion(
     converted = hub.push(repo, {"default/train/0000.parquet": table})
     repo.refs["refs/convert/parquet"] = converted.id
     context = prepare_context(tmp_path, SPEC)
-    stage.run(context)
+    prepare(context)
     assert "read from the Hub's Parquet files (refs/convert/parquet)" in context.reporter.report.datasets[0].notes[0]
 
 
@@ -204,7 +203,7 @@ def test_a_model_that_may_not_be_read_is_refused_with_what_to_do(
 def test_consent_given_opens_a_gated_model(hub: HubServer, model: Path, tmp_path: Path) -> None:
     hub.add_repo("meta/tiny", model, gated=True, consented=("alice",))
     hub.add_repo("acme/rows", {"train.csv": ROWS}, kind="datasets")
-    stage.run(prepare_context(tmp_path, SPEC, token="hf_alice_reads"))
+    prepare(prepare_context(tmp_path, SPEC, token="hf_alice_reads"))
 
 
 def test_a_gated_dataset_names_its_own_page_and_field(hub: HubServer, model: Path, tmp_path: Path) -> None:
@@ -253,7 +252,7 @@ def test_a_connection_that_is_cut_once_is_picked_up_again(hub: HubServer, model:
     hub.add_repo("acme/rows", {"train.csv": ROWS}, kind="datasets")
     cut = hub.fault("GET", r"/resolve/.*/model\.safetensors", cut=True, status=200)
     context = prepare_context(tmp_path, SPEC)
-    stage.run(context)
+    prepare(context)
     assert cut.hits == 1
     directory = Path(PreparedManifest.read(context.prepared).model.directory)
     assert (directory / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
@@ -277,7 +276,7 @@ def test_a_model_without_safetensors_is_refused_before_anything_is_downloaded(
 def test_the_token_is_in_no_report_and_no_prepared_file(hub: HubServer, model: Path, tmp_path: Path) -> None:
     hub.add_repo("meta/tiny", model, private=False, gated=True, consented=("alice",))
     hub.add_repo("acme/rows", {"train.csv": ROWS}, kind="datasets")
-    stage.run(prepare_context(tmp_path, SPEC, token="hf_alice_reads"))
+    prepare(prepare_context(tmp_path, SPEC, token="hf_alice_reads"))
     written = [path for place in ("run", "cache") for path in (tmp_path / place).rglob("*") if path.is_file()]
     assert written
     assert not [path for path in written if b"hf_alice_reads" in path.read_bytes()]

@@ -18,7 +18,7 @@ from finetune_operator.manifests.children import child_manifests
 from finetune_operator.manifests.job import Job, Manifest
 from finetune_operator.manifests.pytorchjob import PyTorchJobBackend
 from finetune_operator.manifests.trainjob import TrainJobBackend
-from finetune_operator.programs import PROGRAMS, programs_of
+from finetune_operator.programs import PROGRAMS, preview_programs, programs_of
 
 SPEC = FineTuneJobSpec.model_validate(
     {
@@ -99,7 +99,8 @@ def in_pod(stage: Stage, backend: Backend) -> dict[str, str]:
 def locally(stage: Stage) -> dict[str, str]:
     node = place(SPEC.topology, MACHINE).nodes_of(stage, SPEC, 29500)[0]
     attempt = Attempt(uid="uid", stage=stage, report_to="configmap")
-    return environment({}, node, attempt, SPEC, config_file="run-config.json", cache="/c", interface="lo")
+    stage_wide = environment({}, node, attempt, SPEC, config_file="run-config.json", cache="/c", interface="lo")
+    return stage_wide | node.programs[-1].variables
 
 
 @pytest.mark.parametrize(("stage", "backend"), CASES, ids=lambda value: getattr(value, "kind", str(value)))
@@ -130,12 +131,27 @@ def test_pods_and_local_processes_run_the_same_programs(stage: Stage) -> None:
     assert [each["command"] for each in containers(stage)] == [program.command() for program in node.programs]
 
 
-def test_without_publish_no_write_access_is_checked() -> None:
-    spec = SPEC.model_copy(update={"publish": None})
-    assert [program.name for program in programs_of(Stage.PREPARE, spec)] == ["prepare"]
+def test_only_what_a_job_needs_runs_before_prepare() -> None:
+    def names(**changes: object) -> list[str]:
+        spec = FineTuneJobSpec.model_validate(SPEC.to_wire() | changes)
+        return [program.name for program in programs_of(Stage.PREPARE, spec)]
+
+    here = {"model": {"path": "base"}, "datasets": [{"name": "claims", "path": "claims.csv"}]}
+    assert names() == ["check-publish", "fetch", "prepare"]
+    assert names(publish=None) == ["fetch", "prepare"]
+    assert names(**here, publish=None) == ["prepare"]
+    assert names(**here | {"model": {"path": "base", "adapter": {"repo": "acme/adapter"}}}, publish=None)[0] == "fetch"
+    assert names(**here | {"datasets": SPEC.to_wire()["datasets"]}, publish=None)[0] == "fetch"
 
 
-def test_neither_train_nor_evaluate_reads_a_token_of_the_hub_or_reaches_it() -> None:
-    for stage in (Stage.TRAIN, Stage.EVALUATE):
-        assert not {"hub", "publish"} & {program.token for program in PROGRAMS[stage]}
-        assert locally(stage)["HF_HUB_OFFLINE"] == "1"
+def test_what_parses_models_and_data_has_no_token_of_the_hub_and_does_not_reach_it() -> None:
+    everywhere = [*(program for programs in PROGRAMS.values() for program in programs), *preview_programs(SPEC)]
+    for program in everywhere:
+        if program.name in ("check-publish", "fetch", "publish"):
+            assert program.reaches_hub
+        else:
+            assert program.token in (None, "wandb")
+            assert program.variables == {"HF_HUB_OFFLINE": "1"}
+    in_pods = {each["name"]: each["env"] for each in containers(Stage.PREPARE)}
+    offline = {"name": "HF_HUB_OFFLINE", "value": "1"}
+    assert [name for name, variables in in_pods.items() if offline in variables] == ["prepare"]

@@ -1,4 +1,4 @@
-"""What Prepare asks of the Hub: may we read this, which commit is it, bring the files here once.
+"""What is asked of the Hub: may we read this, which commit is it, bring the files here once.
 
 Access is asked for, not tried by a download: a file in the cache would hide that the token has no right to it.
 The token goes into the client's header and nowhere else.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from huggingface_hub.file_download import repo_folder_name
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.hub_errors import first_line, root_of, status_of
+from finetune_trainer.prepare.fetched import MOST_FILES, is_inside
 
 Kind = Literal["model", "dataset"]
 
@@ -54,6 +56,11 @@ class ResolvedRepo:
     kind: Kind
     commit: str
     files: tuple[RepoFile, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its files."""
+        return [file.name for file in self.files]
 
     def size(self, names: Sequence[str]) -> int:
         """Bytes of these files."""
@@ -82,8 +89,21 @@ class Hub:
             self._api.auth_check(repo, repo_type=kind)
             info: Any = self._api.repo_info(repo, revision=revision, repo_type=kind, timeout=CALL_SECONDS)
             entries = self._api.list_repo_tree(repo, recursive=True, revision=info.sha, repo_type=kind)
-            files = tuple(RepoFile(entry.path, entry.size) for entry in entries if hasattr(entry, "size"))
+            listed = (RepoFile(entry.path, entry.size) for entry in entries if hasattr(entry, "size"))
+            files = tuple(islice(listed, MOST_FILES + 1))
+        if len(files) > MOST_FILES:
+            sentence = f"The {kind} {repo} has more than {MOST_FILES:,} files: use a revision with fewer, or a path."
+            raise TrainerError(FailureClass.BAD_DATA, sentence, f"{field}.repo")
+        outside = next((file.name for file in files if not is_inside(file.name)), None)
+        if outside is not None:
+            sentence = f"The {kind} {repo} cannot be used: its file {outside[:200]!r} would lie outside of it."
+            raise TrainerError(FailureClass.BAD_DATA, sentence, f"{field}.repo")
         return ResolvedRepo(repo, kind, str(info.sha), files)
+
+    def directory(self, resolved: ResolvedRepo) -> Path:
+        """Where its files lie once they are downloaded."""
+        folder = self._cache / repo_folder_name(repo_id=resolved.repo, repo_type=resolved.kind)
+        return folder / "snapshots" / resolved.commit
 
     def download(self, resolved: ResolvedRepo, names: Sequence[str], field: str) -> Path:
         """Directory with these files at that commit; what is there already is not fetched again.
@@ -107,8 +127,8 @@ class Hub:
 
     def _present(self, resolved: ResolvedRepo, names: Sequence[str]) -> list[str]:
         """Which of the files are in the cache already."""
-        folder = self._cache / repo_folder_name(repo_id=resolved.repo, repo_type=resolved.kind)
-        return [name for name in names if (folder / "snapshots" / resolved.commit / name).exists()]
+        directory = self.directory(resolved)
+        return [name for name in names if (directory / name).exists()]
 
     @contextmanager
     def _explained(self, repo: str, revision: str, kind: Kind, field: str) -> Iterator[None]:

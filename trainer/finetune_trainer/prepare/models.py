@@ -22,22 +22,20 @@ from finetune_trainer.data.manifest import PreparedModel
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import made_once, sha256_of
 from finetune_trainer.prepare import gguf
-from finetune_trainer.prepare.hub import Hub, ResolvedRepo
+from finetune_trainer.prepare.fetched import Fetched
+from finetune_trainer.prepare.model_files import (
+    ADAPTER_FILES,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    check_adapter_files,
+    model_files,
+)
 from finetune_trainer.untrusted import check_model_files, tensor_shapes
 
-TOKENIZER_FILES = (
-    "README.md",  # names the licence, which the card repeats
-    "tokenizer*.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*",
-    "config.json", "generation_config.json", "preprocessor_config.json", "sentencepiece*.model", "spiece.model",
-)  # fmt: skip
-WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNREADABLE = (ValueError, LookupError, OSError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What the library raises for a config that is none."""
 Tick = Callable[[int], None]
 """Is told how many more files or tensors are done, so that silence means that nothing is done."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -52,93 +50,58 @@ class LocalModel:
     """From GGUF."""
 
 
-def fetch_model(model: Model, hub: Hub, resolve: Any, cache: Path, *, weights: bool = True) -> LocalModel:
-    """The model's directory, its files checked; without `weights` only what the tokenizer and the config need.
+def locate_model(model: Model, fetched: Fetched, resolve: Any, cache: Path, *, convert: bool = True) -> LocalModel:
+    """The model's directory, its files checked; without `convert` a GGUF file stays one.
 
-    resolve: `RunContext.resolve_source`. Raises TrainerError: no-access, bad-spec, hub-unavailable.
+    resolve: `RunContext.resolve_source`. Raises TrainerError (bad-spec).
     """
-    local = _fetch_model(model, hub, resolve, cache, weights=weights)
+    local = _locate_model(model, fetched, resolve, cache, convert=convert)
     if not local.converted:
         check_model_files(local.directory)
     return local
 
 
-def _fetch_model(model: Model, hub: Hub, resolve: Any, cache: Path, *, weights: bool) -> LocalModel:
+def _locate_model(model: Model, fetched: Fetched, resolve: Any, cache: Path, *, convert: bool) -> LocalModel:
     if model.repo is not None:
-        resolved = hub.resolve(model.repo, model.revision, "model", "model")
-        names = model_files([file.name for file in resolved.files], model, weights=weights)
-        return LocalModel(hub.download(resolved, names, "model"), model.repo, resolved.commit)
+        repo = fetched.repository("model")
+        return LocalModel(cache / repo.directory, model.repo, repo.commit)
     given = str(model.path)
     path: Path = resolve(given, "model.path")
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        if not weights:
-            return _tokenizer_of_gguf(path, given, cache)
-        return LocalModel(gguf.convert(path, cache / "models"), given, converted=True)
-    if path.is_file():
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if (path / "config.json").exists() or len(ggufs) != 1:
+            model_files([file.name for file in path.iterdir()], model)
+            return LocalModel(path.resolve(), given)
+        path = ggufs[0]
+    elif path.suffix.lower() != ".gguf":
         raise TrainerError(
             FailureClass.BAD_SPEC, f"{given} is neither a directory with safetensors nor a .gguf file.", "model.path"
         )
-    ggufs = sorted(path.glob("*.gguf"))
-    if not (path / "config.json").exists() and len(ggufs) == 1:
-        return LocalModel(gguf.convert(ggufs[0], cache / "models"), given, converted=True)
-    model_files([file.name for file in path.iterdir()], model, weights=weights)
-    return LocalModel(path.resolve(), given)
-
-
-def _tokenizer_of_gguf(path: Path, given: str, cache: Path) -> LocalModel:
     converted = gguf.converted_directory(path, cache / "models")
-    return LocalModel(converted if (converted / files.DONE).exists() else path, given, converted=True)
+    if convert or (converted / files.DONE).exists():
+        path = gguf.convert(path, cache / "models")
+    return LocalModel(path, given, converted=True)
 
 
-def model_files(names: Sequence[str], model: Model, *, weights: bool = True) -> list[str]:
-    """Which of a model's files are needed; without `weights` those of tokenizer and config.
-
-    Raises TrainerError (bad-spec) where it has no config or no safetensors.
-    """
-    wanted = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()), *(["*.py"] if model.trust_remote_code else [])]
-    where = model.repo or model.path
-    field = "model.repo" if model.repo else "model.path"
-    if "config.json" not in names:
-        raise TrainerError(FailureClass.BAD_SPEC, f"{where} is not a model: it has no config.json.", field)
-    if not any(fnmatch(name, pattern) for name in names for pattern in WEIGHT_FILES[:2]):
-        pickles = any(fnmatch(name, pattern) for name in names for pattern in PICKLES)
-        why = (
-            "Its weights are pickle files, which can run code when loaded: convert them to safetensors."
-            if pickles
-            else "It has no weights in safetensors."
-        )
-        raise TrainerError(FailureClass.BAD_SPEC, f"{where} cannot be used. {why}", field)
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
-
-
-def fetch_adapter(model: Model, hub: Hub, resolve: Any) -> tuple[Path, str] | None:
+def locate_adapter(model: Model, fetched: Fetched, resolve: Any, cache: Path) -> tuple[Path, str] | None:
     """(directory, origin) of the adapter to go on from, or None. Raises TrainerError where it is no LoRA adapter."""
     source: Source | None = model.adapter
     if source is None:
         return None
     if source.repo is not None:
-        resolved: ResolvedRepo = hub.resolve(source.repo, source.revision, "model", "model.adapter")
-        present = [file.name for file in resolved.files]
-        missing = [name for name in ADAPTER_FILES if name not in present]
-        origin, field = f"{source.repo}@{resolved.commit}", "model.adapter.repo"
-        directory = Path() if missing else hub.download(resolved, ADAPTER_FILES, "model.adapter")
+        repo = fetched.repository("model.adapter")
+        directory, origin = cache / repo.directory, f"{source.repo}@{repo.commit}"
     else:
         directory = resolve(str(source.path), "model.adapter.path")
-        missing = [name for name in ADAPTER_FILES if not (directory / name).is_file()]
-        origin, field = str(source.path), "model.adapter.path"
-    if missing:
-        raise TrainerError(
-            FailureClass.BAD_SPEC, f"{source.repo or source.path} is not an adapter: {missing[0]} is missing.", field
-        )
+        check_adapter_files([name for name in ADAPTER_FILES if (directory / name).is_file()], source)
+        origin = f"{source.path} sha256:{digest_of(directory, ADAPTER_FILES)}"
     kind = _kind_of_adapter(directory)
     if kind != "LORA":
         raise TrainerError(
             FailureClass.BAD_SPEC,
             f"{source.repo or source.path} is a {kind} adapter; only LoRA adapters can be trained further.",
-            field,
+            "model.adapter.repo" if source.repo else "model.adapter.path",
         )
-    if source.repo is None:
-        origin += f" sha256:{digest_of(directory, ADAPTER_FILES)}"
     return directory.resolve(), origin
 
 

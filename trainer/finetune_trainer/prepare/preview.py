@@ -19,10 +19,11 @@ from finetune_trainer.data.chat import ChatFormat, LabelledTokens
 from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.render import Rendering, render_training
 from finetune_trainer.prepare.facts import data_notes
-from finetune_trainer.prepare.fetch import hub_of, open_datasets
+from finetune_trainer.prepare.fetched import read_fetched
+from finetune_trainer.prepare.inputs import open_datasets
 from finetune_trainer.prepare.mixture import SplitAssignment, assign_splits
-from finetune_trainer.prepare.models import fetch_model, load_config
-from finetune_trainer.prepare.reuse import selects_checkpoint
+from finetune_trainer.prepare.models import load_config, locate_model
+from finetune_trainer.prepare.reuse import config_digest, selects_checkpoint
 from finetune_trainer.prepare.scan import scan_all
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat
 from finetune_trainer.prepare.workers import Workers
@@ -38,10 +39,10 @@ OPEN, CLOSE = "⟦", "⟧"
 def run(context: RunContext, console: Console | None = None) -> None:
     """Print examples of every dataset. Raises TrainerError as Prepare does."""
     console = console or Console()
-    hub = hub_of(context)
+    fetched = read_fetched(context, config_digest(context.config))
     spec = resolve(context.config.spec)
-    dataset_readers = open_datasets(context, spec, hub)
-    local = fetch_model(spec.model, hub, context.resolve_source, context.cache, weights=False)
+    dataset_readers = open_datasets(context, spec, fetched)
+    local = locate_model(spec.model, fetched, context.resolve_source, context.cache, convert=False)
     _, chat = open_chat(context, spec, local)
     most = spec.training.max_sequence_length
     if local.directory.is_dir():

@@ -1,7 +1,8 @@
 """The stage Prepare: everything that can be done and can go wrong without a GPU.
 
-It reads the Hub and the files that the spec names, and writes `prepared/`, which appears whole by a rename or not
-at all. Run again with the same config it only says again what it found.
+It reads what `fetch` brought here and the paths that the spec names, without a token and without the Hub, and writes
+`prepared/`, which appears whole by a rename or not at all. Run again with the same config it only says again what it
+found.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from finetune_trainer.prepare.facts import (
     report_split,
     span,
 )
-from finetune_trainer.prepare.fetch import hub_of, open_datasets
-from finetune_trainer.prepare.hub import Hub
+from finetune_trainer.prepare.fetched import Fetched, read_fetched
+from finetune_trainer.prepare.inputs import open_datasets
 from finetune_trainer.prepare.mixture import SplitAssignment, assign_splits
 from finetune_trainer.prepare.models import (
     LocalModel,
     describe,
-    fetch_adapter,
-    fetch_model,
     load_config,
+    locate_adapter,
+    locate_model,
     model_digest,
     nf4_copy,
 )
@@ -56,12 +57,16 @@ def run(context: RunContext) -> None:
     """Prepare model and data for the job. Raises TrainerError with what is wrong and what to do."""
     digest = config_digest(context.config)
     if not is_prepared(context, digest):
-        context.take_fence()
+        if context.config.spec.reads_hub:
+            context.check_fence()  # `fetch` has taken it for this attempt
+        else:
+            context.take_fence()
+        fetched = read_fetched(context, digest)
         for left_over in context.run.glob(".prepared-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         aside = context.run / f".prepared-{context.attempt.number}"
         try:
-            _prepare(context, digest, aside)
+            _prepare(context, digest, fetched, aside)
             context.check_fence()
             _publish(aside, context.prepared)
         finally:
@@ -83,18 +88,17 @@ def _publish(aside: Path, prepared: Path) -> None:
         aside.rename(prepared)
 
 
-def _prepare(context: RunContext, digest: str, aside: Path) -> None:
-    """Cheap checks first: a misspelt column or a gated model is told before gigabytes are fetched."""
+def _prepare(context: RunContext, digest: str, fetched: Fetched, aside: Path) -> None:
+    """Cheap checks first: a misspelt column is told before millions of rows are read."""
     aside.mkdir(parents=True)
-    hub = hub_of(context)
     spec = resolve(context.config.spec)
     context.reporter.activity("checking model and datasets")
-    light = fetch_light(context, spec, hub)
-    dataset_readers = open_datasets(context, spec, hub)
-    adapter = fetch_adapter(spec.model, hub, context.resolve_source)
-    tokenizer, chat = open_chat(context, spec, light)
+    dataset_readers = open_datasets(context, spec, fetched)
+    local = locate_model(spec.model, fetched, context.resolve_source, context.cache)
+    adapter = locate_adapter(spec.model, fetched, context.resolve_source, context.cache)
+    tokenizer, chat = open_chat(context, spec, local)
     tokenizer.save_pretrained(aside / "tokenizer")
-    config = load_config(light.directory, trust_remote_code=spec.model.trust_remote_code)
+    config = load_config(local.directory, trust_remote_code=spec.model.trust_remote_code)
     most = document_limit(context, spec, config)
 
     with Workers() as workers:
@@ -106,9 +110,6 @@ def _prepare(context: RunContext, digest: str, aside: Path) -> None:
         context.reporter.activity("rendering and tokenising")
         written = _write_all(context, spec, assignments, chat, most, aside, workers)
 
-    context.reporter.activity("fetching the model")
-    pinned = spec.model.model_copy(update={"revision": light.commit or spec.model.revision})
-    local = fetch_model(pinned, hub, context.resolve_source, context.cache)
     train, validation = DocumentStore(aside / "train"), DocumentStore(aside / "validation")
     manifest = PreparedManifest(
         config_digest=digest,
@@ -133,15 +134,6 @@ def _prepare(context: RunContext, digest: str, aside: Path) -> None:
     # A second run says the same again without doing the work.
     (aside / FACTS_FILE).write_text(json.dumps({name: told[name] for name in FACTS if name in told}, indent=1))
     manifest.write(aside)
-
-
-def fetch_light(context: RunContext, spec: FineTuneJobSpec, hub: Hub) -> LocalModel:
-    """The model without its weights, where they can be told apart: a GGUF file is converted whole."""
-    light = fetch_model(spec.model, hub, context.resolve_source, context.cache, weights=False)
-    if light.directory.is_dir():
-        return light
-    context.reporter.activity("converting the model from GGUF")
-    return fetch_model(spec.model, hub, context.resolve_source, context.cache)
 
 
 def _ticker(context: RunContext, total: int, unit: str = "rows") -> Callable[[int], None]:

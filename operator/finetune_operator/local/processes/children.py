@@ -216,7 +216,7 @@ class Children:
         with self._log(record, node, program).open("ab") as log:
             popen = subprocess.Popen(
                 program.command(sys.executable),
-                env=dict(environ) | {TOKENS_VARIABLE: str(directory)},
+                env=dict(environ) | program.variables | {TOKENS_VARIABLE: str(directory)},
                 cwd=self._run,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

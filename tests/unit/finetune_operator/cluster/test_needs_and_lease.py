@@ -49,7 +49,7 @@ class Cluster:
 
 
 def spec(**fields: object) -> FineTuneJobSpec:
-    return FineTuneJobSpec.model_validate(SPEC | {"credentials": CREDENTIALS} | fields)
+    return FineTuneJobSpec.model_validate(SPEC | {"credentials": CREDENTIALS, "model": {"repo": "acme/base"}} | fields)
 
 
 def secret(name: str, key: str = "token") -> tuple[str, str, dict[str, Any]]:
@@ -65,6 +65,11 @@ CACHE: tuple[str, str, dict[str, Any]] = ("PersistentVolumeClaim", "finetune-cac
 )
 def test_each_stage_needs_the_secrets_that_it_mounts(stage: Stage, names: list[str]) -> None:
     assert [found.name for found in secrets_of(spec(), stage).values()] == names
+
+
+def test_a_job_that_names_no_repository_needs_no_read_token() -> None:
+    here = spec(model={"path": "base"})
+    assert [found.name for found in secrets_of(here, Stage.PREPARE).values()] == ["write"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -140,7 +140,7 @@ def test_the_run_config_is_an_immutable_snapshot_with_defaults_filled_in() -> No
 
 
 SEEN = {
-    Stage.PREPARE: {"prepare": "hub", "check-publish": "publish"},
+    Stage.PREPARE: {"check-publish": "publish", "fetch": "hub", "prepare": None},
     Stage.TRAIN: {"pytorch": "wandb"},
     Stage.EVALUATE: {"evaluate": None},
     Stage.PUBLISH: {"publish": "publish"},
@@ -164,8 +164,10 @@ def test_publishing_falls_back_to_the_read_token() -> None:
 
 
 def test_write_access_is_checked_before_anything_is_downloaded() -> None:
-    assert [c["name"] for c in pod(child(Stage.PREPARE))["initContainers"]] == ["check-publish"]
-    assert "initContainers" not in pod(child(Stage.PREPARE, job(publish=None)))
+    assert [c["name"] for c in pod(child(Stage.PREPARE))["initContainers"]] == ["check-publish", "fetch"]
+    here = job(publish=None, model={"path": "m"}, datasets=[{"name": "d", "path": "d.csv", "task": "text"}])
+    assert "initContainers" not in pod(child(Stage.PREPARE, here))
+    assert "token-hub" not in volumes(child(Stage.PREPARE, here))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -238,7 +240,10 @@ def test_gpus_are_asked_for_where_they_compute(stage: Stage, gpus: str | None) -
 
 @pytest.mark.parametrize(
     ("stage", "limits"),
-    [(Stage.PREPARE, {"check-publish": "2Gi", "prepare": "32Gi"}), (Stage.PUBLISH, {"publish": "8Gi"})],
+    [
+        (Stage.PREPARE, {"check-publish": "2Gi", "fetch": "32Gi", "prepare": "32Gi"}),
+        (Stage.PUBLISH, {"publish": "8Gi"}),
+    ],
 )
 def test_what_reads_the_data_of_others_has_a_memory_limit(stage: Stage, limits: dict[str, str]) -> None:
     def memory(**given: object) -> dict[str, dict[str, str]]:
