@@ -13,7 +13,7 @@ from finetune_api.known_datasets import KNOWN_DATASETS
 from finetune_api.report import EXIT_CODES
 from finetune_api.spec import MUTABILITY, Mutability
 from finetune_api.structure import PATTERNS
-from finetune_api.traits import Task
+from finetune_api.traits import USUAL_COLUMNS, Task
 
 JSON_MAXIMUM = 2**53 - 1
 """Largest integer that JSON keeps exactly: a bound of every count, not worth a word."""
@@ -199,6 +199,9 @@ def _known_datasets() -> str:
 def _task_columns() -> str:
     lines = ["## Columns per task", "", "| task | columns |", "|---|---|"]
     lines += [f"| `{task}` | {', '.join(f'`{name}`' for name in task.traits.columns)} |" for task in Task]
+    lines += ["", "A column that is not set is looked for under its usual names ([data.md](data.md)).", ""]
+    lines += ["| column | usual names |", "|---|---|"]
+    lines += [f"| `{role}` | {', '.join(f'`{name}`' for name in names)} |" for role, names in USUAL_COLUMNS.items()]
     return "\n".join([*lines, ""])
 
 
