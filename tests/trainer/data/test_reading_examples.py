@@ -253,6 +253,20 @@ def test_preference_pairs_are_recognised(task: Task) -> None:
         find_columns(task, Columns(), ["prompt", "chosen", "rejected"], templated=False, where="d", field="datasets[0]")
 
 
+@pytest.mark.parametrize(
+    ("task", "present", "hint"),
+    [
+        (Task.QUESTION_ANSWERING, ["prompt", "completion"], "Its columns fit task instruction."),
+        (Task.SUMMARIZATION, ["question", "choices", "answerKey"], "Its columns fit task multiple-choice."),
+        (Task.CLASSIFICATION, ["a", "b"], "to one of its columns: a, b."),
+    ],
+)
+def test_columns_that_fit_another_task_are_told_so(task: Task, present: list[str], hint: str) -> None:
+    with pytest.raises(TrainerError) as refused:
+        find_columns(task, Columns(), present, templated=False, where="d", field="datasets[0]")
+    assert str(refused.value).endswith(hint)
+
+
 def test_which_columns_are_taken_and_which_are_not_is_said() -> None:
     present = ["premise", "hypothesis", "gold", "idx", "author", "class"]
     found = find_columns(Task.CLASSIFICATION, Columns(label="gold"), present, templated=False, where="d", field="d")

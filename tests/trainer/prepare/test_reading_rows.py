@@ -137,6 +137,14 @@ def test_files_in_utf_16_are_read_and_said_to_be_so(tmp_path: Path, encoding: st
     assert open_path(tmp_path / name, "d", None, "datasets[0]").notes == (f"{name}: {said}",)
 
 
+def test_files_whose_names_say_no_split_are_named_where_others_say_one(tmp_path: Path) -> None:
+    for name in ("train.csv", "more.csv", "test.csv", "notes.md", "README.md"):
+        (tmp_path / name).write_text("text,label\none,a\n")
+    assert open_path(tmp_path, "d", None, "datasets[0]").notes == (
+        "files that are not used, as their names say no split: more.csv",
+    )
+
+
 def test_semicolons_between_fields_are_said(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text;label\none, two;a\n")
     assert list(read_rows(tmp_path / "a.csv")) == text_and_label("one, two")

@@ -57,6 +57,8 @@ class PreparedDataset(ApiModel):
     """Examples an epoch as a multiple of `train`."""
     loss_weight: float = 1.0
     """Factor on its share of the loss."""
+    notes: list[str] = []
+    """What was chosen for its rows and found in them, in sentences."""
 
 
 class Span(ApiModel):

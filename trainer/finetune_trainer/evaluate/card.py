@@ -199,6 +199,7 @@ def _data(facts: CardFacts, dataset: Dataset) -> dict[str, Any]:
         "train": prepared.train,
         "validation": prepared.validation,
         "test": prepared.test,
+        "notes": prepared.notes,
     }
 
 

@@ -68,11 +68,11 @@ def find_columns(
             found[role] = column
             taken.update([column] if isinstance(column, str) else column)
         elif role not in task.traits.optional_columns and not (templated and role in MADE_BY_TEMPLATE):
-            raise TrainerError(FailureClass.BAD_DATA, _missing(role, present, where), f"{field}.columns.{role}")
+            raise TrainerError(FailureClass.BAD_DATA, _missing(task, role, present, where), f"{field}.columns.{role}")
     return found
 
 
-def _missing(role: str, present: Sequence[str], where: str) -> str:
+def _missing(task: Task, role: str, present: Sequence[str], where: str) -> str:
     if set(PREFERENCE) <= set(present):
         return (
             f"{where} holds preference pairs (columns {' and '.join(PREFERENCE)}): they need a task for preferences, "
@@ -80,8 +80,18 @@ def _missing(role: str, present: Sequence[str], where: str) -> str:
         )
     return (
         f"{where} has no column with a usual name for {role} ({', '.join(USUAL_COLUMNS[role][:4])}, …): "
-        f"set columns.{role} to one of its columns: {', '.join(present)}."
+        f"set columns.{role} to one of its columns: {', '.join(present)}.{_other_task(task, present)}"
     )
+
+
+def _other_task(task: Task, present: Sequence[str]) -> str:
+    """Where only the row's task is misnamed: that prompts with completions are instructions."""
+    for other in Task:
+        needed = [role for role in other.traits.columns if role not in other.traits.optional_columns]
+        found = [_usual(role, present, set()) for role in needed]
+        if other is not task and len(needed) > 1 and all(found) and len(set(found)) == len(found):
+            return f" Its columns fit task {other}."
+    return ""
 
 
 def _configured(role: str, given: str, present: Sequence[str], where: str, field: str) -> str:

@@ -18,6 +18,7 @@ from finetune_trainer.prepare.readme import Config, Head
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".txt")
 """Endings of files with rows; readers.py has a reader for each."""
+NAMED_FILES = 5
 COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 SPLIT_WORDS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -66,6 +67,16 @@ def choose_files(names: Sequence[str], head: Head, config: str | None, field: st
             field,
         )
     return _by_names(data, names), config or "default"
+
+
+def note_unused(names: Sequence[str], files: dict[str, list[str]], head: Head, config: str | None) -> tuple[str, ...]:
+    """A sentence on the data files that belong to no split, where no configuration says what is used."""
+    used = {name for members in files.values() for name in members}
+    unused = sorted(name for name in names if format_of(name) and not _NOT_DATA.search(name) and name not in used)
+    if not unused or config or head.configs:
+        return ()
+    more = ", …" if len(unused) > NAMED_FILES else ""
+    return (f"files that are not used, as their names say no split: {', '.join(unused[:NAMED_FILES])}{more}",)
 
 
 def _choose_config(configs: Sequence[Config], wanted: str | None, field: str) -> Config:

@@ -35,6 +35,7 @@ def prepared_dataset(assignment: SplitAssignment, written: RowCounts) -> Prepare
         evaluation_split=assignment.evaluation,
         weight=spec.weight,
         loss_weight=spec.loss_weight,
+        notes=data_notes(assignment),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from finetune_api.report import Progress
 from finetune_api.spec import Dataset
 from finetune_trainer.context import RunContext
-from finetune_trainer.prepare.dataset_files import choose_files
+from finetune_trainer.prepare.dataset_files import choose_files, note_unused
 from finetune_trainer.prepare.fetched import Fetched, FetchedRepo
 from finetune_trainer.prepare.hub import Hub, ResolvedRepo
 from finetune_trainer.prepare.model_files import ADAPTER_FILES, check_adapter_files, model_files
@@ -86,6 +86,7 @@ def _choose_of_dataset(context: RunContext, hub: Hub, dataset: Dataset, repo: st
     readme = [name for name in resolved.names if name == "README.md"]
     head = Head.read(hub.download(resolved, readme, field)) if readme else Head()
     splits, config = choose_files(resolved.names, head, dataset.config, field)
+    notes += note_unused(resolved.names, splits, head, dataset.config)
     return _wanted(context, hub, resolved, files=readme, splits=splits, config=config, notes=notes)
 
 

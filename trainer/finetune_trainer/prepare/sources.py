@@ -12,7 +12,7 @@ from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.files import sha256_of
 from finetune_trainer.prepare import readers
-from finetune_trainer.prepare.dataset_files import FORMATS, choose_files, format_of
+from finetune_trainer.prepare.dataset_files import FORMATS, choose_files, format_of, note_unused
 from finetune_trainer.prepare.readers import Row, UnreadableFileError
 from finetune_trainer.prepare.readme import Head
 
@@ -84,19 +84,21 @@ def open_source(
 
 def open_path(path: Path, given: str, config: str | None, field: str) -> DatasetSource:
     """The dataset of a file (one split, `train`) or a directory. `given` is the path as the user wrote it."""
+    names: dict[str, list[str]] = {}
+    notes: tuple[str, ...] = ()
     if path.is_file():
         if format_of(path.name) is None:
             known = ", ".join(suffix.removeprefix(".") for suffix in FORMATS)
             raise TrainerError(
                 FailureClass.BAD_SPEC, f"{given} is not in a supported format ({known}).", f"{field}.path"
             )
-        files, root, names = {"train": [path.name]}, path.parent, {}
+        files, root = {"train": [path.name]}, path.parent
     else:
         members = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
         head = Head.read(path)
         files, chosen = choose_files(members, head, config, field)
-        root, names = path, head.class_names(chosen)
-    return open_source(root, files, names, f"{given} sha256:{digest_of_files(root, files)}")
+        root, names, notes = path, head.class_names(chosen), note_unused(members, files, head, config)
+    return open_source(root, files, names, f"{given} sha256:{digest_of_files(root, files)}", notes)
 
 
 def digest_of_files(root: Path, files: dict[str, list[str]]) -> str:
