@@ -152,6 +152,10 @@ class Columns(ApiModel):
     """Text that the model learns to write after the instruction."""
     messages: ColumnName | None = None
     """List of `{role, content}` turns."""
+    tools: ColumnName | None = None
+    """Functions that the answers of a chat may call: a list, or JSON."""
+    system: ColumnName | None = None
+    """System prompt of a chat."""
     document: ColumnName | None = None
     """Text to summarise."""
     summary: ColumnName | None = None

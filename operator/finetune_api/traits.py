@@ -202,7 +202,8 @@ TASKS: dict[Task, TaskTraits] = {
     Task.CHAT: TaskTraits(
         title="Chat",
         hub_task="text-generation",
-        columns=("messages",),
+        columns=("messages", "tools", "system"),
+        optional_columns=("tools", "system"),
         form="chat",
         scoring=Scoring.LIKELIHOOD,
         metrics=("neg-loss", "perplexity"),
@@ -246,6 +247,8 @@ USUAL_COLUMNS: dict[str, tuple[str, ...]] = {
     "input": ("input", "context"),
     "completion": ("completion", "output", "response", "answer", "target", "targets"),
     "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
+    "tools": ("tools", "functions"),
+    "system": ("system", "system_prompt"),
     "document": ("document", "article", "text", "dialogue", "source", "content"),
     "summary": ("summary", "highlights", "abstract", "target", "headline", "tldr"),
 }

@@ -247,6 +247,7 @@ def _row(i: int) -> dict[str, Any]:
         "answer": "A", "context": f"It is known that {said}.", "document": f"{said}. " * 3, "summary": said,
         "prompt": f"Say {said}.", "input": f"the {i}th", "completion": said,
         "messages": [{"role": r, "content": f"{r} {k} {said}"} for k in (1, 2) for r in ("user", "assistant")],
+        "callable": [{"name": "look", "description": said}],
     }  # fmt: skip
     second = {
         **{name: f"second {value}" for name, value in row.items()},
@@ -322,6 +323,12 @@ EFFECTS: dict[str, Changes | Shown] = {
     "datasets[].columns.input": data("input2", "instruction"),
     "datasets[].columns.completion": data("completion2", "instruction"),
     "datasets[].columns.messages": data("messages2", "chat"),
+    "datasets[].columns.tools": Changes(
+        prepared,
+        "callable",
+        SETTING | {f"{DATA}.task": "chat", "spec.model.chatTemplate": "{{ tools | tojson if tools else '' }}" + CHATML},
+    ),
+    "datasets[].columns.system": data("text", "chat"),
     "datasets[].columns.document": data("document2", "summarization"),
     "datasets[].columns.summary": data("summary2", "summarization"),
     "datasets[].splits.train": data("test", path="parts"),

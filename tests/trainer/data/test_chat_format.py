@@ -68,8 +68,8 @@ def formatted(tokenizer: Any, template: str) -> ChatFormat:
 
 def test_every_assistant_turn_with_its_end_token_is_learnt_and_nothing_else(tokenizer: Any) -> None:
     chat = ChatFormat(tokenizer)
-    [segments] = chat.segments(CHAT)
-    tokens = chat.tokens(segments)
+    [document] = chat.documents(CHAT)
+    tokens = chat.tokens(document)[0]
     assert trained_text(chat, tokens) == "Hello.<|im_end|>No.<|im_end|>"
     whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     assert tokens.ids == whole[: len(tokens.ids)]
@@ -78,15 +78,15 @@ def test_every_assistant_turn_with_its_end_token_is_learnt_and_nothing_else(toke
 
 def test_only_the_last_turn_is_learnt_on_request(tokenizer: Any) -> None:
     chat = ChatFormat(tokenizer)
-    [segments] = chat.segments(CHAT, "last")
-    assert trained_text(chat, chat.tokens(segments)) == "No.<|im_end|>"
+    [document] = chat.documents(CHAT, [3])
+    assert trained_text(chat, chat.tokens(document)[0]) == "No.<|im_end|>"
 
 
 def test_a_prompt_has_the_same_tokens_with_and_without_its_answer(tokenizer: Any) -> None:
     chat = ChatFormat(tokenizer)
     _, prompt = chat.prompt(CHAT[:3])
-    [segments] = chat.segments(CHAT, "last")
-    tokens = chat.tokens(segments)
+    [document] = chat.documents(CHAT, [3])
+    tokens = chat.tokens(document)[0]
     assert tokens.ids == prompt + chat.answer_ids("No.")
     assert tokens.target_position[0] == len(prompt) - 1
 
@@ -111,27 +111,27 @@ def test_an_implicit_system_prompt_is_found_and_gives_way_to_the_job_s(tokenizer
 
 def test_a_template_that_writes_words_after_the_prompt_has_them_learnt(tokenizer: Any) -> None:
     chat = formatted(tokenizer, LLAMA_2)
-    [segments] = chat.segments(CHAT)
-    assert trained_text(chat, chat.tokens(segments)) == " Hello. <|im_end|> No. <|im_end|>"
+    [document] = chat.documents(CHAT)
+    assert trained_text(chat, chat.tokens(document)[0]) == " Hello. <|im_end|> No. <|im_end|>"
 
 
 def test_a_template_that_rewrites_earlier_turns_makes_a_document_of_each_turn(tokenizer: Any) -> None:
     chat = formatted(tokenizer, FORGETS_THOUGHTS)
     assert not chat.keeps_history
-    documents = [chat.tokens(segments) for segments in chat.segments(CHAT)]
+    documents = [chat.tokens(document)[0] for document in chat.documents(CHAT)]
     thoughtless = "<think>\n\n</think>\n\n"
     assert [trained_text(chat, tokens) for tokens in documents] == [
         f"{thoughtless}Hello.<|im_end|>",
         f"{thoughtless}No.<|im_end|>",
     ]
-    assert len(chat.segments(CHAT, "last")) == 1
+    assert len(chat.documents(CHAT, [3])) == 1
 
 
 def test_a_system_prompt_goes_into_the_first_turn_where_the_template_has_no_place_for_it(tokenizer: Any) -> None:
     chat = formatted(tokenizer, NO_SYSTEM)
     assert not chat.takes_system
     assert chat.with_system("Be kind.", CHAT[:1]) == [{"role": "user", "content": "Be kind.\n\nHi"}]
-    assert trained_text(chat, chat.tokens(chat.segments(CHAT)[0])) == "Hello.<|im_end|>No.<|im_end|>"
+    assert trained_text(chat, chat.tokens(chat.documents(CHAT)[0])[0]) == "Hello.<|im_end|>No.<|im_end|>"
 
 
 def test_a_template_without_the_prefix_property_is_refused(tokenizer: Any) -> None:
@@ -143,8 +143,8 @@ def test_a_base_model_gets_a_plain_template_with_its_end_token(tokenizer: Any) -
     tokenizer.chat_template = None
     assert with_plain_template(tokenizer)
     chat = ChatFormat(tokenizer)
-    [segments] = chat.segments([{"role": "system", "content": "S"}, *CHAT])
-    assert trained_text(chat, chat.tokens(segments)) == "Hello.<|im_end|>No.<|im_end|>"
+    [document] = chat.documents([{"role": "system", "content": "S"}, *CHAT])
+    assert trained_text(chat, chat.tokens(document)[0]) == "Hello.<|im_end|>No.<|im_end|>"
     assert chat.keeps_history
     assert not with_plain_template(tokenizer)
 
@@ -156,7 +156,9 @@ def test_a_template_without_end_tokens_still_teaches_to_stop(tokenizer: Any) -> 
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     )
     assert chat.answer_ids("No.")[-1] == tokenizer.eos_token_id
-    assert [trained_text(chat, chat.tokens(s)).endswith("<|im_end|>") for s in chat.segments(CHAT)] == [True, True]
+    assert [
+        trained_text(chat, chat.tokens(document)[0]).endswith("<|im_end|>") for document in chat.documents(CHAT)
+    ] == [True, True]
 
 
 @pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML])
@@ -239,7 +241,7 @@ ONE_BY_ONE = {
     "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{{ m.content }}<|im_end|>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
 }
-CONTENTS = st.lists(st.text("ab \n<|im_end|>\ue0f0"), min_size=1, max_size=9)
+CONTENTS = st.lists(st.text("ab \n<|im_end|>\ufdd0"), min_size=1, max_size=9)
 
 
 def chat_of(first: str, contents: list[str]) -> list[Message]:
@@ -258,35 +260,30 @@ def test_the_beginnings_of_a_chat_are_what_the_template_writes_for_them(
     chat.tokenizer.chat_template = template
     chat._skeleton = chat._find_skeleton
     messages = chat_of(first, contents)
-    begun = chat._beginnings(messages)
-    for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0):
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+    begun: Any = chat._known_beginnings(messages, turns, ())
+    for turn in turns if begun else ():
         for count, ask in ((turn, True), (turn + 1, False)):
-            try:
-                expected = chat._render(messages[:count], add_generation_prompt=ask)
-            except ChatTemplateError:
-                with pytest.raises(ChatTemplateError):
-                    begun(count, ask)
-            else:
-                assert begun(count, ask) == expected
+            assert begun(count, ask) == chat._render(messages[:count], add_generation_prompt=ask)
 
 
 @pytest.mark.parametrize("template", AT_ONCE.values(), ids=AT_ONCE)
 def test_a_chat_is_rendered_once(tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = formatted(tokenizer, template)
     assert chat.keeps_history
-    chat.segments(chat_of("user", ["Hi", "  Hello. ", "More\n", "No."]))
+    chat.documents(chat_of("user", ["Hi", "  Hello. ", "More\n", "No."]))
     counted = []
     render = chat._render
     monkeypatch.setattr(chat, "_render", lambda *given, **named: counted.append(1) or render(*given, **named))
     other = [message | {"content": f" {message['content']}!\n"} for message in CHAT]
-    [segments] = chat.segments(other)
+    [document] = chat.documents(other)
     assert len(counted) == 1
-    assert [segment.trainable for segment in segments] == [False, True, False, True]
-    assert all("!" in segment.text for segment in segments)
+    assert [segment.trainable for segment in document.segments] == [False, True, False, True]
+    assert all("!" in segment.text for segment in document.segments)
 
 
 def test_a_message_that_the_template_refuses_is_refused_in_its_words(tokenizer: Any) -> None:
     chat = formatted(tokenizer, CHATML)
     chat.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + m['note'] + '<|im_end|>' }}{% endfor %}"
     with pytest.raises(ChatTemplateError, match="no attribute 'note'"):
-        chat.segments(CHAT)
+        chat.documents(CHAT)

@@ -8,7 +8,7 @@ from finetune_api.spec import Columns
 from finetune_api.traits import Task
 from finetune_trainer.data.answers import AnswerForm
 from finetune_trainer.data.examples import Example, Reading, answer_survey, read_example
-from finetune_trainer.data.messages import BadRowError, read_messages
+from finetune_trainer.data.messages import BadRowError, read_chat
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.columns import column_notes, find_columns
 
@@ -55,12 +55,12 @@ def example(task: Task, row: dict[str, Any], names: dict[str, list[str]] | None 
     ids=["roles", "sharegpt", "plain", "two people", "turns of messages", "columns", "unanswered end", "json text"],
 )  # fmt: skip
 def test_chats_of_every_form_become_roles_and_contents(value: Any) -> None:
-    assert read_messages(value) == MESSAGES
+    assert read_chat(value).messages == MESSAGES
 
 
 def test_several_messages_of_one_person_become_one_turn() -> None:
     said = [("ann", "Hi"), ("ann", "There?"), ("bob", "Yes"), ("ann", "Good"), ("bob", "Bye")]
-    assert [m["content"] for m in read_messages([{"speaker": who, "text": text} for who, text in said])] == [
+    assert [m["content"] for m in read_chat([{"speaker": who, "text": text} for who, text in said]).messages] == [
         "Hi\nThere?", "Yes", "Good", "Bye",
     ]  # fmt: skip
 

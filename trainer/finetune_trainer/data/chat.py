@@ -7,18 +7,22 @@ one by one, so a prompt has the same tokens whether an answer follows or is stil
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal
+from functools import cached_property, lru_cache
+from typing import Any
 
 from jinja2 import TemplateError
 
 from finetune_trainer.data.chat_turns import TemplateSkeleton, answer_turns, template_skeleton
+from finetune_trainer.data.encoding import MarkError, TextEncoder
+from finetune_trainer.data.left_out import Tagged
 from finetune_trainer.data.limits import within_limits
+from finetune_trainer.data.messages import Message
 
-Message = dict[str, str]
+Tools = Sequence[dict[str, Any]]
 
 PLAIN_TEMPLATE = (
     "{{ bos }}{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
@@ -27,10 +31,16 @@ PLAIN_TEMPLATE = (
 )
 """Template of a base model that has none; `{{ bos }}` is written in where the tokenizer begins texts with BOS."""
 
-# Two private-use characters around a control token that stands in the data: it is then tokenised as plain text.
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
-_MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 _PROBE_USER, _PROBE_ANSWER = "Question 7Q", "Answer 9Z"
+DROPS_THOUGHTS = "the chat template drops thoughts of earlier turns"
+DROPS_DESCRIPTIONS = "the chat template drops descriptions of functions"
+
+
+APART = "the tokenizer would join the end of a prompt and its answer to one token; they are kept apart, as in use"
+
+
+class LabelsError(ValueError):
+    """What is to be trained is not what the template and the tokenizer make of the messages."""
 
 
 class ChatTemplateError(ValueError):
@@ -43,6 +53,17 @@ class Segment:
 
     text: str
     trainable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDocument:
+    """What one training example of a chat is made of."""
+
+    segments: list[Segment]
+    spelled: list[str]
+    """Special tokens that stand in the data, and are tokenised as plain text."""
+    notes: list[str]
+    """What of the chat the template leaves out, in a few words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +97,14 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._backend = _plain_backend(tokenizer)
+        self.encoder = TextEncoder(tokenizer)
         self._skeleton = lru_cache(maxsize=1000)(self._find_skeleton)
-        self._control_tokens = _control_token_pattern(tokenizer)
-        self._anchor = _anchor(tokenizer)
-        self.adds_bos = _adds_bos(tokenizer)
-        user: list[Message] = [{"role": "user", "content": _PROBE_USER}]
-        prompt = self.render(user, add_generation_prompt=True)
-        whole = self.render([*user, {"role": "assistant", "content": _PROBE_ANSWER}])
-        if not whole.startswith(prompt) or _PROBE_ANSWER not in whole[len(prompt) :]:
-            raise ChatTemplateError(
-                "the chat template does not render an answer as a continuation of its prompt, so the two cannot be "
-                "told apart: set model.chatTemplate"
-            )
-        suffix = whole[len(prompt) :].partition(_PROBE_ANSWER)[2]
-        special = self._control_tokens.search(suffix) if self._control_tokens else None
+        self._probe, before, suffix = self._find_probe()
+        special = self.encoder.special.search(suffix) if self.encoder.special else None
         self.end_text: str = suffix[: special.end()] if special else ""
         """What follows an answer up to its end token, as text; empty where the template writes no such token."""
+        self.around_answer: tuple[str, str] = (before, self.end_text)
+        """What the model has to write before and after an answer."""
         self.end_token_ids: list[int] = self._end_tokens(special[0] if special else None)
         """Tokens at which an answer ends; the first is the one that is trained."""
         self._after_end: str = suffix[len(self.end_text) :]
@@ -111,14 +123,14 @@ class ChatFormat:
     # --- text ---
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The template's text for the messages; control tokens in their contents are marked as plain text."""
-        return self._render(self._marked(messages), add_generation_prompt=add_generation_prompt)
+        """The template's text for the messages; special tokens in their contents are marked as plain text."""
+        return self._render(self._prepared(messages), add_generation_prompt=add_generation_prompt)
 
-    def _render(self, marked: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def _render(self, prepared: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools = ()) -> str:
         try:
             text = within_limits(
                 lambda: self.tokenizer.apply_chat_template(
-                    marked, tokenize=False, add_generation_prompt=add_generation_prompt
+                    prepared, tools=list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
                 ),
                 "The chat template",
                 "model.chatTemplate",
@@ -130,90 +142,136 @@ class ChatFormat:
         return str(text)
 
     def with_system(self, system: str | None, messages: Sequence[Message]) -> list[Message]:
-        """The messages after a system prompt, which joins the row's own, or the first turn if there is no place."""
-        given = [message for message in messages if message["role"] == "system"]
-        turns = [dict(message) for message in messages if message["role"] != "system"]
+        """The messages after a system prompt, which joins the row's own, or the first user turn if there is no place.
+
+        System messages between turns stay where they are.
+        """
+        given, turns = split_system(messages)
         whole = "\n\n".join(filter(None, [system, *(message["content"] for message in given)]))
-        if not whole:
+        if not whole or not turns:
             return turns
         if self.takes_system:
             return [{"role": "system", "content": whole}, *turns]
-        return [turns[0] | {"content": f"{whole}\n\n{turns[0]['content']}"}, *turns[1:]] if turns else turns
+        first = next((i for i, message in enumerate(turns) if message["role"] == "user"), 0)
+        joined = turns[first] | {"content": f"{whole}\n\n{turns[first]['content']}"}
+        return [*turns[:first], joined, *turns[first + 1 :]]
 
-    @staticmethod
-    def shown(text: str) -> str:
-        """Rendered text without the marks of `render`."""
-        return text.replace(_OPEN, "").replace(_CLOSE, "")
+    def documents(
+        self, messages: Sequence[Message], trained: Sequence[int] | None = None, tools: Tools = ()
+    ) -> list[ChatDocument]:
+        """Documents of a chat that ends with an answer, each a list of segments ending with a trainable one.
 
-    def segments(self, messages: Sequence[Message], loss_on: Literal["all", "last"] = "all") -> list[list[Segment]]:
-        """Documents of a chat that ends with an assistant turn, each a list of segments ending with a trainable one.
-
-        One document, or one for each trainable turn where the template rewrites earlier turns.
-        Raises ChatTemplateError where the template refuses the messages.
+        trained: which messages, of those that answer; all of them where left out. One document, or one for each of
+        them where the template rewrites earlier turns. Raises ChatTemplateError where the template refuses the
+        messages, or leaves out what they say.
         """
-        messages = self._marked(messages)
-        turns = answer_turns([message["role"] for message in messages])
-        if not self.keeps_history:
-            chosen = turns if loss_on == "all" else turns[-1:]
-            return [self._last_turn(messages[: turn + 1]) for turn in chosen]
-        begun = self._beginnings(messages)
-        pieces: list[Segment] = []
+        prepared, tools = self._prepared(messages), self._mark(list(tools))
+        answers = answer_turns([message["role"] for message in messages])
+        trained = answers if trained is None else trained
+        if self.keeps_history:
+            until = [turn for turn in answers if turn <= trained[-1]]
+            document = self._document(prepared[: trained[-1] + 1], until, trained, tools)
+            if document is not None:
+                return [document]
+        alone = [self._document(prepared[: turn + 1], [turn], [turn], tools) for turn in trained]
+        return [document for document in alone if document is not None]
+
+    def _document(
+        self, prepared: Sequence[Message], turns: Sequence[int], trained: Sequence[int], tools: Tools
+    ) -> ChatDocument | None:
+        """The document of a chat; None where it does not begin with each of its beginnings."""
+        beginnings = self._known_beginnings(prepared, turns, tools)
+        segments: list[Segment] = []
         done = ""
         for turn in turns:
-            prompt = begun(turn, True)
+            if beginnings is not None:
+                prompt, whole = beginnings(turn, True), beginnings(turn + 1, False)
+            else:
+                prompt = self._render(prepared[:turn], add_generation_prompt=True, tools=tools)
+                whole = self._render(prepared[: turn + 1], tools=tools)
             if not prompt.startswith(done):
-                return [self._last_turn(messages[: turn + 1]) for turn in (turns if loss_on == "all" else turns[-1:])]
-            answer = self._after(prompt, begun(turn + 1, False))
-            pieces += [Segment(prompt[len(done) :], False), Segment(answer, loss_on == "all" or turn == turns[-1])]
+                return None
+            answer = self._after(prompt, whole)
+            segments += [Segment(prompt[len(done) :], False), Segment(answer, turn in trained)]
             done = prompt + answer
-        return [pieces]
+        spelled = self._checked_marks(done)
+        notes = self._check_complete(prepared, trained, tools) if beginnings is None else []
+        return ChatDocument(segments, spelled, notes)
 
-    def _beginnings(self, marked: Sequence[Message]) -> Callable[[int, bool], str]:
+    def _known_beginnings(
+        self, prepared: Sequence[Message], turns: Sequence[int], tools: Tools
+    ) -> Callable[[int, bool], str] | None:
         """(how many messages, whether an answer is asked for) -> the template's text for so many first messages.
 
-        Up to an assistant turn that answers, asked for, and with it, not asked for.
+        Up to one of `turns`, asked for, and with it, not asked for. None where they have to be rendered one by one.
         """
-
-        def rendered(count: int, ask: bool) -> str:
-            return self._render(marked[:count], add_generation_prompt=ask)
-
-        skeleton = self._skeleton(tuple(message["role"] for message in marked))
+        if tools or any(len(message) > 2 for message in prepared):
+            return None
+        skeleton = self._skeleton(tuple(message["role"] for message in prepared), tuple(turns))
         if skeleton is None:
-            return rendered
+            return None
         try:
-            whole = rendered(len(marked), False)
+            whole = self._render(prepared)
         except ChatTemplateError:
-            return rendered  # which says so where it matters
-        ends = skeleton.ends(whole, [message["content"] for message in marked])
+            return None  # which is said where it matters
+        ends = skeleton.ends(whole, [message["content"] for message in prepared])
         if ends is None:
-            return rendered
+            return None
         return lambda count, ask: whole[: ends[count - 1] + skeleton.suffix_lengths[count, ask]]
 
-    def _find_skeleton(self, roles: tuple[str, ...]) -> TemplateSkeleton | None:
+    def _find_skeleton(self, roles: tuple[str, ...], turns: tuple[int, ...]) -> TemplateSkeleton | None:
         try:
-            return template_skeleton(lambda messages, ask: self._render(messages, add_generation_prompt=ask), roles)
+            return template_skeleton(
+                lambda messages, ask: self._render(messages, add_generation_prompt=ask), roles, turns
+            )
         except ChatTemplateError:
             return None
 
-    def _last_turn(self, marked: Sequence[Message]) -> list[Segment]:
-        prompt = self._render(marked[:-1], add_generation_prompt=True)
-        return [Segment(prompt, False), Segment(self._answer(prompt, marked), True)]
-
-    def _answer(self, prompt: str, marked: Sequence[Message]) -> str:
-        """The last turn's text with its end token."""
-        return self._after(prompt, self._render(marked))
-
     def _after(self, prompt: str, whole: str) -> str:
+        """The answer with its end token."""
         if not whole.startswith(prompt) or not whole.endswith(self._after_end):
-            raise ChatTemplateError("the chat template does not render this answer as a continuation of its prompt")
-        return whole[len(prompt) : len(whole) - len(self._after_end)]
+            raise ChatTemplateError(
+                "the chat template does not render this answer as a continuation of its prompt, which ends with "
+                f"{self.encoder.shown(prompt)[-30:]!r}: set model.chatTemplate"
+            )
+        answer = whole[len(prompt) : len(whole) - len(self._after_end)]
+        if self.end_text and not self.encoder.ends_with_token(answer):
+            raise ChatTemplateError("the chat template writes no end token after this answer: set model.chatTemplate")
+        return answer
+
+    def _checked_marks(self, text: str) -> list[str]:
+        try:
+            return self.encoder.marked_tokens(text)
+        except MarkError as error:
+            raise ChatTemplateError(str(error)) from error
+
+    def _check_complete(self, prepared: Sequence[Message], trained: Sequence[int], tools: Tools) -> list[str]:
+        """What the template leaves out without harm. Raises ChatTemplateError for anything else that it leaves out."""
+        tagged = Tagged(prepared, tools)
+        text = self._render(tagged.messages, tools=tagged.tools)
+        notes = []
+        for part in tagged.left_out(text):
+            if part.what == "thought" and part.message not in trained:
+                notes.append(DROPS_THOUGHTS)
+            elif part.what == "description of a function":
+                notes.append(DROPS_DESCRIPTIONS)
+            else:
+                whose = f"{part.what} of the {prepared[part.message]['role']} message {part.message + 1}"
+                raise ChatTemplateError(
+                    f"the chat template leaves out the {whose if part.message >= 0 else part.what} "
+                    f"({shortened(part.text)!r}): set model.chatTemplate to one that writes it, or remove it"
+                )
+        if moved := tagged.moved(text):
+            before, behind = (f"the {prepared[part.message]['role']} message {part.message + 1}" for part in moved)
+            raise ChatTemplateError(f"the chat template moves {before} before {behind}: set model.chatTemplate")
+        return list(dict.fromkeys(notes))
 
     # --- tokens ---
 
     def prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """(text, ids) of what the model sees before it answers."""
         text = self.render(messages, add_generation_prompt=True)
-        return self.shown(text), self.encode([Segment(text, False)])[0]
+        return self.encoder.shown(text), self.encode([Segment(text, False)])[0]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Tokens of an answer with its end token, as they follow any prompt."""
@@ -221,29 +279,60 @@ class ChatFormat:
 
     def _compute_answer_ids(self, answer: str) -> tuple[int, ...]:
         turns = [{"role": "user", "content": _PROBE_USER}, {"role": "assistant", "content": answer}]
-        segments = self._last_turn(self._marked(turns))
-        ids = self.encode([segments[1]], inside=True)[0]
+        [document] = self.documents(turns, [1])
+        ids = self.encode(document.segments)[1]
         return tuple(ids if self.end_text else [*ids, self.end_token_ids[0]])
 
-    def tokens(self, segments: Sequence[Segment]) -> LabelledTokens:
-        """Tokenise a document of `segments`."""
-        pieces = self.encode(segments)
+    def tokens(self, document: ChatDocument) -> tuple[LabelledTokens, list[str]]:
+        """The tokens of a document, and what is to be noted about them.
+
+        They are those that the library makes of the template's whole text, and begin with those of the prompt alone.
+        Where special tokens of the data are plain text, and where a token of the whole text would hold the end of a
+        prompt and the beginning of its answer, which no model can write, they are not: that is noted.
+        Raises LabelsError for anything else.
+        """
+        segments = document.segments
+        pieces = None if document.spelled else self.encoder.split_ids([segment.text for segment in segments])
+        notes = [f"the special token {token} stands in messages, and is plain text" for token in document.spelled]
+        if pieces is not None:
+            pieces[0] = self._with_one_bos(pieces[0])
+        else:
+            pieces = self.encode(segments)
+            notes = notes or self._compared_to_whole(segments, pieces)
         if not self.end_text:
             pieces[-1] = [*pieces[-1], self.end_token_ids[0]]
-        return LabelledTokens.of([(ids, segment.trainable) for ids, segment in zip(pieces, segments, strict=True)])
+        labelled = LabelledTokens.of([(ids, segment.trainable) for ids, segment in zip(pieces, segments, strict=True)])
+        if not labelled.target_id:
+            raise LabelsError("no token would be trained on")
+        return labelled, notes
 
-    def encode(self, segments: Sequence[Segment], *, inside: bool = False) -> list[list[int]]:
-        """Ids of each segment; all but the first (or all, with `inside`) continue a text that has begun.
+    def _compared_to_whole(self, segments: Sequence[Segment], pieces: Sequence[list[int]]) -> list[str]:
+        """What is to be noted where the pieces are not the tokens of the whole text. Raises LabelsError."""
+        ids = [token for piece in pieces for token in piece]
+        parts = [""]
+        for segment in segments:
+            if self.encoder.ends_with_token(parts[-1]):
+                parts[-1] += segment.text
+            else:
+                parts.append(segment.text)
+        if self._with_one_bos(self.encoder.whole_ids("".join(parts))) == ids:
+            return []
+        if self._with_one_bos(self.encoder.separate_ids(parts[1:])) == ids:
+            return [APART]
+        raise LabelsError("its tokens are not those that the tokenizer makes of the chat template's text")
+
+    def encode(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Ids of each segment; all but the first continue a text that has begun.
 
         A begin-of-text token is written by the template or not at all, and never twice.
         """
-        encoded = [
-            self._encode_text(segment.text, begun=inside or number > 0) for number, segment in enumerate(segments)
-        ]
+        befores = ["", *(segment.text for segment in segments)]
+        encoded = [self.encoder.ids(segment.text, before) for segment, before in zip(segments, befores, strict=False)]
+        return [self._with_one_bos(encoded[0]), *encoded[1:]] if encoded else []
+
+    def _with_one_bos(self, ids: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id
-        if not inside and encoded and self.adds_bos and encoded[0][:2] == [bos, bos]:
-            encoded[0] = encoded[0][1:]
-        return encoded
+        return ids[1:] if self.encoder.adds_bos and ids[:2] == [bos, bos] else ids
 
     def plain_text_ids(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """Ids of a text that is no chat: BOS where the tokenizer begins texts with it, EOS at the end.
@@ -251,41 +340,49 @@ class ChatFormat:
         special_tokens: read those that the text holds as such; BOS and EOS are then not written twice.
         """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = self._encode_text(text if special_tokens else self._mark(text), begun=False)
-        start = [bos] if self.adds_bos and not (special_tokens and ids[:1] == [bos]) else []
+        ids = self.encoder.ids(text if special_tokens else self._mark(text))
+        start = [bos] if self.encoder.adds_bos and not (special_tokens and ids[:1] == [bos]) else []
         return [*start, *ids, *([] if special_tokens and ids[-1:] == [eos] else [eos])]
 
-    def _encode_text(self, text: str, *, begun: bool) -> list[int]:
-        ids: list[int] = []
-        for number, part in enumerate(_MARKED.split(text)):
-            if part:
-                ids += self._encode_part(part, begun=begun or bool(ids), as_plain=number % 2 == 1)
-        return ids
+    def count(self, text: str) -> int:
+        """Tokens of a text inside a chat."""
+        return len(self.encoder.ids(text, "\n"))
 
-    def _encode_part(self, text: str, *, begun: bool, as_plain: bool) -> list[int]:
-        anchored = begun and self._anchor and not as_plain
-        given = f"{self._anchor}{text}" if anchored else text
-        ids = self._ids(given, as_plain)
-        return ids[1:] if anchored else ids
+    def _prepared(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template takes them, marked."""
+        prepared = []
+        for message in messages:
+            of_answer = message["role"] == "assistant"
+            marked = {
+                key: value if key == "role" else self._mark(value, of_answer=of_answer)
+                for key, value in message.items()
+            }
+            if "tool_calls" in marked and self._wants_text_arguments:
+                marked["tool_calls"] = list(map(_with_text_arguments, marked["tool_calls"]))
+            prepared.append(marked)
+        return prepared
 
-    def _ids(self, text: str, as_plain: bool) -> list[int]:
-        if self._backend is None:
-            return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=as_plain))
-        if self._backend.encode_special_tokens != as_plain:
-            self._backend.encode_special_tokens = as_plain
-        # "Fast" only in that it keeps no offsets.
-        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return ids
-
-    def _marked(self, messages: Sequence[Message]) -> list[Message]:
-        return [message | {"content": self._mark(message["content"])} for message in messages]
-
-    def _mark(self, content: str) -> str:
-        if self._control_tokens is None or not self._control_tokens.search(content):
-            return content
-        return self._control_tokens.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", content)
+    def _mark(self, value: Any, *, of_answer: bool = False) -> Any:
+        try:
+            return self.encoder.mark(value, of_answer=of_answer)
+        except MarkError as error:
+            raise ChatTemplateError(str(error)) from error
 
     # --- what the template does ---
+
+    def _find_probe(self) -> tuple[str, str, str]:
+        """(an answer that the template can render, what it writes before it, what after it)."""
+        user: list[Message] = [{"role": "user", "content": _PROBE_USER}]
+        prompt = self.render(user, add_generation_prompt=True)
+        for answer in (_PROBE_ANSWER, f"<think>\nThought 8T\n</think>\n\n{_PROBE_ANSWER}"):
+            whole = self.render([*user, {"role": "assistant", "content": answer}])
+            if whole.startswith(prompt) and _PROBE_ANSWER in whole[len(prompt) :]:
+                before, _, after = whole[len(prompt) :].partition(_PROBE_ANSWER)
+                return answer, before, after
+        raise ChatTemplateError(
+            "the chat template does not render an answer as a continuation of its prompt, so the two cannot be "
+            "told apart: set model.chatTemplate"
+        )
 
     def _end_tokens(self, end: str | None) -> list[int]:
         eos = self.tokenizer.eos_token_id
@@ -296,21 +393,26 @@ class ChatFormat:
         return ids
 
     def _has_prefix_property(self) -> bool:
-        exchange = [{"role": "user", "content": _PROBE_USER}, {"role": "assistant", "content": _PROBE_ANSWER}]
-        marked = self._marked([*exchange, *exchange])
+        exchange = [{"role": "user", "content": _PROBE_USER}, {"role": "assistant", "content": self._probe}]
+        chat = [*exchange, *exchange]
         try:
-            prompt = self._render(marked[:1], add_generation_prompt=True)
-            first = prompt + self._answer(prompt, marked[:2])
-            return bool(self.end_text) and self._render(marked[:3], add_generation_prompt=True).startswith(first)
+            prompt = self._render(chat[:1], add_generation_prompt=True)
+            first = prompt + self._after(prompt, self._render(chat[:2]))
+            return bool(self.end_text) and self._render(chat[:3], add_generation_prompt=True).startswith(first)
         except ChatTemplateError:
             return False
 
     def _takes_system(self) -> bool:
+        chat = [
+            {"role": "system", "content": "Sys 5S"},
+            {"role": "user", "content": _PROBE_USER},
+            {"role": "assistant", "content": self._probe},
+        ]
         try:
-            text = self.render([{"role": "system", "content": "Sys 5S"}, {"role": "user", "content": _PROBE_USER}])
+            prompt, whole = self._render(chat[:2], add_generation_prompt=True), self._render(chat)
         except ChatTemplateError:
             return False
-        return "Sys 5S" in text
+        return "Sys 5S" in prompt and whole.startswith(prompt)
 
     def _implicit_system(self) -> str:
         user: list[Message] = [{"role": "user", "content": _PROBE_USER}]
@@ -323,57 +425,43 @@ class ChatFormat:
             return before[len(head) : len(before) - len(tail)].strip()
         return ""
 
-
-def _plain_backend(tokenizer: Any) -> Any | None:
-    """The library that a tokenizer's `encode` only wraps, at several times the cost; None where it does more."""
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-    kind = type(tokenizer)
-    wraps = (
-        isinstance(tokenizer, PreTrainedTokenizerFast)
-        and kind.encode is PreTrainedTokenizerBase.encode
-        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
-    )
-    if not wraps:
-        return None
-    tokenizer.encode("x")  # takes away the truncation and padding that a tokenizer's file may ask for
-    return tokenizer.backend_tokenizer
-
-
-def _control_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= {str(token) for token in tokenizer.all_special_tokens}
-    tokens |= {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if not token.content.isspace() and token.content in (tokenizer.chat_template or "")
-    }
-    if not tokens:
-        return None
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+    @cached_property
+    def _wants_text_arguments(self) -> bool:
+        """Whether the template joins the arguments of a tool call to its text, so that they have to be text."""
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"Key 1K": "Value 2V"}}}
+        for as_text in (False, True):
+            given = _with_text_arguments(call) if as_text else call
+            asked = {"role": "user", "content": _PROBE_USER}
+            try:
+                text = self._render([asked, {"role": "assistant", "content": "", "tool_calls": [given]}])
+            except ChatTemplateError:
+                continue
+            if "Key 1K" in text and "Value 2V" in text:
+                return as_text
+        return False
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and list(tokenizer.encode("x"))[:1] == [bos]
+def split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """(the system messages at the beginning, all others)."""
+    count = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return list(messages[:count]), list(messages[count:])
 
 
-def _anchor(tokenizer: Any) -> str:
-    """A special token to put before a continued text, where the tokenizer treats a text's beginning specially."""
-    for token in tokenizer.added_tokens_decoder.values():
-        if not token.special or token.lstrip or token.rstrip:
-            continue
-        alone = tokenizer.encode("x y", add_special_tokens=False)
-        after = tokenizer.encode(f"{token.content}x y", add_special_tokens=False)
-        return "" if list(after[1:]) == list(alone) else str(token.content)
-    return ""
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, for a sentence."""
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def with_plain_template(tokenizer: Any) -> bool:
     """Give a tokenizer without a chat template the plain one; says whether it had none."""
     if tokenizer.chat_template:
         return False
-    bos = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
+    bos = "{{ bos_token }}" if TextEncoder(tokenizer).adds_bos else ""
     tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ bos }}", bos)
     return True
 

@@ -16,7 +16,7 @@ from itertools import accumulate
 
 _SPACE = "\u2003"
 """Around a placeholder: white space that no template writes, to see whether a template trims."""
-_PLACEHOLDER = re.compile(f"({_SPACE}?)\ue0f2(\\d+)\ue0f3({_SPACE}?)")
+_PLACEHOLDER = re.compile(f"({_SPACE}?)\ufdd2(\\d+)\ufdd3({_SPACE}?)")
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,15 @@ def answer_turns(roles: Sequence[str]) -> list[int]:
 
 
 def template_skeleton(
-    render: Callable[[Sequence[dict[str, str]], bool], str], roles: Sequence[str]
+    render: Callable[[Sequence[dict[str, str]], bool], str], roles: Sequence[str], turns: Sequence[int]
 ) -> TemplateSkeleton | None:
     """The text around the contents of chats of these roles; `render` takes messages and whether to ask for an answer.
 
+    turns: the answers whose beginnings are wanted.
+
     None where a beginning is not the beginning of the whole, or where contents do not stand in it as they are.
     """
-    messages = [{"role": role, "content": f"{_SPACE}\ue0f2{i}\ue0f3{_SPACE}"} for i, role in enumerate(roles)]
+    messages = [{"role": role, "content": f"{_SPACE}\ufdd2{i}\ufdd3{_SPACE}"} for i, role in enumerate(roles)]
     whole = render(messages, False)
     places = list(_PLACEHOLDER.finditer(whole))
     bounds = [0, *(bound for place in places for bound in place.span()), len(whole)]
@@ -60,7 +62,7 @@ def template_skeleton(
     if not in_order or any(place[1] != place[3] for place in places):
         return None
     suffix_lengths = {}
-    for turn in answer_turns(roles):
+    for turn in turns:
         for count, ask in ((turn, True), (turn + 1, False)):
             text = render(messages[:count], ask)
             suffix_lengths[count, ask] = len(text) - places[count - 1].end()

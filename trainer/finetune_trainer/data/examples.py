@@ -22,7 +22,13 @@ from finetune_trainer.data.answers import (
     read_choices,
     without_blank_lines,
 )
-from finetune_trainer.data.messages import BadRowError, Message, read_messages
+from finetune_trainer.data.messages import (
+    BadRowError,
+    Chat,
+    read_chat,
+    read_prompt_and_completion,
+    refuse_media,
+)
 
 UNANSWERABLE = "unanswerable"
 """What the model learns to say where the context holds no answer."""
@@ -46,7 +52,7 @@ class Example:
     """Closed choices of this row."""
     gold: int | None = None
     """Index of the right one."""
-    messages: list[Message] | None = None
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +140,15 @@ def _plain_text(row: int, fields: Mapping[str, Any], reading: Reading) -> Exampl
 
 
 def _chat(row: int, fields: Mapping[str, Any], reading: Reading) -> Example:
-    messages = read_messages(fields.get(str(reading.columns["messages"])))
-    text = "\n".join(message["content"] for message in messages if message["role"] != "system")
-    return Example(row, {**fields, "messages": messages}, text, messages=messages)
+    refuse_media(fields)
+    found = reading.columns
+    tools, system = (fields.get(str(found[role])) if role in found else None for role in ("tools", "system"))
+    column = found["messages"]
+    if isinstance(column, tuple):
+        chat = read_prompt_and_completion(*map(fields.get, column), tools=tools, system=system)
+    else:
+        chat = read_chat(fields.get(column), tools=tools, system=system)
+    return Example(row, {**fields, "messages": chat.messages}, chat.text, chat=chat)
 
 
 _READ: dict[Task, Callable[[int, Mapping[str, Any], Reading], Example]] = {

@@ -11,14 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune_api.report import FailureClass
 from finetune_api.traits import Scoring, Task
-from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, LabelledTokens, Message, Segment
+from finetune_trainer.data.chat import ChatFormat, ChatTemplateError, LabelledTokens, LabelsError, split_system
+from finetune_trainer.data.chat_turns import answer_turns
 from finetune_trainer.data.evaluation_rows import EvaluationRow
 from finetune_trainer.data.examples import UNANSWERABLE, Example
-from finetune_trainer.data.messages import BadRowError
+from finetune_trainer.data.messages import LEFT_OUT_END, BadRowError, Chat, Message
 from finetune_trainer.data.templates import TemplateRowError, compile_template
+from finetune_trainer.failures import TrainerError
 
 MAX_CUTS = 8
+SYSTEM_IN_FIRST_TURN = "the chat template has no place for system prompts: they stand before the first user turn"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Rendered:
     """Tokens by which the prompt was cut to fit."""
     dropped_turns: int = 0
     """Oldest messages of a chat that were dropped whole to fit."""
+    checked: int = 0
+    """Documents whose tokens are those of the chat template."""
+    notes: frozenset[str] = frozenset()
+    """What of a chat is not rendered as it stands in the row, each in a few words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +92,17 @@ def render_training(rendering: Rendering, example: Example) -> Rendered:
     try:
         if rendering.task.traits.form == "text":
             return Rendered(_text_documents(rendering, example))
-        if rendering.task.traits.form == "chat":
-            return _chat_documents(rendering, example)
+        if example.chat is not None:
+            return _chat_documents(rendering, example.chat)
         answer = rendering.format.answer_ids(answer_text(rendering, example, example.answer))
         question = _question(rendering, example, room=rendering.max_tokens - len(answer))
         return Rendered([LabelledTokens.of([(question.ids, False), (answer, True)])], question.cut_tokens)
     except (ChatTemplateError, TemplateRowError) as error:
         raise BadRowError(str(error)) from error
+    except LabelsError as error:
+        raise TrainerError(
+            FailureClass.BAD_SPEC, f"Row {example.row:,} cannot be trained on: {error}.", "model.chatTemplate"
+        ) from error
 
 
 def render_evaluation(
@@ -216,20 +228,19 @@ def _with_shorter(variables: dict[str, Any], role: str, shorter: str) -> dict[st
 
 def _cut_text(chat: ChatFormat, text: str, tokens: int) -> str:
     """The text without about its last `tokens` tokens, never shorter than by them; empty where nothing is left."""
-    ids = chat.encode([Segment(text, False)], inside=True)[0]
-    if len(ids) <= tokens:
+    whole = chat.count(text)
+    if whole <= tokens:
         return ""
-    share = (len(ids) - tokens) / len(ids)
+    share = (whole - tokens) / whole
     kept = text[: int(len(text) * share)]
-    while kept and len(chat.encode([Segment(kept, False)], inside=True)[0]) > len(ids) - tokens:
+    while kept and chat.count(kept) > whole - tokens:
         kept = kept[: int(len(kept) * 0.95)]
     return kept.rstrip()
 
 
 def _few_shot_ids(rendering: Rendering, question: _Question, few_shot: FewShot, room: int) -> list[int]:
     """The prompt after as many solved examples as fit."""
-    system = [message for message in question.messages if message["role"] == "system"]
-    asked = [message for message in question.messages if message["role"] != "system"]
+    system, asked = split_system(question.messages)
     turns = few_shot.turns
     while True:
         _, ids = rendering.format.prompt([*system, *turns, *asked])
@@ -238,37 +249,57 @@ def _few_shot_ids(rendering: Rendering, question: _Question, few_shot: FewShot, 
         turns = turns[:-2]
 
 
-def _chat_documents(rendering: Rendering, example: Example) -> Rendered:
+def _chat_documents(rendering: Rendering, chat: Chat) -> Rendered:
     """The chat's documents; where they are too long, the oldest turns are dropped whole until they fit."""
-    turns = rendering.format.with_system(rendering.system_prompt, example.messages or [])
+    turns = rendering.format.with_system(rendering.system_prompt, chat.messages)
     before = len(turns)
     while True:
-        documents = [
-            rendering.format.tokens(segments) for segments in rendering.format.segments(turns, rendering.loss_on)
-        ]
-        excess = max((len(document.ids) for document in documents), default=0) - rendering.max_tokens
-        if excess <= 0 and documents:
-            return Rendered(documents, 0, before - len(turns))
+        trained = _trained_turns(rendering, turns, chat.trained)
+        documents = rendering.format.documents(turns, trained, chat.tools)
+        labelled = [rendering.format.tokens(document) for document in documents]
+        excess = max(len(tokens.ids) for tokens, _ in labelled) - rendering.max_tokens
+        if excess <= 0:
+            break
         shorter = _without_oldest(rendering, turns, excess)
         if shorter is None:
             raise BadRowError(f"the last exchange alone has more than {rendering.max_tokens:,} tokens")
         turns = shorter
+    notes = {*chat.notes, *(note for document in documents for note in document.notes)}
+    notes.update(note for _, found in labelled for note in found)
+    if trained[-1] + 1 < len(turns):
+        notes.add(LEFT_OUT_END)
+    if not rendering.format.takes_system and (rendering.system_prompt or chat.messages[0]["role"] == "system"):
+        notes.add(SYSTEM_IN_FIRST_TURN)
+    exact = sum(not found for _, found in labelled)
+    return Rendered([tokens for tokens, _ in labelled], 0, before - len(turns), exact, frozenset(notes))
+
+
+def _trained_turns(rendering: Rendering, turns: Sequence[Message], wanted: Sequence[bool]) -> list[int]:
+    """Which messages are trained on. `turns` end as the row does, so `wanted` counts from the end."""
+    answers = answer_turns([message["role"] for message in turns])
+    chosen = answers if rendering.loss_on == "all" else answers[-1:]
+    trained = [turn for turn in chosen if wanted[turn - len(turns)]]
+    if not trained:
+        raise BadRowError(
+            f"no answer is left to train on (weight or train, lossOn: {rendering.loss_on}, "
+            f"maxSequenceLength: {rendering.max_tokens:,})"
+        )
+    return trained
 
 
 def _without_oldest(rendering: Rendering, turns: list[Message], excess: int) -> list[Message] | None:
     """The chat without its oldest exchanges: as many as surely hold no more than `excess` tokens, at least one.
 
-    The system message is kept. None where only one exchange is there.
+    The system prompt is kept. None where only one exchange is there.
     """
-    system = [message for message in turns if message["role"] == "system"]
-    rest = [message for message in turns if message["role"] != "system"]
+    system, rest = split_system(turns)
     starts = [i for i, message in enumerate(rest) if i > 0 and message["role"] == "user"]
     starts = [i for i in starts if any(message["role"] == "assistant" for message in rest[i:])]
     if not starts:
         return None
-    sizes = [len(rendering.format.encode([Segment(message["content"], False)], inside=True)[0]) for message in rest]
+    sizes = [rendering.format.count(message["content"]) for message in rest]
     # What the template puts around a turn, rounded up: so never more is dropped than needed.
-    around = math.ceil((rendering.max_tokens + excess - sum(sizes)) / len(rest)) + 1
+    around = max(math.ceil((rendering.max_tokens + excess - sum(sizes)) / len(rest)) + 1, 0)
     surely = [i for i in starts if sum(sizes[:i]) + around * i <= excess]
     return [*system, *rest[surely[-1] if surely else starts[0] :]]
 

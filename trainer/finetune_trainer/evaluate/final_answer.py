@@ -22,7 +22,6 @@ THOUGHT_MARKS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("◁think▷", "◁/think▷"),
 )
-_QUESTION, _ANSWER = "Question 7Q", "Answer 9Z"
 
 Thought = Literal["none", "finished", "unfinished"]
 
@@ -41,10 +40,8 @@ class AnswerReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.chat = chat = ChatFormat(tokenizer)
-        question = {"role": "user", "content": _QUESTION}
-        written = chat.segments([question, {"role": "assistant", "content": _ANSWER}])[-1][-1].text
-        before, _, after = written.partition(_ANSWER)
-        prompt, _ = chat.prompt([question])
+        before, after = chat.around_answer
+        prompt, _ = chat.prompt([{"role": "user", "content": "Question"}])
         added = tokenizer.added_tokens_decoder
         known = " ".join([tokenizer.chat_template or "", *(token.content for token in added.values())])
         self._tokenizer = tokenizer

@@ -46,6 +46,9 @@ PREFERENCE = ("chosen", "rejected")
 NAMED = 8
 """Columns that a note names."""
 
+PROMPT_AND_COMPLETION = ("prompt", "completion")
+"""Columns that hold a chat in two parts."""
+
 
 def find_columns(
     task: Task, configured: Columns, present: Sequence[str], *, templated: bool, where: str, field: str
@@ -109,6 +112,8 @@ def _usual(role: str, present: Sequence[str], taken: set[str]) -> str | tuple[st
     for name in USUAL_COLUMNS[role]:
         if name.lower() in by_lower:
             return by_lower[name.lower()]
+    if role == "messages":
+        return _spread((PROMPT_AND_COMPLETION,), present, taken)
     return _spread(SPREAD_CHOICES, present, taken) if role == "choices" else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from finetune_trainer.data.render import FewShot, Rendered, Rendering, render_ev
 from finetune_trainer.prepare.scan import BadRows, DatasetReader
 from finetune_trainer.prepare.sources import SourceRow, SplitSource
 from finetune_trainer.prepare.split import SplitName
+
+MOST_NOTES = 10
 
 
 class RowRequest(NamedTuple):
@@ -36,6 +39,10 @@ class RowCounts:
     cut_tokens: int = 0
     shortened_chats: int = 0
     dropped_turns: int = 0
+    checked: int = 0
+    """Documents of chats whose tokens are those of the chat template."""
+    noted: Counter[str] = field(default_factory=Counter)
+    """Rows with each of the notes that their rendering made."""
     bad: BadRows = field(default_factory=BadRows)
 
     def add(self, later: RowCounts) -> None:
@@ -47,6 +54,8 @@ class RowCounts:
         self.cut_tokens += later.cut_tokens
         self.shortened_chats += later.shortened_chats
         self.dropped_turns += later.dropped_turns
+        self.checked += later.checked
+        self.noted += later.noted
         self.bad.extend(later.bad)
 
     def notes(self, most: int) -> list[str]:
@@ -60,6 +69,10 @@ class RowCounts:
                 f"{self.shortened_chats:,} chats lost their oldest messages ({self.dropped_turns:,} in total) "
                 f"to fit {most:,} tokens"
             )
+        notes += [f"{note}: {count:,} rows" for note, count in self.noted.most_common(MOST_NOTES)]
+        if self.checked:
+            documents = self.train + self.validation
+            notes.append(f"{self.checked:,} of {documents:,} documents have exactly the tokens of the chat template")
         return notes
 
 
@@ -88,6 +101,8 @@ class Outcome:
         written.cut_tokens += rendered.cut_tokens
         written.shortened_chats += rendered.dropped_turns > 0
         written.dropped_turns += rendered.dropped_turns
+        written.checked += rendered.checked
+        written.noted.update(rendered.notes)
 
 
 @dataclass(frozen=True)
