@@ -156,6 +156,14 @@ def near_match(given: str, known: Iterable[str]) -> str:
     return f" Did you mean {near!r}?" if near else ""
 
 
+def first_problem(error: ValidationError, root: str = "") -> str:
+    """The first thing that is wrong with a value of a program or a stranger, with its path below `root`."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = ".".join(str(part) for part in (*([root] if root else []), *first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" if path else message
+
+
 def _fault(root: type[ApiModel], detail: ErrorDetails) -> Fault:
     path = tuple(part for part in detail["loc"] if part != "[key]")
     kind, value, limits = detail["type"], detail["input"], detail.get("ctx", {})

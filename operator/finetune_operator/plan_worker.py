@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from finetune_api.report import LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.structure import first_problem
 from finetune_operator.decision.model import PlanFailure
 from finetune_operator.sizing.plan import plan_run
 
@@ -48,19 +49,27 @@ class PlanWorker:
         line = json.dumps(facts | {"price": price_per_gpu_hour}).encode() + b"\n"
         async with self._lock:
             try:
-                answer = await asyncio.wait_for(self._ask(line), self.time_limit_seconds)
+                answer = await asyncio.wait_for(self._ask_again_once(line), self.time_limit_seconds)
             except TimeoutError:
                 await self.close()
                 return PlanFailure(f"the memory plan was not ready within {self.time_limit_seconds:.0f} s")
             except (OSError, ValueError):
                 await self.close()
-                return PlanFailure("the process that makes the memory plan ended")
+                return PlanFailure("the process that makes the memory plan ended twice")
             except asyncio.CancelledError:
                 # Its answer would be taken for that of the next plan.
                 self._kill()
                 raise
             self._idle = asyncio.get_running_loop().call_later(self.idle_seconds, self._kill)
         return PlanFailure(answer["error"]) if "error" in answer else Plan.model_validate(answer["plan"])
+
+    async def _ask_again_once(self, line: bytes) -> dict[str, Any]:
+        """The answer; of a second process if the first dies, which may have been killed for what others did."""
+        try:
+            return await self._ask(line)
+        except (OSError, ValueError):
+            await self.close()
+            return await self._ask(line)
 
     async def _ask(self, line: bytes) -> dict[str, Any]:
         if self._idle is not None:
@@ -110,8 +119,7 @@ def answer(facts: dict[str, Any]) -> dict[str, Any]:
         )
         return {"plan": plan.to_wire()}
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        return {"error": f"the memory plan is out of bounds: {'.'.join(map(str, first['loc']))}: {first['msg']}"}
+        return {"error": f"the memory plan is out of bounds: {first_problem(error)}"}
     except MemoryError:
         return {"error": "the memory plan needs more memory than it may take"}
     except Exception as error:

@@ -14,6 +14,7 @@ from finetune_api.base import Stage
 from finetune_api.report import MAX_REPORT_BYTES, Failure, Report
 from finetune_api.spec import Dataset, FineTuneJobSpec, Model, Tuning
 from finetune_api.status import AttemptRecord, JobStatus
+from finetune_api.structure import first_problem
 from finetune_api.traits import Method
 from finetune_operator.cluster.api import Object
 from finetune_operator.decision.model import Child, Environment, Missing, Observation, Pod, PodPhase
@@ -98,7 +99,7 @@ def read_spec(job: Object) -> tuple[FineTuneJobSpec, str]:
     try:
         return FineTuneJobSpec.model_validate(job.get("spec") or {}), ""
     except ValidationError as error:
-        return UNREADABLE, _first_problem(error, "spec")
+        return UNREADABLE, f"{first_problem(error, 'spec')}."
 
 
 def read_status(job: Object) -> tuple[JobStatus, str]:
@@ -106,7 +107,7 @@ def read_status(job: Object) -> tuple[JobStatus, str]:
     try:
         return JobStatus.parse(job.get("status")), ""
     except ValidationError as error:
-        return JobStatus(), _first_problem(error, "status")
+        return JobStatus(), f"{first_problem(error, 'status')}."
 
 
 def reports(
@@ -133,7 +134,7 @@ def _read_report(text: str, stage: Stage, uid: str, now: datetime) -> Report | s
     try:
         report = Report.model_validate_json(text)
     except ValidationError as error:
-        return _first_problem(error, "report")
+        return f"{first_problem(error, 'report')}."
     if (report.stage, report.attempt.rpartition("/")[0]) != (stage, f"{uid}/{stage}"):
         return f"report.attempt: {report.attempt[:200]!r} is no attempt of this stage."
     if report.time > now + CLOCK_TOLERANCE:
@@ -309,12 +310,6 @@ def _failure(ended: Mapping[str, Any]) -> Failure | None:
     with contextlib.suppress(ValidationError):
         return Failure.model_validate_json(ended.get("message") or "")
     return None
-
-
-def _first_problem(error: ValidationError, root: str) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    path = ".".join(str(part) for part in (root, *first["loc"]))
-    return f"{path}: {first['msg'].removeprefix('Value error, ')}."
 
 
 def _memory_limit(spec: Mapping[str, Any], name: str) -> str:

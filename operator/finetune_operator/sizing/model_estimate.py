@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from finetune_api.report import ModelFacts
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.structure import first_problem
 from finetune_operator.errors import UserError
 from finetune_operator.sizing.gguf import gguf_config
 from finetune_operator.sizing.model_shapes import UnknownShapeError, known_model, model_facts
@@ -76,8 +77,7 @@ def _facts(config: dict[str, Any], parameters: int | None = None) -> ModelFacts:
     try:
         return model_facts(config, parameters)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        why = first_problem(error)
     except UnknownShapeError as error:
         why = str(error)
     except Exception as error:  # a config by strangers has any type in any place

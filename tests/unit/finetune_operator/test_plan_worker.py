@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 import pytest
 from tests.unit.finetune_operator.decision.world import LENGTHS, MODEL_FACTS, SPEC
@@ -37,8 +38,8 @@ async def test_the_plan_is_that_of_this_process_and_comes_again_from_the_same_wo
     ("code", "sentence"),
     [
         ("import time; time.sleep(60)", "the memory plan was not ready within 1 s"),
-        ("import os; os.kill(os.getpid(), 9)", "the process that makes the memory plan ended"),
-        ("print('Traceback', flush=True)", "the process that makes the memory plan ended"),
+        ("import os; os.kill(os.getpid(), 9)", "the process that makes the memory plan ended twice"),
+        ("print('Traceback', flush=True)", "the process that makes the memory plan ended twice"),
         ('print(\'{"error": "it is too large"}\', flush=True)', "it is too large"),
     ],
 )
@@ -51,6 +52,19 @@ async def test_a_worker_that_hangs_or_dies_is_a_sentence_and_the_next_plan_start
     await worker.close()
     worker.command, worker.time_limit_seconds = PlanWorker.command, 60.0
     assert isinstance(await worker.plan(spec, *FACTS, None), Plan)
+    await worker.close()
+
+
+async def test_a_worker_that_is_killed_once_is_started_again_with_the_same_question(tmp_path: Path) -> None:
+    dies_once = f"""
+import os, pathlib, runpy, sys
+if not pathlib.Path({str(tmp_path / "died")!r}).exists():
+    pathlib.Path({str(tmp_path / "died")!r}).touch()
+    os.kill(os.getpid(), 9)
+runpy.run_module("finetune_operator.plan_worker", run_name="__main__")
+"""
+    worker, spec = PlanWorker(python(dies_once)), FineTuneJobSpec.model_validate(SPEC)
+    assert await worker.plan(spec, *FACTS, None) == plan_run(spec, *FACTS)
     await worker.close()
 
 

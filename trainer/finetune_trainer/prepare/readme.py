@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from finetune_api.report import FailureClass
+from finetune_api.structure import first_problem
 from finetune_trainer.failures import TrainerError
 
 LONGEST_HEAD_CHARACTERS = 1 << 20
@@ -116,9 +117,7 @@ class Head:
         try:
             wire = _Wire.model_validate(head if isinstance(head, dict) else {})
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise _unusable(f"{where}: {first['msg']}") from None
+            raise _unusable(first_problem(error)) from None
         return cls(tuple(config for config in wire.configs if config.data_files), tuple(wire.dataset_info))
 
     def class_names(self, config: str | None) -> dict[str, list[str]]:
