@@ -43,10 +43,10 @@ def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
     return out.getvalue()
 
 
-def arrow(rows: list[dict[str, Any]]) -> bytes:
+def arrow(rows: list[dict[str, Any]], new: Any = pyarrow.ipc.new_stream) -> bytes:
     out = io.BytesIO()
     table = pa.Table.from_pylist(rows)
-    with pyarrow.ipc.new_stream(out, table.schema) as stream:
+    with new(out, table.schema) as stream:
         stream.write_table(table)
     return out.getvalue()
 
@@ -76,7 +76,7 @@ FORMATS: dict[str, tuple[list[bytes], tuple[bytes, ...]]] = {
     ),
     "txt": ([b"one\ntwo\n\nthree"], TEXTS),
     "parquet": ([parquet(ROWS), parquet(ROWS, compression="zstd", use_dictionary=False), parquet(ROWS[:0])], ()),
-    "arrow": ([arrow(ROWS), arrow(ROWS[:0])], ()),
+    "arrow": ([arrow(ROWS), arrow(ROWS[:0]), arrow(ROWS, pyarrow.ipc.new_file)], ()),
     "csv.gz": ([gzip.compress(CSV, mtime=0)], ()),
     "jsonl.bz2": ([bz2.compress(LINES)], ()),
     "jsonl.zst": ([pa.compress(LINES, codec="zstd", asbytes=True)], ()),

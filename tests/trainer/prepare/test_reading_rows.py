@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 from pathlib import Path
 
 import pyarrow as pa
@@ -189,6 +190,25 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(UnreadableFileError, match=r"a\.parquet cannot be read"):
         list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_a_parquet_file_with_texts_that_are_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["zwei Zeilen"]}), path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"zwei", b"\x80wei"))
+    with pytest.raises(UnreadableFileError, match=r"rows\.parquet cannot be read: 'utf-8' codec"):
+        list(read_rows(path))
+
+
+def test_an_arrow_file_whose_offsets_lead_out_of_it_is_named(tmp_path: Path) -> None:
+    path, table = tmp_path / "rows.arrow", pa.table({"text": ["a" * 7777, "b" * 7777]})
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+    sound = struct.pack("<iii", 0, 7777, 15554)
+    assert path.read_bytes().count(sound) == 1
+    path.write_bytes(path.read_bytes().replace(sound, struct.pack("<iii", 0, 7777, 1 << 30)))
+    with pytest.raises(UnreadableFileError, match=r"rows\.arrow cannot be read"):
+        list(read_rows(path))
 
 
 def test_bytes_that_are_not_utf_8_are_read_as_windows_1252_and_marked(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def read_rows(path: Path) -> Iterator[RowOrReason]:
         raise UnreadableFileError(f"{path.name} is not in a supported format ({known})")
     try:
         yield from READERS[name](path)
-    except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
+    except (pa.ArrowException, OSError, EOFError, csv.Error, ValueError, OverflowError) as error:
         raise UnreadableFileError(f"{path.name} cannot be read: {_first_line(error)}") from error
 
 
@@ -399,6 +399,7 @@ def _read_arrow(path: Path) -> Iterator[RowOrReason]:
     with pa.memory_map(str(path)) as stream:
         for batch in _arrow_batches(stream):
             _check_names(path.name, batch.schema.names)
+            batch.validate(full=True)  # offsets that lead out of a damaged file would end the process
             for begin in range(0, len(batch), BATCH_ROWS):
                 yield from map(_without_nan, batch.slice(begin, BATCH_ROWS).to_pylist())
 
