@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 from finetune_api.spec import Tuning
@@ -184,3 +186,13 @@ def test_the_head_gets_batches_that_lie_in_one_piece(base: Path, tmp_path: Path,
         greedy_answers(model, AnswerReader(tokenizer), [IDS, IDS[:3]], max_new_tokens=2, tokens_per_batch=100)
     assert {variant for variant, (rows, _), _ in seen if rows > 1} == {"tuned", "base"}
     assert all(contiguous for *_, contiguous in seen)
+
+
+def test_weights_in_a_pickle_are_not_loaded(base: Path, tmp_path: Path) -> None:
+    model = exported(base, tmp_path, Method.LORA)
+    directory = Path(shutil.copytree(base, tmp_path / "base"))
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    pair = source(model.model_copy(update={"directory": str(directory)}), tmp_path, Method.LORA)
+    with pytest.raises(OSError, match=r"model\.safetensors"), opened(pair, "base"):
+        pass

@@ -20,7 +20,11 @@ KEY = "wandb_v1_SecretKeyThatMustNotShow0123456789"
 
 def tracked(root: Path, model: Path, **wandb: Any) -> Job:
     job = make_job(root, model, [DatasetOf("a", [20, 31, 17, 44, 25, 60])])
-    job.configure(training=TRAINING, tracking={"wandb": {"project": "tests", **wandb}})
+    private = {
+        "podTemplate": {"env": [{"name": "TEAM_SECRET", "value": "x"}]},
+        "credentials": {"hub": {"name": "ours"}},
+    }
+    job.configure(training=TRAINING, tracking={"wandb": {"project": "tests", **wandb}}, **private)
     (root / "tokens").mkdir()
     (root / "tokens" / "wandb").write_text(KEY)
     return job
@@ -65,6 +69,7 @@ def _recording_init(file: Path, **arguments: Any) -> Any:
     run._note(
         ("init", arguments["id"], arguments["resume"], arguments["project"], arguments["settings"].api_key == KEY)
     )
+    run._note(("config", sorted(arguments["config"])))
     return run
 
 
@@ -74,6 +79,9 @@ def test_one_run_has_the_curves_of_all_attempts(tmp_path: Path, model: Path) -> 
     assert train(job, 2, hook) == [0, 0]
     lines = told.read_text().splitlines()
     assert lines[0] == "('init', 'uid-1', 'allow', 'tests', True)"
+    _, config = ast.literal_eval(lines.pop(1))
+    assert "training" in config
+    assert not {"podTemplate", "credentials"} & set(config), "names of Secrets and values of variables stay here"
     assert lines[1:3] == ["('metric', 'train/step', None)", "('metric', '*', 'train/step')"]
     rows = [line for line in lines if line.startswith("('row'")]
     assert sum("train/loss" in row for row in rows) == 4
