@@ -136,7 +136,7 @@ def _turns(text: str, answer: str) -> list[dict[str, str]]:
 def _row(task: Task, name: str, number: int, example: tuple[str, list[str], str], chat: ChatFormat) -> EvaluationRow:
     text, candidates, answer = example
     key = {"id": f"{name}/{number}", "dataset": name, "task": task.value}
-    if task in (Task.CHAT, Task.TEXT):
+    if task in (Task.INSTRUCTION, Task.CHAT, Task.TEXT):
         ids = _training_ids(task, example, chat)
         start = ids["start"]
         positions = list(range(start - 1, len(ids["ids"]) - 1))

@@ -132,12 +132,13 @@ BY_PANDAS = "{'label': array(['A', 'B'], dtype=object), 'text': array(['x', 'y']
         (asked((["x", "y", None, ""], "y"), ("x y z", "z")), ["y", "z"], AnswerForm.TEXT),
         ([{"option1": "x", "option2": "y", "answer": "2"}], ["y"], AnswerForm.FROM_1),
         ([{"answerA": "x", "answerB": "y", "answerC": "z", "label": "3"}], ["z"], AnswerForm.FROM_1),
+        ([{"option1": "x", "option2": "y", "answer": "option2"}], ["y"], AnswerForm.LABEL),
         (asked((BY_PANDAS, "B")), ["y"], AnswerForm.LABEL),
         (asked(("['x' 'y z']", "y z")), ["y z"], AnswerForm.TEXT),
         (asked(("x y", ["B"])), ["y"], AnswerForm.LETTER),
     ],
     ids=["own labels", "from 1", "from 0", "floats", "texts", "numbers", "letters", "written letters", "filled up",
-         "winogrande", "siqa", "pandas", "numpy", "list of one"],
+         "winogrande", "siqa", "names of columns", "pandas", "numpy", "list of one"],
 )  # fmt: skip
 def test_what_an_answer_means_is_decided_by_the_row_s_labels_and_on_all_rows(
     rows: list[dict[str, Any]], right: list[str], form: AnswerForm

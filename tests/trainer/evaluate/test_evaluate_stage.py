@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from tests.support.evaluation_runs import EvaluationRun
+from tests.support.evaluation_runs import EvaluationRun, evaluated_run
 from tests.support.ranks import run_ranks
 
 from finetune_api.report import FailureClass, MetricResult, Results
@@ -97,6 +98,14 @@ def test_prompts_of_the_spec_are_answered_on_the_page_by_both_models(evaluated: 
     page = (evaluated.path / "evaluation/report.html").read_text()
     answers = page.partition("<h2>Prompts side by side</h2>")[2].partition(prompt)[2].partition("</section>")[0]
     assert answers.count("Base</span>") == answers.count("Tuned</span>") == 1
+
+
+def test_the_first_held_out_instructions_are_answered_on_the_page_by_both_models(tmp_path: Path) -> None:
+    run = evaluated_run(tmp_path, tasks=[Task.INSTRUCTION], rows=6, steps=0)
+    page = (run.path / "evaluation/report.html").read_text()
+    answers = page.partition("<h2>Prompts side by side</h2>")[2].partition("<h2>")[0]
+    assert answers.count("In the data: ") == answers.count("instruction/") == 3
+    assert answers.count("Base</span>") == answers.count("Tuned</span>") == 3 + len(run.config.spec.evaluation.prompts)
 
 
 def test_the_base_scores_are_those_of_the_untouched_base(evaluated: EvaluationRun) -> None:

@@ -439,3 +439,6 @@ def test_alpaca_rows_with_a_template_are_no_near_duplicates_of_each_other(work: 
     assert (manifest.datasets[0].train, manifest.datasets[0].test) == (80, 10)
     assert "no held-out row occurs in the training rows of any dataset" in report.datasets[0].notes
     assert not any("near-duplicates" in note for note in report.datasets[0].notes)
+    write_rows(work / "more.jsonl", [*rows, *({**row, "output": "Another."} for row in rows[:10])])
+    _, report = prepared(prepare_context(work, {"datasets": [dataset | {"path": "more.jsonl", "template": template}]}))
+    assert any("10 rows are near-duplicates of others" in note for note in report.datasets[0].notes)

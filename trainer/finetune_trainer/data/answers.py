@@ -57,7 +57,7 @@ class Choices:
 def read_choices(fields: Mapping[str, Any], column: str | tuple[str, ...]) -> Choices:
     """The choices of a row, without the empty ones that fill up lists. Raises BadRowError with the reason."""
     value = [fields.get(name) for name in column] if isinstance(column, tuple) else _parsed(fields.get(column))
-    labels: list[Any] = []
+    labels: list[Any] = list(column) if isinstance(column, tuple) else []
     if isinstance(value, str):
         lettered = re.findall(r"^\s*\(?([A-Za-z0-9])[.):]\s*(.+?)\s*$", value, re.MULTILINE)
         labels, value = [label for label, _ in lettered], [choice for _, choice in lettered]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from finetune_api.base import Stage
 from finetune_api.files import write_json
 from finetune_api.report import Digests, FailureClass, Progress, Report, Results
-from finetune_api.traits import Task
+from finetune_api.traits import Scoring, Task
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.evaluation_rows import EvaluationRow, read_baseline, read_evaluation
 from finetune_trainer.data.manifest import MANIFEST_FILE, PreparedManifest
@@ -46,6 +47,8 @@ from finetune_trainer.versions import versions
 
 log = logging.getLogger(__name__)
 
+SAMPLES = 3
+"""Held-out prompts per dataset that both models answer for the page."""
 CPU_BUDGET = Budget(tokens=2048, logits=64_000_000)
 GPU_BUDGET = Budget(tokens=32_768, logits=1_000_000_000)
 TREE_TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-2, torch.bfloat16: 1.0, torch.float16: 0.5}
@@ -62,6 +65,7 @@ class EvaluationInputs:
     manifest: PreparedManifest
     rows: dict[str, list[EvaluationRow]]
     prompts: list[str]
+    """`evaluation.prompts`."""
     few_shot: bool
     own: dict[str, list[int]] = field(default_factory=dict)
     """Rows of each dataset that this rank answers."""
@@ -205,6 +209,7 @@ def _all_answers(
         return answers, []
     tokenizer: Any = AutoTokenizer.from_pretrained(pair.export, trust_remote_code=pair.trust_remote_code)
     reader = AnswerReader(tokenizer)
+    prompts = _prompts_to_answer(reader, inputs)
     progress = _RowProgress(context, inputs, variants=(2 if spec.evaluation.baseline else 1) + inputs.few_shot)
     context.reporter.activity("loading the model")
     for variant, model in opened_both(pair, base=spec.evaluation.baseline):
@@ -219,11 +224,9 @@ def _all_answers(
                     model, reader, [rows[i] for i in own], settings, few_shot=few_shot, done=progress.add
                 )
                 answers[who, name] = list(zip(own, given, strict=True))
-        if context.rank == 0 and inputs.prompts:
-            prompted[variant] = _answers_to_prompts(model, reader, inputs.prompts, settings)
-    both = zip(
-        inputs.prompts, prompted.get("base", [None] * len(inputs.prompts)), prompted.get("tuned", []), strict=False
-    )
+        if context.rank == 0 and prompts:
+            prompted[variant] = _answers_to_prompts(model, reader, list(prompts.values()), settings)
+    both = zip(prompts, prompted.get("base", [None] * len(prompts)), prompted.get("tuned", []), strict=False)
     return answers, [PromptAnswers(prompt, base, tuned) for prompt, base, tuned in both]
 
 
@@ -246,13 +249,25 @@ def _settings(
     return AnswerSettings(settings.max_new_tokens, budget, trees)
 
 
+def _prompts_to_answer(reader: AnswerReader, inputs: EvaluationInputs) -> dict[str, list[int]]:
+    """The free prompts, and the first held-out prompts of tasks whose answers are written but not scored as texts."""
+    decode = partial(reader.chat.tokenizer.decode, skip_special_tokens=True)
+    prompts = {prompt: reader.chat.prompt([{"role": "user", "content": prompt}])[1] for prompt in inputs.prompts}
+    for dataset in inputs.manifest.datasets:
+        if dataset.task.traits.form == "question" and dataset.task.traits.scoring is Scoring.LIKELIHOOD:
+            for row in inputs.rows[dataset.name][:SAMPLES]:
+                ids = row.ids[: row.target_position[0] + 1]
+                prompts[f"{row.id}: {decode(ids)}\n\nIn the data: {decode(row.target_id)}"] = ids
+    return prompts
+
+
 def _answers_to_prompts(
-    model: Any, reader: AnswerReader, prompts: Sequence[str], settings: AnswerSettings
+    model: Any, reader: AnswerReader, prompts: Sequence[Sequence[int]], settings: AnswerSettings
 ) -> list[str]:
     answers = greedy_answers(
         model,
         reader,
-        [reader.chat.prompt([{"role": "user", "content": prompt}])[1] for prompt in prompts],
+        prompts,
         max_new_tokens=settings.max_new_tokens,
         tokens_per_batch=4 * settings.budget.tokens,
     )
