@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from finetune_trainer.data.messages import THOUGHT_MARKS
+
 # Noncharacters, which Unicode reserves for a program's own use (https://www.unicode.org/faq/private_use.html).
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Around a special token that stands in the data."""
@@ -20,7 +22,7 @@ _MARKED = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 _TORN = re.compile(rf"[{RESERVED}]|\\ufdd[0-7]")
 _MOST_TRIED = 8
 _BEGINNINGS = ("x y", " x", "\nx")
-_THOUGHT_TAG = re.compile(r"[<\[]/?\|?(seed:)?think(ing)?\|?[>\]]", re.IGNORECASE)
+_THOUGHT_TAGS = frozenset(mark for pair in THOUGHT_MARKS for mark in pair)
 
 
 class MarkError(ValueError):
@@ -64,7 +66,7 @@ class TextEncoder:
                 raise MarkError(f"a text holds U+{ord(reserved[0]):04X}, which is no character: remove it")
 
             def marked(token: re.Match[str]) -> str:
-                return token[0] if of_answer and _THOUGHT_TAG.fullmatch(token[0]) else f"{OPEN}{token[0]}{CLOSE}"
+                return token[0] if of_answer and token[0] in _THOUGHT_TAGS else f"{OPEN}{token[0]}{CLOSE}"
 
             return self._to_mark.sub(marked, value)
         if isinstance(value, dict):

@@ -28,6 +28,7 @@ from finetune_trainer.data.messages import (
     read_chat,
     read_prompt_and_completion,
     refuse_media,
+    without_empty_keys,
 )
 
 UNANSWERABLE = "unanswerable"
@@ -65,6 +66,8 @@ class Reading:
     """Names of integer labels, by column."""
     form: AnswerForm = AnswerForm.WRITTEN
     """What the answers are."""
+    columnar: bool = False
+    """The format gives all objects the same keys: null where a row has none."""
 
 
 def read_example(task: Task, row: int, fields: Mapping[str, Any], reading: Reading) -> Example:
@@ -142,6 +145,8 @@ def _plain_text(row: int, fields: Mapping[str, Any], reading: Reading) -> Exampl
 def _chat(row: int, fields: Mapping[str, Any], reading: Reading) -> Example:
     refuse_media(fields)
     found = reading.columns
+    if reading.columnar:
+        fields = without_empty_keys(fields)
     tools, system = (fields.get(str(found[role])) if role in found else None for role in ("tools", "system"))
     column = found["messages"]
     if isinstance(column, tuple):

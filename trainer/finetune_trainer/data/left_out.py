@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_trainer.data.messages import Message
+from finetune_trainer.data.messages import THOUGHT_MARKS, Message
 
 _TAG = re.compile("\ufdd2(\\d+)\ufdd3")
 _CLOSING = re.compile(r"</[\w:|]+>$")
 """Templates look at the ends of texts for it."""
-_THOUGHT = re.compile(r"(\s*(?:[<\[]think(?:ing)?[>\]])?)(.*)([<\[]/think(?:ing)?[>\]])(.*)", re.DOTALL)
+_OPENING, _ENDING = ("|".join(map(re.escape, marks)) for marks in zip(*THOUGHT_MARKS, strict=True))
+_THOUGHT = re.compile(rf"(\s*(?:{_OPENING})?)(.*)({_ENDING})(.*)", re.DOTALL)
 _NEAR = 40
 """Characters between a key and its value at most."""
 _PYTHON = {"true": "True", "false": "False", "null": "None"}

@@ -33,6 +33,19 @@ UNUSED_METADATA = f"message fields that no template writes are not used ({', '.j
 LEFT_OUT_END = "messages after the last answer are left out"
 
 
+THOUGHT_MARKS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("◁think▷", "◁/think▷"),
+)
+"""Around a thought at the beginning of an answer."""
+
+
 class BadRowError(ValueError):
     """Why a row cannot be used, in a few words."""
 
@@ -94,6 +107,13 @@ def read_prompt_and_completion(prompt: Any, completion: Any, *, tools: Any = Non
     for turn in given:
         turn.wanted = False
     return _chat([*given, *answers], tools, system)
+
+
+def without_empty_keys(value: Any) -> Any:
+    """The value without keys that are null: a tool call would be trained with the arguments of all other functions."""
+    if isinstance(value, dict):
+        return {key: without_empty_keys(item) for key, item in value.items() if item is not None}
+    return list(map(without_empty_keys, value)) if isinstance(value, list) else value
 
 
 def refuse_media(fields: Mapping[str, Any]) -> None:

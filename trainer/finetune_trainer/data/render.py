@@ -44,6 +44,8 @@ class Rendering:
     loss_on: Literal["all", "last"] = "all"
     special_tokens: bool = False
     """Task text: read special tokens in the rows as such."""
+    dataset: str = ""
+    """Its name in the spec, for sentences."""
     label_column: str = ""
     """Column whose value in an answer template is each candidate in turn."""
 
@@ -100,8 +102,9 @@ def render_training(rendering: Rendering, example: Example) -> Rendered:
     except (ChatTemplateError, TemplateRowError) as error:
         raise BadRowError(str(error)) from error
     except LabelsError as error:
+        of = f" of {rendering.dataset}" if rendering.dataset else ""
         raise TrainerError(
-            FailureClass.BAD_SPEC, f"Row {example.row:,} cannot be trained on: {error}.", "model.chatTemplate"
+            FailureClass.BAD_SPEC, f"Row {example.row:,}{of} cannot be trained on: {error}.", "model.chatTemplate"
         ) from error
 
 

@@ -11,17 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune_trainer.data.chat import ChatFormat
-
-THOUGHT_MARKS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("◁think▷", "◁/think▷"),
-)
+from finetune_trainer.data.messages import THOUGHT_MARKS
 
 Thought = Literal["none", "finished", "unfinished"]
 

@@ -17,7 +17,7 @@ from finetune_api.runconfig import resolve
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.chat import ChatFormat, LabelledTokens
 from finetune_trainer.data.messages import BadRowError
-from finetune_trainer.data.render import Rendering, render_training
+from finetune_trainer.data.render import Rendered, Rendering, render_training
 from finetune_trainer.prepare.facts import data_notes
 from finetune_trainer.prepare.fetched import read_fetched
 from finetune_trainer.prepare.inputs import open_datasets
@@ -82,27 +82,36 @@ def _show(console: Console, assignment: SplitAssignment, rendering: Rendering) -
         console.print(Text(f"- {note}", style=CONTEXT), soft_wrap=True)
     for warning in assignment.warnings:
         console.print(Text(f"- {warning}", style="yellow"), soft_wrap=True)
-    for row, tokens in _examples(assignment, rendering):
+    for row, rendered in _examples(assignment, rendering):
+        if isinstance(rendered, str):
+            console.print(Text(f"- row {row} cannot be used: {rendered}", style="yellow"), soft_wrap=True)
+            continue
+        tokens = rendered.documents[0]
         text = coloured(tokens, rendering.format.tokenizer, marks=not _coloured(console))
         title = f"row {row}: {len(tokens.ids):,} tokens, {len(tokens.target_id):,} trained on"
         console.print(Panel(text, title=title, title_align="left"))
+        for note in sorted(rendered.notes):
+            console.print(Text(f"- row {row}: {note}", style=CONTEXT), soft_wrap=True)
 
 
-def _examples(assignment: SplitAssignment, rendering: Rendering) -> Iterator[tuple[int, LabelledTokens]]:
-    """The first documents of the first training rows by rank that can be rendered."""
+def _examples(assignment: SplitAssignment, rendering: Rendering) -> Iterator[tuple[int, Rendered | str]]:
+    """The first training rows by rank, until enough of them could be rendered, or why one could not be."""
     split = assignment.reader.spec.splits.train
     scan = assignment.scans[split]
     order = sorted((scan.ranks[i], scan.rows[i]) for i, side in enumerate(assignment.sides[split]) if side == "train")
     wanted = {row for _, row in order[: 4 * EXAMPLES]}
     shown = 0
     for example in assignment.reader.examples(scan.split, wanted):
+        if shown == EXAMPLES:
+            return
         try:
-            documents = render_training(rendering, example).documents
-        except BadRowError:
+            rendered = render_training(rendering, example)
+        except BadRowError as error:
+            yield example.row, str(error)
             continue
-        if shown < EXAMPLES and documents:
+        if rendered.documents:
             shown += 1
-            yield example.row, documents[0]
+            yield example.row, rendered
 
 
 def coloured(tokens: LabelledTokens, tokenizer: object, *, marks: bool = False) -> Text:

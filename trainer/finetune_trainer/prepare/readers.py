@@ -97,9 +97,14 @@ def class_names(path: Path) -> dict[str, list[str]]:
         return {}  # it says nothing of them, or not as the datasets library writes it
 
 
+def is_columnar(name: str) -> bool:
+    """Whether a file's format gives all objects in a column the same keys, null where a row has none."""
+    return format_of(name) in (".parquet", ".arrow")
+
+
 def dialect_of(path: Path) -> str:
     """How a text file is written where that is unusual: `fields separated by tabs; UTF-16`. Empty otherwise."""
-    if format_of(path.name) in (".parquet", ".arrow"):
+    if is_columnar(path.name):
         return ""
     with _Lines(path) as file:
         encoding = file.encoding

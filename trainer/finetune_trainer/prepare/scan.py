@@ -116,7 +116,9 @@ class DatasetReader:
         fields = self._kept(row)
         if fields is None:
             return None
-        return read_example(self.task, row.number, fields, Reading(self.columns, split.class_names, self.form))
+        return read_example(
+            self.task, row.number, fields, Reading(self.columns, split.class_names, self.form, split.columnar)
+        )
 
     def _kept(self, row: SourceRow) -> Row | None:
         if row.fields is None:

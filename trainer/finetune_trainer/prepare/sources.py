@@ -45,6 +45,11 @@ class SplitSource:
     columns: tuple[str, ...]
     class_names: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def columnar(self) -> bool:
+        """Whether the format gives all objects in a column the same keys."""
+        return readers.is_columnar(self.files[0].name)
+
     def __iter__(self) -> Iterator[SourceRow]:
         number = 0
         for path in self.files:

@@ -35,6 +35,7 @@ def rendering_of(assignment: SplitAssignment, chat: ChatFormat, max_tokens: int)
         answer_template=spec.answer_template or "",
         loss_on=spec.loss_on,
         special_tokens=spec.special_tokens == "control",
+        dataset=spec.name,
         label_column=str(reader.columns.get("label", "")),
     )
 
