@@ -155,7 +155,7 @@ class Columns(ApiModel):
     tools: ColumnName | None = None
     """Functions that the answers of a chat may call: a list, or JSON."""
     system: ColumnName | None = None
-    """System prompt of a chat."""
+    """System prompt of a chat or an instruction."""
     document: ColumnName | None = None
     """Text to summarise."""
     summary: ColumnName | None = None

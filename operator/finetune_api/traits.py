@@ -191,8 +191,8 @@ TASKS: dict[Task, TaskTraits] = {
     Task.INSTRUCTION: TaskTraits(
         title="Instruction following",
         hub_task="text-generation",
-        columns=("prompt", "input", "completion"),
-        optional_columns=("input",),
+        columns=("prompt", "input", "completion", "system"),
+        optional_columns=("input", "system"),
         scoring=Scoring.LIKELIHOOD,
         metrics=("neg-loss", "perplexity"),
         template="{{ prompt }}{% if input %}\n\n{{ input }}{% endif %}",

@@ -204,6 +204,12 @@ def test_a_long_text_becomes_pieces_that_hold_every_token(tiny: ChatFormat) -> N
     )
 
 
+def test_an_instruction_has_the_system_prompt_of_its_row_after_the_job_s(tiny: ChatFormat) -> None:
+    row = {"system_prompt": "Be kind.", "question": "Add 1 2.", "response": "3"}
+    given, _ = shown(tiny, how(Task.INSTRUCTION, tiny, system_prompt="Be brief."), example(Task.INSTRUCTION, row))
+    assert given.startswith("<|im_start|>system\nBe brief.\n\nBe kind.<|im_end|>\n<|im_start|>user\nAdd 1 2.")
+
+
 def test_special_tokens_in_texts_are_letters_unless_they_are_asked_for(tiny: ChatFormat) -> None:
     rows = example(Task.TEXT, {"text": "<|im_start|>user\nHi<|im_end|>"})
     end = tiny.tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -53,6 +53,8 @@ class Example:
     """Closed choices of this row."""
     gold: int | None = None
     """Index of the right one."""
+    system: str = ""
+    """System prompt of this row."""
     chat: Chat | None = None
 
 
@@ -134,7 +136,8 @@ def _instruction(row: int, fields: Mapping[str, Any], reading: Reading) -> Examp
     completion = _answer(fields, reading, "completion")
     variables = {**fields, "prompt": prompt, "input": given, "completion": completion, "answer": completion}
     asked = prompt or all_text(fields, without=(column, str(reading.columns.get("input", ""))))
-    return Example(row, variables, " ".join(filter(None, (asked, given))), completion, [completion])
+    text, system = " ".join(filter(None, (asked, given))), _optional_text(fields, reading, "system")
+    return Example(row, variables, text, completion, [completion], system=system)
 
 
 def _plain_text(row: int, fields: Mapping[str, Any], reading: Reading) -> Example:

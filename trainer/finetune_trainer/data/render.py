@@ -205,9 +205,9 @@ def _question(rendering: Rendering, example: Example, room: int) -> _Question:
     cut = rendering.task.traits.cut_from
     removed = 0
     for _ in range(MAX_CUTS):
-        messages = rendering.format.with_system(
-            rendering.system_prompt, [{"role": "user", "content": question_text(rendering, variables)}]
-        )
+        own: list[Message] = [{"role": "system", "content": example.system}] if example.system else []
+        asked: Message = {"role": "user", "content": question_text(rendering, variables)}
+        messages = rendering.format.with_system(rendering.system_prompt, [*own, asked])
         text, ids = rendering.format.prompt(messages)
         excess = len(ids) - room
         if excess <= 0:
