@@ -1,14 +1,18 @@
 """Files of every format become rows; what cannot be read is named."""
 
+import csv
 import gzip
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
@@ -80,8 +84,9 @@ def text_and_label(*texts: str) -> list[object]:
         (['"open\ta', "two\ta", 'closed"\ta'], ['"open', "two", 'closed"'], True),
         (["one\ta", '"open\ta', "three\ta"], ["one", '"open', "three"], True),
         (['"one\ttwo"\ta', '"three\nlines"\ta'], ["one\ttwo", "three\nlines"], False),
+        (['"def f():\n\tif x:\n\t\treturn 1"\ta'], ["def f():\n\tif x:\n\t\treturn 1"], False),
     ],
-    ids=["within a text", "over rows", "never closed", "as fields"],
+    ids=["within a text", "over rows", "never closed", "as fields", "code"],
 )
 def test_quotation_marks_of_a_tsv_file_count_only_if_all_of_them_close(
     tmp_path: Path, lines: list[str], rows: list[str], dialect: bool
@@ -89,6 +94,25 @@ def test_quotation_marks_of_a_tsv_file_count_only_if_all_of_them_close(
     (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *lines]))
     assert list(read_rows(tmp_path / "a.tsv")) == text_and_label(*rows)
     assert readers.dialect_of(tmp_path / "a.tsv").startswith("quotation marks are part of the fields") == dialect
+
+
+FIELD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+
+
+@given(
+    rows=st.lists(st.tuples(FIELD, FIELD, FIELD), min_size=1, max_size=5),
+    delimiter=st.sampled_from(",;\t|"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_a_csv_writer_wrote_is_read_back(
+    tmp_path: Path, rows: list[tuple[str, str, str]], delimiter: str, quoting: Any, encoding: str
+) -> None:
+    path = tmp_path / ("rows.tsv" if delimiter == "\t" else "rows.csv")
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter, quoting=quoting).writerows([("a", "b", "c"), *rows])
+    assert list(read_rows(path)) == [dict(zip("abc", row, strict=True)) for row in rows]
 
 
 @pytest.mark.parametrize(

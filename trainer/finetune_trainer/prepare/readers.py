@@ -268,15 +268,23 @@ def _dialect(path: Path) -> _Dialect:
 
 
 def _closes_its_quotes(path: Path) -> bool:
+    """Whether quotation marks are closed as CSV wants it, and not only by those of a later row."""
+    spans_rows = False
     with _Lines(path) as file:
         try:
             for fields in _Dialect("\t").reader(iter(file)):
                 file.next_row()
-                if any("\t" in field and "\n" in field for field in fields):
-                    return False
+                spans_rows = spans_rows or any("\t" in field and "\n" in field for field in fields)
         except (csv.Error, UnreadableFileError, pa.ArrowException, OSError, EOFError):
             return False
-    return True
+    if not spans_rows:
+        return True
+    with _Lines(path) as file:
+        widths = set()
+        for line in file:
+            file.next_row()
+            widths.add(line.count("\t"))
+    return len(widths) > 1  # without quotes, not all lines would be rows
 
 
 def _read_fields(path: Path) -> Iterator[RowOrReason]:
