@@ -1,4 +1,4 @@
-"""`finetune run` with the real trainer: a random Llama learns two words, is stopped, goes on, is published."""
+"""`finetune run` with the real trainer: a gated random Llama learns two words, is stopped, goes on, is published."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.support.hub_server import HubServer, hub_environment
 from tests.support.local_runs import until
 from tests.support.time_limits import scaled
 from tests.support.tiny import tiny_llama
 
+TOKEN = "hf_alice_reads"
 JOB: dict[str, Any] = {
     "apiVersion": "finetune.dev/v1alpha1",
     "kind": "FineTuneJob",
     "metadata": {"name": "days"},
     "spec": {
-        "model": {"path": "model"},
+        "model": {"repo": "meta/random"},
         "datasets": [{"name": "days", "path": "days.csv", "task": "classification"}],
         "split": {"validation": 0.1, "test": 0.3},
         "tuning": {"method": "full"},
@@ -42,8 +45,15 @@ JOB: dict[str, Any] = {
 
 
 @pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.add_token(TOKEN, user="alice")
+        server.add_repo("meta/random", tiny_llama(tmp_path / "model"), gated=True, consented=("alice",))
+        yield server
+
+
+@pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    tiny_llama(tmp_path / "model")
     chance = random.Random(0)
     with (tmp_path / "days.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -56,9 +66,10 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(workspace: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(workspace: Path, hub: HubServer, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from finetune_operator.cli import main; main()", "run", "job.yaml", *arguments]
     environ = os.environ | {"FINETUNE_CACHE": str(workspace / "cache"), "OMP_NUM_THREADS": "1"}
+    environ |= hub_environment(hub, workspace / "home", TOKEN)
     return subprocess.Popen(
         command, cwd=workspace, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -71,15 +82,16 @@ def trained_to(workspace: Path, step: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_job_is_trained_stopped_resumed_evaluated_and_published(workspace: Path) -> None:
-    first = start(workspace)
+def test_a_job_is_trained_stopped_resumed_evaluated_and_published(workspace: Path, hub: HubServer) -> None:
+    first = start(workspace, hub)
     until(lambda: trained_to(workspace, 10) or first.poll() is not None, seconds=400)
     first.send_signal(signal.SIGINT)
     said, errors = first.communicate(timeout=scaled(200))
     assert first.returncode == 130, said + errors
     assert "the same command resumes it from step" in errors
 
-    second = start(workspace, "--output", "json")
+    hub.stop()
+    second = start(workspace, hub, "--output", "json")
     said, errors = second.communicate(timeout=scaled(400))
     assert second.returncode == 0, said[-2000:] + errors
     resource = json.loads(said.splitlines()[-1])["resource"]
@@ -96,6 +108,8 @@ def test_a_job_is_trained_stopped_resumed_evaluated_and_published(workspace: Pat
     run = workspace / "runs" / "default" / "days" / resource["metadata"]["uid"]
     assert (run / status["results"]["report"]).is_file()
     assert (workspace / "published" / "README.md").is_file()
+    kept = (file for place in ("runs", "cache", "published") for file in (workspace / place).rglob("*"))
+    assert not [file for file in kept if file.is_file() and TOKEN.encode() in file.read_bytes()]
     steps = [
         json.loads(line)["step"]
         for line in (run / "metrics" / "train.jsonl").read_text().splitlines()
