@@ -19,10 +19,21 @@ from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare import readers
 from finetune_trainer.prepare.dataset_files import FORMATS, choose_files, split_of
 from finetune_trainer.prepare.readers import READERS, UnreadableFileError, read_rows
-from finetune_trainer.prepare.readme import Head
+from finetune_trainer.prepare.readme import Config, Head, SplitFiles
 from finetune_trainer.prepare.sources import SplitSource, open_path
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "three\nfour", "label": "b"}]
+
+
+def test_a_readme_may_name_many_files_but_few_patterns() -> None:
+    def chosen(paths: list[str]) -> dict[str, list[str]]:
+        head = Head((Config(data_files=[SplitFiles(split="train", path=paths)]),))
+        return choose_files([f"{i}.csv" for i in range(300)], head, None, "datasets[0]")[0]
+
+    assert len(chosen([f"{i}.csv" for i in range(200)])["train"]) == 200
+    assert len(chosen([f"{i}*.csv" for i in range(3)])["train"]) == 223
+    with pytest.raises(TrainerError, match="more than 1,000 splits or patterns"):
+        chosen([f"*{i}.csv" for i in range(2000)])
 
 
 def test_there_is_a_reader_for_each_format() -> None:

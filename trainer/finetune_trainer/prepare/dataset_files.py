@@ -20,6 +20,9 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", "
 """Endings of files with rows; readers.py has a reader for each."""
 NAMED_FILES = 5
 COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
+MOST_PATTERNS = 1000
+"""Splits, and names with wildcards, of a configuration: each is compared with each file."""
+_WILD = set("*?[")
 SPLIT_WORDS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -48,7 +51,7 @@ def choose_files(names: Sequence[str], head: Head, config: str | None, field: st
     data = sorted(name for name in names if format_of(name) and not _NOT_DATA.search(name))
     if head.configs:
         chosen = _choose_config(head.configs, config, field)
-        found = _by_patterns(data, chosen)
+        found = _by_patterns(data, chosen, field)
         if found:
             return found, chosen.config_name
     elif config:
@@ -100,13 +103,19 @@ def _choose_config(configs: Sequence[Config], wanted: str | None, field: str) ->
     )
 
 
-def _by_patterns(data: Sequence[str], config: Config) -> dict[str, list[str]]:
+def _by_patterns(data: Sequence[str], config: Config, field: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for entry in config.data_files:
-        patterns = [f"{config.data_dir}/{pattern}" if config.data_dir else pattern for pattern in entry.path]
-        matching = [name for name in data if any(fnmatch(name, pattern) for pattern in patterns)]
+    folder = f"{config.data_dir}/" if config.data_dir else ""
+    entries = [(entry.split, {folder + path for path in entry.path}) for entry in config.data_files]
+    wild = sum(bool(_WILD & set(path)) for _, paths in entries for path in paths)
+    if max(wild, len(entries)) > MOST_PATTERNS:
+        sentence = f"The dataset's README.md has more than {MOST_PATTERNS:,} splits or patterns in one configuration."
+        raise TrainerError(FailureClass.BAD_DATA, sentence, field)
+    for split, paths in entries:
+        patterns = [path for path in paths if _WILD & set(path)]
+        matching = [name for name in data if name in paths or any(fnmatch(name, pattern) for pattern in patterns)]
         if matching:
-            found[entry.split] = matching
+            found[split] = matching
     return found
 
 
