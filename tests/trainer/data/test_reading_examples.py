@@ -242,6 +242,7 @@ def test_instructions_of_every_form_are_understood(row: dict[str, Any]) -> None:
         ({"premise": "p", "hypothesis": "h", "label": "yes"}, "premise: p\nhypothesis: h"),
         ({"sentence1": "a", "sentence2": "b", "idx": 1, "label": "x"}, "sentence1: a\nsentence2: b"),
         ({"question": "is it", "passage": "It is.", "answer": True}, "question: is it\npassage: It is."),
+        ({"text": "t", "premise": "p", "hypothesis": "h", "label": "x"}, "t"),
     ],
 )
 def test_both_texts_of_a_pair_are_what_is_classified(row: dict[str, Any], text: str) -> None:

@@ -63,7 +63,7 @@ def find_columns(
         given: str | None = getattr(configured, role)
         if given:
             column: str | tuple[str, ...] | None = _configured(role, given, present, where, field)
-        elif role == "text" and task.traits.has_labels and not templated:
+        elif role == "text" and task.traits.has_labels and not templated and "text" not in present:
             column = _spread(PAIRS, present, taken) or _usual(role, present, taken)
         else:
             column = _usual(role, present, taken)
