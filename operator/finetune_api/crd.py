@@ -20,6 +20,7 @@ Schema = dict[str, Any]
 
 COPIED = ("type", "format", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "maxProperties")
 """Keywords that mean the same in pydantic's JSON schema and in the CRD's."""
+LIST_KEYWORDS = ("x-kubernetes-list-type", "x-kubernetes-list-map-keys")
 
 COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Phase", "string", ".status.phase", 0),
@@ -64,7 +65,7 @@ def definition() -> dict[str, Any]:
                 "plural": PLURAL,
                 "singular": KIND.lower(),
                 "shortNames": ["ftj"],
-                "categories": ["all", "ml"],
+                "categories": ["ml"],
             },
             "versions": [
                 {
@@ -136,7 +137,7 @@ def _node(wire: Schema, definitions: dict[str, Schema], below: type[ApiModel] | 
         return _object(below, wire, definitions, defaults)
     if "anyOf" in wire:  # a closed list of words or any other: text
         return {"type": "string"}
-    node = {key: wire[key] for key in COPIED if key in wire} | _bounds(wire)
+    node = {key: wire[key] for key in (*COPIED, *LIST_KEYWORDS) if key in wire} | _bounds(wire)
     if "const" in wire:
         node["enum"] = [wire["const"]]
     if node["type"] == "integer":

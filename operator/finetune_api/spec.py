@@ -892,12 +892,16 @@ def _mutability_rules() -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+BY_NAME: Any = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+"""Entries are merged by name: else the defaults that the API server fills in look like the work of another applier."""
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, where, and what to do with the result."""
 
     model: Model
     """The base model."""
-    datasets: Annotated[list[Dataset], Field(min_length=1, max_length=64)]
+    datasets: Annotated[list[Dataset], Field(min_length=1, max_length=64, json_schema_extra=BY_NAME)]
     """Datasets to train on together."""
     split: Split = Split()
     """How rows are split if a dataset has no splits of its own."""

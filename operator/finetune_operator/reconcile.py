@@ -343,8 +343,10 @@ def _requeue_after(
 
 
 def _same(before: Missing | None, now: Missing | None) -> bool:
-    """Whether the refusal is the same; its sentence may contain numbers that change all the time."""
-    return before is not None and now is not None and (before.kind, before.name) == (now.kind, now.name)
+    """Whether the refusal is the same; but for what is in the way, its sentence may contain numbers that change."""
+    if before is None or now is None or now.kind == "Leftover":
+        return before == now
+    return (before.kind, before.name) == (now.kind, now.name)
 
 
 def _about(key: Key, attempt: str = "") -> dict[str, str]:

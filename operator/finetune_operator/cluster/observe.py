@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -28,7 +29,11 @@ NODE_LOST_REASONS = frozenset({"DeletionByTaintManager"})
 STUCK_REASONS = frozenset(
     {
         "ErrImagePull",
+        "ErrImageNeverPull",
         "ImagePullBackOff",
+        "SignatureValidationFailed",
+        "RegistryUnavailable",
+        "CrashLoopBackOff",
         "InvalidImageName",
         "ImageInspectError",
         "CreateContainerConfigError",
@@ -36,6 +41,15 @@ STUCK_REASONS = frozenset(
         "RunContainerError",
     }
 )
+UNSCHEDULED_REASONS = frozenset({"Unschedulable", "SchedulingGated"})
+UNSTARTED_REASONS = frozenset({"StartError", "ContainerCannotRun", "ContainerStatusUnknown"})
+"""Reasons of ended containers whose message is the runtime's or the kubelet's own."""
+CONTAINERS = frozenset({program.name for programs in PROGRAMS.values() for program in programs}) | {
+    backend.container for backend in BACKENDS.values()
+}
+"""The trainer's containers. What a service mesh or a policy adds says nothing about an attempt."""
+OWN_LIMIT = re.compile(r"exceed(s|ed) (the|its)", re.IGNORECASE)
+"""In the kubelet's message: a pod was evicted for a limit of its own, not because its node ran out of something."""
 CLOCK_TOLERANCE = timedelta(days=1)
 """How far the clock of a pod may be ahead of ours."""
 UNREADABLE = FineTuneJobSpec(
@@ -192,7 +206,8 @@ def _child(
         stage,
         number,
         ours=ours and owner_uid(body) == key[0],
-        succeeded=state.succeeded,
+        # Its controller waits for containers of others as well, which may never end.
+        succeeded=state.succeeded or (len(read) >= state.pods_expected and _all_succeeded(read)),
         failed=state.failed,
         deleting="deletionTimestamp" in body["metadata"],
         queued=state.queued,
@@ -213,17 +228,20 @@ def _foreign(stage: Stage, pods: list[Object], backend: Backend) -> str:
 
 def _carried_by_another(stage: Stage, number: int, ours: bool, pods: tuple[Pod, ...], kind: str) -> Child:
     """An attempt whose object is not watched: derived from its pods, all of which have to succeed."""
-    phases = {pod.phase for pod in pods}
     return Child(
         stage,
         number,
         ours=ours,
         foreign=kind,
-        succeeded=phases == {PodPhase.SUCCEEDED},
-        failed=PodPhase.FAILED in phases,
+        succeeded=_all_succeeded(pods),
+        failed=any(pod.phase is PodPhase.FAILED for pod in pods),
         pods=pods,
         pods_expected=len(pods),
     )
+
+
+def _all_succeeded(pods: tuple[Pod, ...]) -> bool:
+    return bool(pods) and all(pod.phase is PodPhase.SUCCEEDED for pod in pods)
 
 
 def batch_state(body: Object) -> ObjectState:
@@ -246,64 +264,65 @@ def owner_uid(body: Object) -> str:
 def read_pod(body: Object, out_of_service: frozenset[str]) -> Pod:
     """One pod: its phase, why it waits, how it ended, and what became of its node."""
     meta, spec, status = body["metadata"], body["spec"], body.get("status") or {}
-    phase, lost = _phase(status)
+    lost = status.get("phase") == "Unknown" or status.get("reason") == "NodeLost"
     disruption = condition_of(body, "DisruptionTarget")
     reason = (disruption or {}).get("reason", "")
-    main = next((c.get("state") or {} for c in status.get("containerStatuses") or []), {})
-    ended = _ended_states(status)
+    evicted, said = status.get("reason") == "Evicted", str(status.get("message") or "")
+    before, main = _states(status, "initContainerStatuses"), _states(status, "containerStatuses")
+    ended = [(name, state["terminated"]) for name, state in (before | main).items() if state.get("terminated")]
     failed_container, failed = next(((name, end) for name, end in ended if end.get("exitCode")), ("", None))
-    waiting = _waiting(meta["name"], body) if phase is PodPhase.PENDING else ""
-    began = _began(body)
-    if phase is PodPhase.PENDING and began is not None and not waiting:
-        phase = PodPhase.RUNNING
+    last = failed or next((state.get("terminated") for state in main.values()), None) or {}
+    waiting = _waiting(meta["name"], body) if status.get("phase", "Pending") == "Pending" else ""
+    # During the programs before the stage's own, which run in init containers, Kubernetes calls the pod Pending.
+    began = min(filter(None, (_started(state) for state in before.values())), default=None)
+    phase = _phase(status, last, bool(began and not waiting))
     node = spec.get("nodeName", "")
     return Pod(
         name=meta["name"],
         node_rank=node_rank(meta.get("labels") or {}),
         phase=phase,
         terminating="deletionTimestamp" in meta,
-        evicted=status.get("reason") == "Evicted" or (disruption is not None and reason not in NODE_LOST_REASONS),
+        evicted=evicted or (disruption is not None and reason not in NODE_LOST_REASONS),
+        over_own_limit=evicted and OWN_LIMIT.search(said) is not None,
+        refused=phase is PodPhase.FAILED and bool(status.get("reason")) and not (evicted or lost or last),
         node_lost=lost or reason in NODE_LOST_REASONS,
         out_of_service=node in out_of_service,
         oom_killed=any(end.get("reason") == "OOMKilled" for _, end in ended),
         memory_limit=_memory_limit(spec, failed_container),
-        exit_code=(failed or main.get("terminated") or {}).get("exitCode"),
+        exit_code=last.get("exitCode"),
         failure=next((failure for _, end in ended if (failure := _failure(end)) is not None), None),
+        message=said or (str(last.get("message") or "") if last.get("reason") in UNSTARTED_REASONS else ""),
         waiting=waiting,
-        started=began or _started(main),
-        finished=_time((failed or main.get("terminated") or {}).get("finishedAt")),
+        lingering=_lingering(status) if phase in (PodPhase.SUCCEEDED, PodPhase.FAILED) else "",
+        started=began or next((_started(state) for state in main.values()), None),
+        finished=_time(last.get("finishedAt")),
         node=node,
     )
 
 
-def _phase(status: Mapping[str, Any]) -> tuple[PodPhase, bool]:
+def _states(status: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """States of the trainer's containers, by name."""
+    return {each["name"]: each.get("state") or {} for each in status.get(kind) or [] if each.get("name") in CONTAINERS}
+
+
+def _phase(status: Mapping[str, Any], last: Mapping[str, Any], initialising: bool) -> PodPhase:
+    """The phase of the pod as far as the trainer's own containers go. last: how they ended, empty if they did not."""
     phase = status.get("phase", "Pending")
-    if phase == "Unknown" or status.get("reason") == "NodeLost":
-        return PodPhase.RUNNING, True
-    return PodPhase(phase), False
+    if phase == "Running" and last:
+        return PodPhase.FAILED if last.get("exitCode") else PodPhase.SUCCEEDED
+    if phase == "Unknown" or status.get("reason") == "NodeLost" or (phase == "Pending" and initialising):
+        return PodPhase.RUNNING
+    return PodPhase(phase)
 
 
-def _began(body: Object) -> datetime | None:
-    """When the first of the programs before the stage's own began; None if there are none, or none has begun.
-
-    They run in init containers, during which Kubernetes calls the pod Pending. Init containers of others (a service
-    mesh has some) are no part of the attempt.
-    """
-    key, statuses = _key(body), (body.get("status") or {}).get("initContainerStatuses") or []
-    ours = {program.name for program in PROGRAMS[key[1]]} if key is not None else set()
-    times = (_started(one.get("state") or {}) for one in statuses if one.get("name") in ours)
-    return min(filter(None, times), default=None)
+def _lingering(status: Mapping[str, Any]) -> str:
+    """A container that still runs; only those of others do once the trainer's have ended."""
+    every = status.get("containerStatuses") or []
+    return next((str(each["name"]) for each in every if "running" in (each.get("state") or {})), "")
 
 
 def _started(state: Mapping[str, Any]) -> datetime | None:
     return _time((state.get("running") or state.get("terminated") or {}).get("startedAt"))
-
-
-def _ended_states(status: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """How containers ended, by name, initial ones first: they run programs of the stage, too."""
-    every = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    ended = ((str(container.get("name", "")), (container.get("state") or {}).get("terminated")) for container in every)
-    return [(name, end) for name, end in ended if end]
 
 
 def _failure(ended: Mapping[str, Any]) -> Failure | None:
@@ -314,8 +333,8 @@ def _failure(ended: Mapping[str, Any]) -> Failure | None:
 
 def _memory_limit(spec: Mapping[str, Any], name: str) -> str:
     """The memory limit of the container of that name; of the stage's own without one."""
-    every = [*(spec.get("initContainers") or []), *spec["containers"]]
-    container = next((each for each in every if each["name"] == name), spec["containers"][0])
+    own = [each for each in (*(spec.get("initContainers") or []), *spec["containers"]) if each["name"] in CONTAINERS]
+    container = next((each for each in own if each["name"] == name), own[-1] if own else {})
     limits = (container.get("resources") or {}).get("limits") or {}
     return str(limits.get("memory", ""))
 
@@ -324,7 +343,7 @@ def _waiting(name: str, body: Object) -> str:
     """Why a pending pod does not start; empty while it is starting normally."""
     status = body.get("status") or {}
     for condition in status.get("conditions") or []:
-        if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
+        if condition.get("type") == "PodScheduled" and condition.get("reason") in UNSCHEDULED_REASONS:
             return f"Pod {name} cannot be scheduled: {condition.get('message', '')}"
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
         waiting = (container.get("state") or {}).get("waiting") or {}

@@ -177,16 +177,22 @@ def _actions(draft: StatusDraft, running: RunningAttempt | None) -> tuple[Action
 
 
 def _deletions(draft: StatusDraft) -> list[DeleteChild]:
-    """Children whose attempt ended without success. A job that failed keeps pods that have ended, for their logs."""
+    """Children whose attempt ended without success, or whose pods are kept running by a container of somebody else.
+
+    A job that failed keeps pods that have ended, for their logs.
+    """
     deletions = []
     for child in draft.observation.children:
         record = attempts.find(draft.status, child.stage, child.number)
-        keep = record is not None and record.outcome in ("running", "succeeded")
+        lingering = next((pod for pod in child.pods if pod.lingering), None)
+        keep = record is not None and (record.outcome == "running" or (record.outcome == "succeeded" and not lingering))
         if keep or not child.ours or not child.exists or child.deleting or child.foreign:
             continue
-        if conditions.terminal(draft.status) and all(pod.ended for pod in child.pods):
+        if conditions.terminal(draft.status) and all(pod.ended for pod in child.pods) and not lingering:
             continue
         why = record.message if record is not None else "no attempt of that number is in the status"
+        if lingering is not None:
+            why = f"container {lingering.lingering} of pod {lingering.name} keeps running"
         deletions.append(DeleteChild(child.stage, child.number, why))
     return deletions
 

@@ -17,6 +17,8 @@ class InfraFailure(StrEnum):
     """Why an attempt ended, where no rank reports it: the operator observes these."""
 
     EVICTED = "evicted"
+    OVER_LIMIT = "over-limit"
+    NOT_ADMITTED = "not-admitted"
     NODE_LOST = "node-lost"
     DELETED = "deleted"
     PARTIAL_GANG = "partial-gang"
@@ -76,6 +78,8 @@ POLICIES: dict[str, Policy] = {
     FailureClass.PREEMPTED: _retry("Resumes from the checkpoint saved before the preemption.", counted=False),
     FailureClass.HUB_UNAVAILABLE: _retry("Retries until the Hub is available again.", counted=False),
     InfraFailure.EVICTED: _retry("The cluster evicted or preempted a pod.", counted=False),
+    InfraFailure.OVER_LIMIT: _retry("The kubelet evicted a pod that exceeded its own limit; the message names it."),
+    InfraFailure.NOT_ADMITTED: _retry("A kubelet refused a pod before anything ran in it.", counted=False),
     InfraFailure.NODE_LOST: _retry(
         "Starts once the lost pods are gone or their node is marked out of service.", counted=False
     ),

@@ -53,6 +53,10 @@ class Pod:
     """A deletionTimestamp is set: it may still be writing."""
     evicted: bool = False
     """Preempted, evicted, drained or shut down by the kubelet: not the job's fault."""
+    over_own_limit: bool = False
+    """Evicted because it exceeded a limit of its own, as of ephemeral storage."""
+    refused: bool = False
+    """The kubelet did not admit it: none of the trainer's containers ran."""
     node_lost: bool = False
     """Its node is not ready or gone."""
     out_of_service: bool = False
@@ -62,6 +66,10 @@ class Pod:
     exit_code: int | None = None
     failure: Failure | None = None
     """Termination message, if the trainer wrote one."""
+    message: str = ""
+    """What the kubelet says about its end."""
+    lingering: str = ""
+    """A container of somebody else that still runs although the trainer's have ended."""
     waiting: str = ""
     """Why it does not start, in a sentence: image, Secret, claim, unschedulable."""
     started: datetime | None = None

@@ -82,8 +82,14 @@ def _infra_failure(child: Child) -> Cause | None:
             state = "is out of service" if pod.out_of_service else "is lost"
             return Cause(InfraFailure.NODE_LOST, f"Node {pod.node or 'unknown'} of pod {pod.name} {state}.")
     for pod in child.pods:
+        said = f": {pod.message.strip().rstrip('.')}." if pod.message else " by the cluster."
+        if pod.over_own_limit:
+            raise_it = "Raise that limit (podTemplate.resources.limits, or what the namespace's LimitRange sets)."
+            return Cause(InfraFailure.OVER_LIMIT, f"Pod {pod.name} was evicted{said} {raise_it}")
         if pod.evicted:
-            return Cause(InfraFailure.EVICTED, f"Pod {pod.name} was evicted or preempted by the cluster.")
+            return Cause(InfraFailure.EVICTED, f"Pod {pod.name} was evicted or preempted{said}")
+        if pod.refused:
+            return Cause(InfraFailure.NOT_ADMITTED, f"The kubelet of node {pod.node} refused pod {pod.name}{said}")
     return None
 
 
@@ -111,7 +117,8 @@ def _from_exit(pod: Pod) -> Cause | None:
         limit = f" ({pod.memory_limit})" if pod.memory_limit else ""
         what = f"was killed (SIGKILL). If the node ran out of memory, raise {_LIMIT}{limit}."
     else:
-        what = f"{_exit_text(code)} without an error report."
+        said = f": {pod.message.strip().rstrip('.')}" if pod.message else ""
+        what = f"{_exit_text(code)} without an error report{said}."
     return Cause(reason, f"Pod {pod.name} {what}")
 
 

@@ -28,6 +28,8 @@ class Backend(Protocol):
     plural: str
     provider: str
     """What must be installed on the cluster to serve and reconcile these objects."""
+    container: str
+    """The name by which its controller finds the container of a rank's launcher."""
     owns_pods: str
     """Kind of the object that owns the pods: the child itself, or one that its controller creates."""
     companions: tuple[str, ...]

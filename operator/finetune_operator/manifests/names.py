@@ -11,13 +11,13 @@ WORKER_SUFFIX_LENGTH = len("-worker-4095")
 
 
 def bounded(name: str, suffix: str, limit: int = MAX_LENGTH) -> str:
-    """`name` + `suffix` in at most `limit` characters, starting with a letter; a shortened name carries its digest.
+    """`name` + `suffix` in at most `limit` characters, starting with a letter; a changed name carries its digest.
 
     Names of PyTorchJobs are DNS-1035 labels: one that starts with a digit gets a prefix, and dots become hyphens.
     """
     plain = name.replace(".", "-")
     stem = plain if plain[:1].isalpha() else f"ft-{plain}"
-    if plain == name and len(stem) + len(suffix) <= limit:
+    if stem == name and len(stem) + len(suffix) <= limit:
         return stem + suffix
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     kept = stem[: limit - len(suffix) - len(digest) - 1].rstrip("-")

@@ -46,7 +46,7 @@ def pod_template(
 ) -> Manifest:
     """The pod of one attempt: what `programs` says that its stage runs.
 
-    `placed`: it carries the user's node selector and tolerations. `container`: the name of the stage's own container,
+    `placed`: it carries the user's node selector. `container`: the name of the stage's own container,
     where somebody else looks for it. `variables`: further ones, for a rendezvous that depends on the pod.
     """
     *before, program = programs_of(attempt.stage, job.spec)
@@ -65,7 +65,7 @@ def pod_template(
             for each in before
         ],
         "containers": [_container(job, attempt, named, environment, resources, variables)],
-        "tolerations": [*_own_tolerations(), *(each.to_wire() for each in job.spec.pod_template.tolerations if placed)],
+        "tolerations": [*_own_tolerations(), *(each.to_wire() for each in job.spec.pod_template.tolerations)],
         "volumes": _volumes(job, attempt, [*before, program]),
     }
     if placed and template.node_selector:

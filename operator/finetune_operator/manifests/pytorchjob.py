@@ -15,9 +15,6 @@ from finetune_operator.manifests.job import Job, Manifest, attempt_metadata
 from finetune_operator.manifests.labels import REPLICA_INDEX
 from finetune_operator.manifests.training import training_template
 
-CONTAINER = "pytorch"
-"""The name by which the training-operator finds the container."""
-
 
 class PyTorchJobBackend:
     """One PyTorchJob per attempt."""
@@ -26,6 +23,7 @@ class PyTorchJobBackend:
     kind = "PyTorchJob"
     plural = "pytorchjobs"
     provider = "the training-operator"
+    container = "pytorch"
     owns_pods = "PyTorchJob"
     companions: tuple[str, ...] = ()
 
@@ -37,7 +35,7 @@ class PyTorchJobBackend:
         """The gang of one attempt: node ranks equal pod indices, and worker 0 is the rendezvous."""
         made = attempt_metadata(job, attempt, queued=job.gpus_per_node > 0)
         nodes = job.spec.topology.nodes
-        template = training_template(job, attempt, CONTAINER, _rendezvous(made["name"]))
+        template = training_template(job, attempt, self.container, _rendezvous(made["name"]))
         policy: Manifest = {"cleanPodPolicy": "None", "backoffLimit": 0}
         if job.environment.gang_scheduling:
             policy["schedulingPolicy"] = {"minAvailable": nodes}

@@ -13,8 +13,8 @@ from finetune_operator.manifests.backend import ObjectState, condition_of, descr
 from finetune_operator.manifests.job import Job, Manifest, attempt_metadata
 from finetune_operator.manifests.training import training_template
 
-REPLICATED_JOB = CONTAINER = "node"
-"""The names by which Kubeflow Trainer finds the container that gets its `PET_*` variables."""
+REPLICATED_JOB = "node"
+"""Where Kubeflow Trainer looks for the container that gets its `PET_*` variables."""
 ANCESTOR = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
 
 
@@ -25,6 +25,7 @@ class TrainJobBackend:
     kind = "TrainJob"
     plural = "trainjobs"
     provider = "Kubeflow Trainer"
+    container = "node"
     owns_pods = "Job"
     companions: tuple[str, ...] = ("TrainingRuntime",)
 
@@ -87,7 +88,7 @@ def _replicated_job(job: Job, attempt: Attempt) -> Manifest:
                 # pods, the Job would delete them, and with them the root cause.
                 "backoffLimitPerIndex": 0,
                 "podReplacementPolicy": "Failed",
-                "template": training_template(job, attempt, CONTAINER),
+                "template": training_template(job, attempt, TrainJobBackend.container),
             },
         },
     }

@@ -33,6 +33,8 @@ KNOWN = {
     "minItems",
     "maxItems",
     "maxProperties",
+    "x-kubernetes-list-type",
+    "x-kubernetes-list-map-keys",
     "required",
     "properties",
     "items",

@@ -192,7 +192,10 @@ class FakeCluster:
         phase = pod["status"]["phase"]
         begun = {"startedAt": f"{self.now:%Y-%m-%dT%H:%M:%SZ}"}
         if phase == "Pending":
-            pod["status"] = {"phase": "Running", "containerStatuses": [{"state": {"running": begun}}]}
+            pod["status"] = {
+                "phase": "Running",
+                "containerStatuses": [{"name": _main(pod), "state": {"running": begun}}],
+            }
         elif phase == "Running":
             self._end(pod, rank)
         self._touch(pod)
@@ -213,7 +216,7 @@ class FakeCluster:
             "finishedAt": f"{self.now:%Y-%m-%dT%H:%M:%SZ}",
         }
         phase = "Succeeded" if kind is None else "Failed"
-        pod["status"] = {"phase": phase, "containerStatuses": [{"state": {"terminated": ended}}]}
+        pod["status"] = {"phase": phase, "containerStatuses": [{"name": _main(pod), "state": {"terminated": ended}}]}
 
     def _report(self, attempt: Attempt) -> None:
         given = world()
@@ -296,3 +299,7 @@ class FakeCluster:
                 return
             self.tick()
         raise AssertionError(f"stuck: {self.status.phase}: {self.status.conditions[0].message}")
+
+
+def _main(pod: Object) -> str:
+    return str(pod["spec"]["containers"][0]["name"])

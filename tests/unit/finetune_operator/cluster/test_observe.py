@@ -31,13 +31,18 @@ def pod(status: Body | None = None, index: int = 0, **meta: Any) -> Body:
 
 def ended(code: int, message: str = "", reason: str = "Error") -> Body:
     terminated = {"exitCode": code, "reason": reason, "message": message, "finishedAt": "2026-01-01T00:00:09Z"}
-    return {"phase": "Failed" if code else "Succeeded", "containerStatuses": [{"state": {"terminated": terminated}}]}
+    return {
+        "phase": "Failed" if code else "Succeeded",
+        "containerStatuses": [{"name": "pytorch", "state": {"terminated": terminated}}],
+    }
 
 
 def waiting(reason: str, message: str = "") -> Body:
     return {
         "phase": "Pending",
-        "containerStatuses": [{"image": "i:1", "state": {"waiting": {"reason": reason, "message": message}}}],
+        "containerStatuses": [
+            {"name": "pytorch", "image": "i:1", "state": {"waiting": {"reason": reason, "message": message}}}
+        ],
     }
 
 
@@ -257,3 +262,77 @@ def test_a_job_is_observed_as_it_is_persisted() -> None:
     assert (seen.uid, seen.generation, seen.status.phase, seen.deleting) == ("u1", 4, "Training", False)
     assert seen.annotations == {"finetune.dev/retry": "2"}
     assert len(seen.reports) == 1
+
+
+# --- containers of others, and what the kubelet says -----------------------------------------------------------------
+
+
+def state(name: str, code: int | None, reason: str = "Error", message: str = "") -> Body:
+    """A container that runs (code None) or has ended."""
+    ended = {"exitCode": code, "reason": reason, "message": message, "finishedAt": "2026-01-01T00:00:09Z"}
+    return {"name": name, "state": {"running": {}} if code is None else {"terminated": ended}}
+
+
+@pytest.mark.parametrize(
+    ("where", "sidecar"),
+    [
+        ("initContainerStatuses", state("istio-proxy", 143)),
+        ("initContainerStatuses", state("istio-proxy", 65)),
+        ("containerStatuses", state("a-proxy", 137, "OOMKilled")),
+    ],
+)
+def test_containers_of_others_do_not_say_how_an_attempt_ended(where: str, sidecar: Body) -> None:
+    own = state("pytorch", 139)
+    status: Body = {"phase": "Failed", "containerStatuses": [own]}
+    status[where] = [sidecar, *status.get(where, [])]
+    body = pod(status)
+    body["spec"]["containers"].insert(0, {"name": "a-proxy", "resources": {"limits": {"memory": "1Gi"}}})
+    seen = read(body)
+    assert (seen.exit_code, seen.oom_killed, seen.memory_limit) == (139, False, "64Gi")
+
+
+@pytest.mark.parametrize(("code", "phase"), [(0, PodPhase.SUCCEEDED), (1, PodPhase.FAILED)])
+def test_an_attempt_ends_with_its_own_containers_although_a_sidecar_runs_on(code: int, phase: PodPhase) -> None:
+    body = pod({"phase": "Running", "containerStatuses": [state("istio-proxy", None), state("pytorch", code)]})
+    seen = read(body)
+    assert (seen.phase, seen.lingering) == (phase, "istio-proxy")
+    gang = carrier()
+    gang["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] = 1
+    (child,) = children("u1", [gang], [body], NOTHING, BACKEND)
+    assert child.succeeded == (code == 0)
+
+
+OVER_LIMIT = "Pod ephemeral local storage usage exceeds the total limit of containers 2Gi. "
+LOW_NODE = "The node was low on resource: memory. Threshold quantity: 100Mi, available: 90Mi."
+UNHEALTHY = "Allocate failed due to no healthy devices present; cannot allocate unhealthy devices nvidia.com/gpu"
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "evicted", "over_own_limit", "refused"),
+    [
+        ("Evicted", OVER_LIMIT, True, True, False),
+        ("Evicted", 'Usage of EmptyDir volume "tmp" exceeds the limit "2Gi". ', True, True, False),
+        ("Evicted", "Container pytorch exceeded its local ephemeral storage limit", True, True, False),
+        ("Evicted", LOW_NODE, True, False, False),
+        ("UnexpectedAdmissionError", UNHEALTHY, False, False, True),
+        ("OutOfcpu", "Node didn't have enough resource: cpu", False, False, True),
+        ("NodeAffinity", "Pod was rejected: Predicate NodeAffinity failed", False, False, True),
+    ],
+)
+def test_why_a_kubelet_ended_a_pod_is_kept(
+    reason: str, message: str, evicted: bool, over_own_limit: bool, refused: bool
+) -> None:
+    seen = read(pod({"phase": "Failed", "reason": reason, "message": message}))
+    assert (seen.evicted, seen.over_own_limit, seen.refused) == (evicted, over_own_limit, refused)
+    assert seen.message == message
+
+
+def test_what_the_runtime_says_of_a_container_that_never_started_is_kept() -> None:
+    seen = read(pod({"phase": "Failed", "containerStatuses": [state("pytorch", 128, "StartError", "no python")]}))
+    assert (seen.exit_code, seen.message, seen.refused) == (128, "no python", False)
+
+
+@pytest.mark.parametrize("reason", ["SchedulingGated", "Unschedulable"])
+def test_a_pod_that_is_not_scheduled_says_why(reason: str) -> None:
+    condition = {"type": "PodScheduled", "status": "False", "reason": reason, "message": "Scheduling is blocked."}
+    assert "Scheduling is blocked." in read(pod({"phase": "Pending", "conditions": [condition]})).waiting

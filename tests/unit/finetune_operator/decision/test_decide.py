@@ -16,7 +16,7 @@ from tests.unit.finetune_operator.decision.world import (
 from finetune_api.base import STAGES, Stage
 from finetune_api.status import ConditionType, Phase
 from finetune_operator.decision import deadlines
-from finetune_operator.decision.model import Child, Environment, Pod, PodPhase, StartAttempt
+from finetune_operator.decision.model import Child, DeleteChild, Environment, Pod, PodPhase, StartAttempt
 
 # The way to the end
 
@@ -115,6 +115,18 @@ def test_evidence_is_recorded_before_the_child_is_deleted() -> None:
     assert decision.status.attempts[-1].reason == "crash"
     world.write(decision.status)
     assert [type(a).__name__ for a in world.decide().actions] == ["DeleteChild"]
+
+
+def test_a_sidecar_that_keeps_running_holds_no_gpus() -> None:
+    world = job().training().finishes()
+    for rank in range(3):
+        world.pod(rank, lingering="istio-proxy")
+    decision = world.decide()
+    world.write(decision.status)
+    assert world.attempt(Stage.TRAIN, 1).outcome == "succeeded"
+    (deletion, *_) = world.decide().actions
+    assert isinstance(deletion, DeleteChild)
+    assert "istio-proxy" in deletion.why
 
 
 def test_the_next_attempt_waits_until_every_pod_of_the_last_is_gone() -> None:

@@ -39,6 +39,9 @@ CASES: list[tuple[str, Child, str, int | str | None]] = [
     ("a pod stopped from outside", child(failed(0, exit_code=143)), "deleted", "pod-0"),
     ("a pod deleted and killed after its grace", child(failed(0, exit_code=137, terminating=True)), "deleted", "pod-0"),
     ("a silent pod earlier than a loud one", child(failed(0, "crash", 9), failed(1, exit_code=139)), "crash", "pod-1"),
+    ("a limit of its own", child(failed(0, evicted=True, over_own_limit=True)), "over-limit", "pod-0"),
+    ("a kubelet that refuses", child(failed(0, refused=True, message="no healthy devices")), "not-admitted", "healthy"),
+    ("a program that is not there", child(failed(0, exit_code=128, message="no python")), "crash", "no python"),
     ("a pod that is gone", child(failed(0, "peer"), expected=2), "deleted", None),
     ("all blame each other", child(failed(0, "peer"), failed(1, "peer", 1)), "peer", None),
     ("no pod at all", child(message="BackoffLimitExceeded", expected=0), "crash", None),
@@ -54,6 +57,14 @@ def test_root_cause(what: str, seen: Child, reason: str, where: int | str | None
         assert where in cause.sentence
     assert cause.rank == (None if isinstance(where, str) else where)
     assert cause.sentence.endswith((".", "there", "Exceeded"))
+
+
+@pytest.mark.parametrize("over_own_limit", [False, True])
+def test_an_eviction_quotes_the_kubelet(over_own_limit: bool) -> None:
+    message = "Pod ephemeral local storage usage exceeds the total limit of containers 2Gi. "
+    sentence = find(child(failed(0, evicted=True, over_own_limit=over_own_limit, message=message)), None).sentence
+    assert "usage exceeds the total limit of containers 2Gi." in sentence
+    assert ("podTemplate.resources.limits" in sentence) == over_own_limit
 
 
 def test_a_host_out_of_memory_names_the_limit_to_raise() -> None:

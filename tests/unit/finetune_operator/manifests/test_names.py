@@ -29,6 +29,15 @@ def test_short_names_are_kept_readable() -> None:
     assert shared_name("support-llama", "report") == "support-llama-report"
 
 
+def test_a_name_that_gets_a_prefix_is_no_other_jobs_name() -> None:
+    assert shared_name("7b", "config") != shared_name("ft-7b", "config")
+
+
+@given(JOB_NAMES, JOB_NAMES, st.sampled_from(["config", "run"]))
+def test_two_jobs_never_share_an_object(one: str, other: str, what: str) -> None:
+    assert one == other or shared_name(one, what) != shared_name(other, what)
+
+
 def test_long_names_with_the_same_beginning_stay_apart() -> None:
     long = "a" * 62
     assert child_name(long + "b", Stage.TRAIN, 1) != child_name(long + "c", Stage.TRAIN, 1)
