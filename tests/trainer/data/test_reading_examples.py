@@ -276,6 +276,9 @@ def test_which_columns_are_taken_and_which_are_not_is_said() -> None:
         "columns found by their names: text is premise + hypothesis",
         "columns that are not used: idx, class",
     ]
+    of_preferences = {"prompt": "prompt", "completion": "completion"}
+    notes = column_notes(of_preferences, Columns(), ["prompt", "completion", "label"], [])
+    assert notes[0].startswith("completions with a false label are learnt like others")
 
 
 def test_integer_labels_get_their_names() -> None:

@@ -400,6 +400,13 @@ def test_labels_that_look_like_a_mistake_are_warned_of(work: Path, rows: list[An
     assert any(warning in said for said in report.warnings)
 
 
+def test_rows_without_a_text_are_told_apart_by_all_of_their_columns(work: Path) -> None:
+    rows = [{"height": i, "width": i * i, "label": ("small", "large")[i > 30]} for i in range(60)]
+    _, report = prepared(prepare_context(work, classification(work, rows, template="{{ height }} x {{ width }}")))
+    assert not any("different labels" in said for said in report.warnings)
+    assert "60 rows have no text, so of their near-duplicates only equal rows are found" in report.datasets[0].notes
+
+
 def test_what_was_chosen_for_the_data_is_said(work: Path) -> None:
     lines = ["frage;context;antwort", *(f'"Who {i}?";Ann {i}.;"[\'Ann {i}\']"' for i in range(29)), '"Who?";Ann.;[]']
     (work / "data").mkdir()

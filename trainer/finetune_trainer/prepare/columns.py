@@ -133,4 +133,6 @@ def column_notes(found: Found, configured: Columns, present: Sequence[str], used
     unused = [name for name in present if name not in taken]
     more = ", …" if len(unused) > NAMED else ""
     notes = [f"columns found by their names: {', '.join(chosen)}"] if chosen else []
+    if "completion" in found and "label" in unused:
+        notes.append("completions with a false label are learnt like others: to leave them out, set filter: label")
     return notes + ([f"columns that are not used: {', '.join(unused[:NAMED])}{more}"] if unused else [])

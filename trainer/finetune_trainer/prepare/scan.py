@@ -69,7 +69,8 @@ class BadRows:
         share = f"None of the {total:,}" if not usable else f"Only {usable:,} of {total:,}"
         raise TrainerError(
             FailureClass.BAD_DATA,
-            f"{share} rows of {name} can be used; at most {MAX_BAD_SHARE:.0%} may be unusable. "
+            f"{share} rows of {name} can be used; at most {MAX_BAD_SHARE:.0%} may be unusable "
+            "(filter leaves rows out on purpose). "
             f"{'; '.join(self.first)}{'; …' if self.count > len(self.first) else '.'}",
             field,
         )
@@ -292,7 +293,7 @@ class RowScanner:
             # Interned: every row has read a text of its own.
             chunk.labels.append(sys.intern(example.answer) if traits.has_labels else "")
             if traits.has_labels:
-                chunk.inputs.append(content_key(0, example.text))
+                chunk.inputs.append(content_key(0, self._input(row, example)))
             if group_by is not None:
                 chunk.groups.append(content_key(0, repr(example.variables.get(group_by))))
             counts.unanswerable += traits.may_be_unanswerable and example.answers == [UNANSWERABLE]
@@ -303,6 +304,12 @@ class RowScanner:
             texts.append(compared if compared.strip() else repr(row.fields))
         chunk.signatures = signatures(texts)
         return chunk
+
+    def _input(self, row: SourceRow, example: Example) -> str:
+        """What a label is given to: with a template, everything that it may put into the prompt."""
+        if self.reader.spec.template is None or row.fields is None:
+            return example.text
+        return repr([(name, value) for name, value in row.fields.items() if name != self.reader.columns["label"]])
 
     def _compared_text(self, row: SourceRow, example: Example) -> str:
         """What near-duplicates are found by: the input, and with a template all texts that it may put into it."""
