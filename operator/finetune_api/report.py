@@ -7,7 +7,7 @@ run directory. A failing rank also writes its `Failure` to its termination messa
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,8 @@ class FailureClass(StrEnum):
     """No space left on the volume."""
     DIVERGED = "diverged"
     """The loss spiked again after two roll-backs."""
+    EXPORT_DIFFERS = "export-differs"
+    """The export, reloaded, does not compute what was trained."""
     HUB_UNAVAILABLE = "hub-unavailable"
     """The Hub did not answer, or answered 429 or 5xx after the client's own retries."""
     GATE_REFUSED = "gate-refused"
@@ -75,6 +77,7 @@ EXIT_CODES: dict[FailureClass, int] = {
     FailureClass.GATE_REFUSED: 76,
     FailureClass.CONFIG_CHANGED: 77,
     FailureClass.FENCED: 78,
+    FailureClass.EXPORT_DIFFERS: 79,
 }
 """Exit code of the image's entrypoint per class (torchrun turns every code of its children into 1)."""
 
@@ -208,6 +211,23 @@ class Plan(ApiModel):
     """Warnings, as sentences."""
 
 
+class LinearLayers(ApiModel):
+    """Linear layers of one name and size, or stacked experts, which adapters may reach."""
+
+    name: Annotated[str, Field(max_length=200)]
+    """Full name, `*` in place of the layer's number."""
+    out: Size
+    """Rows of the matrix."""
+    into: Size
+    """Columns."""
+    layers: Annotated[list[Annotated[int, Field(ge=0, lt=MAX_LAYERS)]], Field(max_length=MAX_LAYERS)] = []
+    """Layers that have it; all if empty."""
+    stacked: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
+    """Matrices in one parameter, each with a rank of its own; 0 for a module."""
+    left_out: bool = False
+    """Whether `all-linear` does not reach it."""
+
+
 class ModelFacts(ApiModel):
     """Shape of the base model, from which the memory plan is computed (names as in `config.json`)."""
 
@@ -239,6 +259,8 @@ class ModelFacts(ApiModel):
     """Experts per layer; 0 for dense models."""
     experts_per_token: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
     """Experts per token; 0 for dense models or if unknown."""
+    linear_layers: Annotated[list[LinearLayers], Field(max_length=64)] = []
+    """Of an architecture whose layers are not named or sized like Llama's; empty for others."""
 
 
 class LengthFacts(ApiModel):
@@ -350,6 +372,19 @@ class ExportRef(ApiModel):
     """Step of the exported weights."""
 
 
+class ExportProbe(ApiModel):
+    """The trained model's loss on a few prepared documents, with which Evaluate compares the export's."""
+
+    split: Literal["train", "validation"]
+    """Where the documents are."""
+    documents: Annotated[list[Count], Field(max_length=64)]
+    """Their numbers in the store."""
+    tokens: Count
+    """Tokens that are predicted: all of the documents but the first of each."""
+    loss: float
+    """Mean over these tokens, in nats."""
+
+
 class Published(ApiModel):
     """Where the model was published."""
 
@@ -412,6 +447,8 @@ class Report(ApiModel):
     """Warnings for the user, as sentences."""
     export: ExportRef | None = None
     """From Train."""
+    probe: ExportProbe | None = None
+    """From Train: what the export is checked with."""
     results: Results | None = None
     """From Evaluate."""
     published: Published | None = None

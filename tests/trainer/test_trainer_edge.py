@@ -18,11 +18,13 @@ from tests.support.time_limits import scaled
 from tests.support.tiny import tiny_llama
 
 from finetune_api.base import Stage
-from finetune_api.report import EXIT_CODES, Failure, FailureClass
+from finetune_api.report import EXIT_CODES, Failure, FailureClass, Report
 from finetune_api.runconfig import Attempt
 from finetune_trainer import failures
 from finetune_trainer.data.manifest import PreparedManifest
+from finetune_trainer.failures import TrainerError, classify
 from finetune_trainer.prepare import stage
+from finetune_trainer.reporter import Reporter
 
 SPEC = {"datasets": [{"name": "a", "path": "a.csv", "task": "classification"}]}
 
@@ -139,3 +141,15 @@ def test_a_token_is_removed_in_the_forms_that_urls_and_headers_give_it(
     text = failures.redact(f"{token} {quote(token, safe='')} {quote_plus(token)} Basic {encoded}")
     assert text.count("[redacted]") == 4
     assert not any(part in text for part in ("s3cret", "Odd", encoded[8:-8]))
+
+
+def test_halves_of_characters_do_not_keep_a_failure_from_being_told(tmp_path: Path) -> None:
+    reporter = Reporter(Attempt(uid="uid-1", stage=Stage.PREPARE), tmp_path, enabled=True)
+    reporter.warn("row 3 holds \udcff")
+    reporter.activity("reading \udcff.csv")
+    reporter.choose("dialect", "\ud800", "\ud800 closes no field")
+    reporter.fail(classify(TrainerError(FailureClass.BAD_DATA, "a.csv: \ud800 is no text", "datasets[\udcff]")))
+    told = Report.model_validate_json((tmp_path / "prepare-1.json").read_text())
+    assert told.failure is not None
+    assert told.failure.sentence == "a.csv: \\ud800 is no text"
+    assert told.warnings == ["row 3 holds \\udcff"]

@@ -299,9 +299,11 @@ def _write_model_config(base: Base, out: Path, untie: bool) -> None:
 
 
 def _write_companions(out: Path, base: Base, tokenizer: Path, end_token_ids: list[int], pad_token_id: int) -> None:
-    for path in sorted(tokenizer.iterdir()):
-        if path.is_file() and not (out / path.name).exists():
-            shutil.copyfile(path, out / path.name)
+    for path in sorted(tokenizer.rglob("*")):  # named chat templates are in a folder
+        copy = out / path.relative_to(tokenizer)
+        if path.is_file() and not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     tokens = out / "tokenizer_config.json"
     if tokens.exists():
         tokens.write_text(json.dumps(_read_config(tokens, base), indent=2, ensure_ascii=False) + "\n")

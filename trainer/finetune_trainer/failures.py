@@ -65,13 +65,18 @@ def redact(text: str) -> str:
     return _TOKEN.sub("[redacted]", text)
 
 
+def printable(text: str) -> str:
+    """`text` with halves of characters spelt out: neither a report nor a terminal takes them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def classify(error: BaseException, rank: int | None = None) -> Failure:
     """The failure that `error` means; an unknown exception is a crash with the exception's own message."""
     failure_class, sentence, field = _class_of(error)
     return Failure(
         failure_class=failure_class,
-        sentence=redact(sentence)[:MAX_SENTENCE],
-        field=field,
+        sentence=redact(printable(sentence))[:MAX_SENTENCE],
+        field=printable(field),
         rank=rank,
         time=datetime.now(UTC),
     )

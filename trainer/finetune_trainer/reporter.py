@@ -21,6 +21,7 @@ from typing import Any
 from finetune_api.files import write_json
 from finetune_api.report import Choice, Failure, Progress, Report
 from finetune_api.runconfig import REPORT_VARIABLE, Attempt, attempt_name
+from finetune_trainer.failures import printable
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,11 @@ class Reporter:
 
     def activity(self, what: str) -> None:
         """Report what is being done now."""
-        self.update(activity=what)
+        self.update(activity=printable(what))
 
     def choose(self, name: str, value: object, why: str) -> None:
         """Record what an `auto` became, and why."""
-        self.update(choices={**self.report.choices, name: Choice(value=str(value), why=why)})
+        self.update(choices={**self.report.choices, name: Choice(value=printable(str(value)), why=printable(why))})
 
     def choose_all(self, choices: Mapping[str, Choice]) -> None:
         """Record several choices at once."""
@@ -67,6 +68,7 @@ class Reporter:
 
     def warn(self, sentence: str) -> None:
         """Add a warning once."""
+        sentence = printable(sentence)
         if sentence not in self.report.warnings:
             log.warning(sentence)
             self.update(warnings=[*self.report.warnings, sentence])

@@ -62,6 +62,7 @@ POLICIES: dict[str, Policy] = {
     FailureClass.DOES_NOT_FIT: _fail("The message names three ways to make it fit."),
     FailureClass.STORAGE_FULL: _fail("Enlarge the claim, then retry; checkpoints are kept.", waits=True),
     FailureClass.DIVERGED: _fail("Two rollbacks did not help; the message names the examples."),
+    FailureClass.EXPORT_DIFFERS: _fail("The message gives both losses; checkpoints are kept, nothing is published."),
     FailureClass.GATE_REFUSED: _fail("Fails with reason GateRefused; the model stays on the volume, unpublished."),
     FailureClass.CONFIG_CHANGED: _fail("A checkpoint of a different configuration is never resumed."),
     FailureClass.CUDA_OOM: Policy(

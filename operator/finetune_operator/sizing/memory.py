@@ -15,7 +15,7 @@ from math import ceil, prod
 from typing import Literal
 
 from finetune_api.patterns import NAMES, matches
-from finetune_api.report import MemoryComponent
+from finetune_api.report import LinearLayers, MemoryComponent, ModelFacts
 from finetune_api.spec import Lora, Tuning
 from finetune_api.traits import Method, MethodTraits
 from finetune_operator.sizing.gpus import GIB
@@ -169,11 +169,14 @@ def tensors(shape: Shape, run: Run) -> Iterator[Tensor]:
 
 def _adapters(shape: Shape, tuning: Tuning) -> Iterator[Tensor]:
     facts, lora = shape.facts, tuning.lora
-    for layer, matrices in adapted(shape, tuning).items():
-        for matrix in matrices:
-            yield from _low_rank(matrix.out, matrix.into, lora.rank, layer, lora.dora)
-        if shape.family.experts and lora.target_modules == "all-linear":
-            yield from _for_experts(shape, lora.rank, layer)
+    if tuning.method.traits.low_rank and facts.linear_layers:
+        yield from _for_named(facts, lora)
+    else:
+        for layer, matrices in adapted(shape, tuning).items():
+            for matrix in matrices:
+                yield from _low_rank(matrix.out, matrix.into, lora.rank, layer, lora.dora)
+        for layer in range(facts.num_hidden_layers) if shape.family.experts else ():
+            yield from _for_experts(shape, lora, layer)
     if tuning.method.traits.low_rank:
         yield from _beside_the_layers(shape, lora)
     elif tuning.method is Method.PROMPT:
@@ -190,12 +193,42 @@ def _low_rank(out: int, into: int, rank: int, group: Group, dora: bool = False) 
         yield Tensor((out,), 4, group, True)
 
 
-def _for_experts(shape: Shape, rank: int, layer: int) -> Iterator[Tensor]:
-    """PEFT's adapters of a mixture: the router, and stacked experts with a rank for each (two for gate and up)."""
+def _for_named(facts: ModelFacts, lora: Lora) -> Iterator[Tensor]:
+    """Adapters of an architecture whose linear layers are listed: PEFT gives each stacked matrix a rank of its own."""
+    chosen, everything = lora.layer_numbers, lora.target_modules == "all-linear"
+    for linear in facts.linear_layers:
+        leaf = linear.name.removesuffix(".weight").rpartition(".")[2]
+        twice = everything and linear.stacked and leaf == "gate_up_proj"  # the ranks of gate and up, which are one
+        rank = lora.rank * max(1, linear.stacked) * (2 if twice else 1)
+        for layer in linear.layers or range(facts.num_hidden_layers):
+            if (chosen is None or ("*" in linear.name and layer in chosen)) and _reaches(lora, linear, leaf, layer):
+                yield from _low_rank(linear.out, linear.into, rank, layer, lora.dora)
+
+
+def _reaches(lora: Lora, linear: LinearLayers, leaf: str, layer: int) -> bool:
+    """Whether LoRA adapts it in this layer, if it adapts the layer at all."""
+    if lora.target_modules == "all-linear":
+        router = linear.stacked == 1  # which PEFT finds only where it resolves all-linear itself
+        return not linear.left_out and not (router and lora.layers is not None)
+    if NAMES.fullmatch(lora.target_modules):
+        return leaf in {name.strip() for name in lora.target_modules.split(",")}
+    return matches(lora.target_modules, linear.name.replace("*", str(layer)))
+
+
+def _for_experts(shape: Shape, lora: Lora, layer: int) -> Iterator[Tensor]:
+    """PEFT's adapters of a mixture, a rank for each expert; all-linear takes the router too, and gate and up as two."""
     experts, hidden, width = shape.facts.num_experts, shape.facts.hidden_size, shape.expert_width
-    yield from _low_rank(experts, hidden, rank, layer)
-    yield from _low_rank(2 * width, hidden, 2 * rank * experts, layer)
-    yield from _low_rank(hidden, width, rank * experts, layer)
+    if lora.target_modules == "all-linear":
+        if lora.layers is None:
+            yield from _low_rank(experts, hidden, lora.rank, layer)
+            yield from _low_rank(2 * width, hidden, 2 * lora.rank * experts, layer)
+            yield from _low_rank(hidden, width, lora.rank * experts, layer)
+        return
+    if lora.layer_numbers is not None and layer not in lora.layer_numbers:
+        return
+    for name, out, into in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width)):
+        if _selects(lora, layer, Matrix(f"mlp.experts.{name}", out, into)):
+            yield from _low_rank(out, into, lora.rank * experts, layer)
 
 
 def _beside_the_layers(shape: Shape, lora: Lora) -> Iterator[Tensor]:

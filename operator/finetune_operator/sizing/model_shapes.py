@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
+from finetune_api.architectures import linear_layers, size
 from finetune_api.report import ModelFacts
 
 Dims = tuple[int, ...]
@@ -200,7 +201,11 @@ class UnknownShapeError(ValueError):
     """A config without a size that the shape needs."""
 
 
-_TIED_BY_DEFAULT = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Starcoder2ForCausalLM")
+_TIED_BY_DEFAULT = (
+    *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Starcoder2ForCausalLM", "CohereForCausalLM"),
+    *("GPT2LMHeadModel", "GPTNeoForCausalLM", "OPTForCausalLM", "BloomForCausalLM", "FalconForCausalLM"),
+    *("MptForCausalLM", "MPTForCausalLM", "Cohere2ForCausalLM", "Lfm2ForCausalLM"),
+)
 
 
 def model_facts(config: dict[str, Any], parameters: int | None = None) -> ModelFacts:
@@ -211,28 +216,27 @@ def model_facts(config: dict[str, Any], parameters: int | None = None) -> ModelF
     text = config.get("text_config", config)
     names = [config.get("architectures"), text.get("architectures"), ["unknown"]]
     architecture = next(name for found in names if found for name in found)
-    try:
-        heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
-        layers, vocabulary = int(text["num_hidden_layers"]), int(text["vocab_size"])
-    except KeyError as error:
-        raise UnknownShapeError(f"its config.json has no {error.args[0]}") from None
-    experts = int(text.get("num_local_experts") or text.get("num_experts") or 0)
+    for name in ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if not size(text, name):
+            raise UnknownShapeError(f"its config.json has no {name}")
+    heads, hidden = size(text, "num_attention_heads"), size(text, "hidden_size")
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", architecture in _TIED_BY_DEFAULT))
     facts = ModelFacts(
         architecture=architecture,
         hidden_size=hidden,
-        intermediate_size=int(text.get("intermediate_size") or 4 * hidden),
-        num_hidden_layers=layers,
+        intermediate_size=size(text, "intermediate_size", 4 * hidden),
+        num_hidden_layers=size(text, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or hidden // heads),
-        vocab_size=vocabulary,
+        num_key_value_heads=size(text, "num_key_value_heads", heads),
+        head_dim=size(text, "head_dim", hidden // heads),
+        vocab_size=size(text, "vocab_size"),
         tie_word_embeddings=bool(tied),
         attention_bias=bool(text.get("attention_bias", False)),
-        max_position_embeddings=int(text.get("max_position_embeddings") or 0),
+        max_position_embeddings=size(text, "max_position_embeddings"),
         parameters=parameters or 0,
-        num_experts=experts,
-        experts_per_token=int(text.get("num_experts_per_tok") or 0),
+        num_experts=size(text, "num_experts"),
+        experts_per_token=size(text, "num_experts_per_tok"),
+        linear_layers=linear_layers(architecture, text),
     )
     if parameters is None:
         facts.parameters = _count(facts, int(text.get("moe_intermediate_size") or facts.intermediate_size))

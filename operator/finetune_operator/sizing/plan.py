@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from finetune_api.architectures import never_packs
 from finetune_api.report import LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.structure import nearest
@@ -80,11 +81,24 @@ def _about_the_device(planner: Planner) -> Iterator[str]:
             f"Unknown architecture {planner.shape.facts.architecture}: its layers are assumed to be like Llama's, so "
             "memory and time are rough estimates."
         )
+    yield from _about_the_architecture(planner)
     deadline = timeouts.active_deadline_seconds
     if deadline is not None and planner.hours is not None and planner.hours * 3600 > deadline:
         yield (
             f"Training alone takes about {_duration(planner.hours)}, longer than "
             f"timeouts.activeDeadlineSeconds ({_duration(deadline / 3600)})."
+        )
+
+
+def _about_the_architecture(planner: Planner) -> Iterator[str]:
+    facts, tuning = planner.shape.facts, planner.spec.tuning
+    if planner.spec.training.packing and (why := never_packs(facts.architecture)):
+        yield f"Will be refused: {why} Remove training.packing."
+    left_out = sorted({linear.name.rpartition(".")[2] for linear in facts.linear_layers if linear.left_out})
+    if tuning.method.traits.low_rank and tuning.lora.target_modules == "all-linear" and left_out:
+        yield (
+            f"all-linear leaves the experts of {facts.architecture} untrained: name {', '.join(left_out)} in "
+            "tuning.lora.targetModules to train them."
         )
 
 

@@ -265,6 +265,16 @@ def test_a_merged_export_is_a_plain_model_untied_only_if_it_must_be(tmp_path: Pa
         assert not (tmp_path / method / "adapter_config.json").exists()
 
 
+def test_named_chat_templates_are_exported(tmp_path: Path, directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model, _ = trained(directory, METHODS["lora"])
+    write(model, directory, tmp_path / "export", tokenizer=tmp_path / "tokenizer")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template["tool_use"] == "{{ tools }}"
+    assert len(export_digest(tmp_path / "export")) == 64
+
+
 # --- digest and durability -------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.support.architectures import ARCHITECTURES, tiny_config
 from tests.support.measured_memory import Case, config_json, imaginary_ranks, llama_3_8b
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -13,6 +14,7 @@ from finetune_api.spec import Quantization, Tuning
 from finetune_api.traits import Method
 from finetune_operator.sizing.memory import Memory, Run, constants_bytes
 from finetune_operator.sizing.model_shapes import FAMILIES, model_facts, shape_of
+from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import adapters, build, nf4
 from finetune_trainer.model.sharding import shard
 from finetune_trainer.model.weights import empty_model
@@ -80,6 +82,24 @@ def test_adapters_go_where_the_trainer_puts_them(architecture: str) -> None:
     real = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
     shape = shape_of(model_facts(_with_architecture(config, architecture)))
     assert Memory(shape, Run(tuning=tuning)).trained_parameters == real > 0
+
+
+SOME = r".*\.(q_proj|q_a_proj|c_attn|query_key_value|qkv_proj|Wqkv|experts\.(gate_up|down)_proj)"
+
+
+@pytest.mark.parametrize("fields", [{}, {"layers": "1"}, {"targetModules": SOME}], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_plan_counts_what_is_trained_of_every_architecture(name: str, fields: dict[str, object]) -> None:
+    tuning = Tuning.model_validate({"method": "lora", "lora": {"rank": 2, **fields}})
+    base = empty_model(tiny_config(name), torch.float32)
+    json = config_json(base.config) | {"architectures": [type(base).__name__]}
+    if "layers" in fields and name == "qwen3_next":
+        with pytest.raises(TrainerError, match=r"PEFT would adapt .*experts too, which is in none of the layers 1"):
+            adapters.attach(base, tuning)
+        return
+    adapters.attach(base, tuning)
+    real = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
+    assert Memory(shape_of(model_facts(json)), Run(tuning=tuning)).trained_parameters == real > 0
 
 
 METHODS = {

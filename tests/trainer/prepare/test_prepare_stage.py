@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,89 @@ def test_an_adapter_to_go_on_from_is_found_and_named_in_the_origin(work: Path) -
     manifest, report = prepared(prepare_context(work, spec))
     assert manifest.model.adapter_directory == str(work / "adapter")
     assert report.origin["adapter"].startswith("adapter sha256:")
+
+
+def adapter_with(work: Path, change: Callable[[Any], None] = lambda model: None, **fields: Any) -> dict[str, Any]:
+    """A job that goes on from a LoRA adapter with these fields, saved with its embeddings."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(work / "tiny")
+    model = get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | fields))
+    change(model)
+    model.save_pretrained(work / "adapter", save_embedding_layers=True)
+    return classification(work, labelled(40)) | {"model": {"path": "tiny", "adapter": {"path": "adapter"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"init_lora_weights": "pissa"}, "'pissa', which changes the base model too"),
+        ({"init_lora_weights": "olora"}, "'olora', which changes the base model too"),
+        ({"trainable_token_indices": [1, 2]}, "sets trainable_token_indices, which is not supported"),
+        ({"ensure_weight_tying": True}, "sets ensure_weight_tying, which is not supported"),
+        ({"alora_invocation_tokens": [5]}, "sets alora_invocation_tokens, which is not supported"),
+    ],
+)
+def test_an_adapter_that_peft_would_start_otherwise_is_refused(
+    work: Path, fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(TrainerError, match=f"The adapter cannot be trained further.*{sentence}") as error:
+        stage.run(prepare_context(work, adapter_with(work, **fields)))
+    assert error.value.field == "model.adapter"
+
+
+def test_embeddings_in_an_adapter_s_file_must_be_those_of_the_model(work: Path) -> None:
+    def train_embeddings(model: Any) -> None:
+        model.get_input_embeddings().weight.data[5, 0] += 1e-3
+
+    with pytest.raises(TrainerError, match=r"its file holds .*weight, other than the model's"):
+        stage.run(prepare_context(work, adapter_with(work, train_embeddings)))
+    prepared(prepare_context(work, adapter_with(work, target_modules=["q_proj", "embed_tokens"])))
+
+
+def test_biases_of_an_adapter_cannot_be_merged(work: Path) -> None:
+    spec = adapter_with(work, lora_bias=True) | {"publish": {"path": "out", "format": "merged"}}
+    with pytest.raises(TrainerError, match=r"biases .* cannot be merged"):
+        stage.run(prepare_context(work, spec))
+
+
+def test_packing_is_refused_for_an_architecture_that_cannot_be_packed(work: Path) -> None:
+    config = json.loads((work / "tiny/config.json").read_text())
+    (work / "tiny/config.json").write_text(json.dumps(config | {"architectures": ["FalconForCausalLM"]}))
+    spec = classification(work, labelled(40))
+    with pytest.raises(TrainerError, match=r"FalconForCausalLM .* Remove training\.packing") as error:
+        stage.run(prepare_context(work, spec | {"training": {"packing": True}}))
+    assert error.value.field == "training.packing"
+    prepared(prepare_context(work, spec))
+
+
+def test_a_model_without_attention_is_refused(work: Path) -> None:
+    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 32, "vocab_size": 260}
+    (work / "tiny/config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainerError, match="mamba has no attention layers; only transformers can be tuned"):
+        stage.run(prepare_context(work, classification(work, labelled(40))))
+
+
+def test_tokens_without_an_embedding_are_named_before_training(work: Path) -> None:
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "tiny")
+    tokenizer.add_tokens(["weather", "never used"])
+    tokenizer.save_pretrained(work / "tiny")
+    with pytest.raises(TrainerError, match=r"gives 'weather' the id 260, but .* the ids 0 to 259 only"):
+        stage.run(prepare_context(work, classification(work, labelled(40))))
+    rows = [row | {"text": row["text"].replace("weather", "sun")} for row in labelled(40)]
+    prepared(prepare_context(work, classification(work, rows)))
+
+
+def test_a_tokenizer_without_an_end_token_cannot_end_texts(work: Path) -> None:
+    config = json.loads((work / "tiny/tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (work / "tiny/tokenizer_config.json").write_text(json.dumps(config))
+    write_rows(work / "texts.jsonl", [{"text": row["text"]} for row in labelled(40)])
+    spec = {"datasets": [{"name": "texts", "path": "texts.jsonl", "task": "text"}]}
+    with pytest.raises(TrainerError, match="has no end token, which task text puts after each document"):
+        stage.run(prepare_context(work, spec))
 
 
 def test_qlora_gets_a_four_bit_copy_once(work: Path) -> None:

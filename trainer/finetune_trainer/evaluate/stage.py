@@ -31,6 +31,7 @@ from finetune_trainer.evaluate.answers import AnswerSettings, answer_rows, close
 from finetune_trainer.evaluate.bootstrap import STATEMENT
 from finetune_trainer.evaluate.card import CardFacts, base_license, model_card
 from finetune_trainer.evaluate.compare import DatasetAnswers, MetricComparison, compare
+from finetune_trainer.evaluate.export_check import check_export
 from finetune_trainer.evaluate.final_answer import AnswerReader
 from finetune_trainer.evaluate.gate import decide_gate
 from finetune_trainer.evaluate.generation import THOUGHT_FACTOR, greedy_answers
@@ -85,7 +86,7 @@ def run(context: RunContext) -> None:
         else:
             alone = Ranks(0, 1) if pair.device_map else ranks
             inputs.own = {name: alone.share([_size(row) for row in rows]) for name, rows in inputs.rows.items()}
-        answers, prompted = _all_answers(context, pair, inputs)
+        answers, prompted = _all_answers(context, pair, inputs, digest)
         everyone = ranks.gather(answers)
         if ranks.rank:
             return
@@ -197,7 +198,7 @@ def _size(row: EvaluationRow) -> int:
 
 
 def _all_answers(
-    context: RunContext, pair: ModelPair, inputs: EvaluationInputs
+    context: RunContext, pair: ModelPair, inputs: EvaluationInputs, digest: str
 ) -> tuple[dict[Key, list[tuple[int, Answer]]], list[PromptAnswers]]:
     """This rank's answers by who and dataset, and the free prompts as answered by both (rank 0)."""
     from transformers import AutoTokenizer
@@ -214,6 +215,8 @@ def _all_answers(
     context.reporter.activity("loading the model")
     for variant, model in opened_both(pair, base=spec.evaluation.baseline):
         settings = _settings(context, variant, model, inputs, pair)
+        if variant == "tuned" and context.rank == 0:
+            check_export(context, pair, model, digest, settings.budget)
         few_shots = (False, True) if variant == "base" and inputs.few_shot else (False,)
         for few_shot in few_shots:
             who = baselines.FEW_SHOT if few_shot else variant

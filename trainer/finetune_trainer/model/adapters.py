@@ -29,6 +29,7 @@ from finetune_trainer.failures import TrainerError
 from finetune_trainer.model import nf4
 from finetune_trainer.model.lora_linear import LoraLinear
 from finetune_trainer.model.weights import SafetensorsDirectory, fill, shape_mismatch, whole
+from finetune_trainer.starting_adapter import refuse_other_starts
 
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -76,7 +77,24 @@ def attach(model: PreTrainedModel, tuning: Tuning, adapter_directory: Path | Non
             "Use init: default, or name other modules in targetModules.",
             "tuning.lora.init",
         )
+    if adapter_directory is None and tuning.method.traits.low_rank:
+        _refuse_other_layers(model, tuning.lora)
     return peft_model
+
+
+def _refuse_other_layers(model: PreTrainedModel, lora: Lora) -> None:
+    """PEFT takes the names of a dense MLP for those of stacked experts, in whichever layer these are."""
+    numbers = lora.layer_numbers
+    pattern = re.compile(re.escape(_name_of(model, decoder_layers(model))) + r"\.(\d+)\.")
+    layers = ((name, pattern.match(name)) for name in lora_layers(model))
+    other = next((name for name, match in layers if match and numbers and int(match[1]) not in numbers), None)
+    if other:
+        raise TrainerError(
+            FailureClass.BAD_SPEC,
+            f"PEFT would adapt {base_name(other)} too, which is in none of the layers {lora.layers}: "
+            "leave the names of the MLP out of targetModules, or remove layers.",
+            "tuning.lora.layers",
+        )
 
 
 def lora_config(model: PreTrainedModel, lora: Lora) -> LoraConfig:
@@ -220,6 +238,7 @@ def _existing(directory: Path) -> LoraConfig:
             f"{directory} is a {config.peft_type} adapter; only LoRA adapters can be trained further.",
             "model.adapter",
         )
+    refuse_other_starts(directory)
     config.inference_mode = False
     config.init_lora_weights = True  # its values are read from the file
     return config
@@ -343,6 +362,7 @@ def _principal(weight: Tensor, rank: int, scaling: float, random: torch.Generato
 def load_adapter(peft_model: PeftModel, directory: Path) -> None:
     """Copy the values of an existing adapter into the attached one, each rank its own rows."""
     with SafetensorsDirectory(directory) as file:
+        unused = {key for key in file if ".lora_" in key}  # Prepare has compared others with the base's
         for name, parameter in peft_model.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -352,6 +372,10 @@ def load_adapter(peft_model: PeftModel, directory: Path) -> None:
             if file.shape(key) != tuple(parameter.shape):
                 raise shape_mismatch(directory, key, file.shape(key), parameter.shape)
             fill(parameter, file.read(key))
+            unused.discard(key)
+    if unused:
+        sentence = f"{directory}/{ADAPTER_FILE} holds {min(unused)}, which this model has no place for."
+        raise TrainerError(FailureClass.BAD_SPEC, sentence, "model.adapter")
 
 
 def base_name(name: str) -> str:

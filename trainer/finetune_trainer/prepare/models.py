@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_api.architectures import linear_layers, size
 from finetune_api.report import FailureClass, ModelFacts
 from finetune_api.spec import Model, Quantization, Source
 from finetune_trainer import files
@@ -30,6 +31,7 @@ from finetune_trainer.prepare.model_files import (
     check_adapter_files,
     model_files,
 )
+from finetune_trainer.starting_adapter import refuse_other_starts
 from finetune_trainer.untrusted import check_model_files, tensor_shapes
 
 UNREADABLE = (ValueError, LookupError, OSError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -102,6 +104,7 @@ def locate_adapter(model: Model, fetched: Fetched, resolve: Any, cache: Path) ->
             f"{source.repo or source.path} is a {kind} adapter; only LoRA adapters can be trained further.",
             "model.adapter.repo" if source.repo else "model.adapter.path",
         )
+    refuse_other_starts(directory)
     return directory.resolve(), origin
 
 
@@ -142,6 +145,9 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         )
     names = getattr(config, "architectures", None) or []
     known = type(config).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (not names or set(names) & causal)
+    if not getattr(config.get_text_config(), "num_attention_heads", None):
+        sentence = f"{config.model_type} has no attention layers; only transformers can be tuned."
+        raise TrainerError(FailureClass.BAD_SPEC, sentence, "model")
     if not known and not trust_remote_code:
         raise TrainerError(
             FailureClass.BAD_SPEC,
@@ -169,12 +175,12 @@ def describe(config: Any, directory: Path) -> ModelFacts:
 
 def _describe(config: Any, directory: Path) -> ModelFacts:
     text = config.get_text_config()
+    architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     heads = int(text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     tied = bool(getattr(text, "tie_word_embeddings", False))
     return ModelFacts(
-        architecture=(getattr(config, "architectures", None) or [type(config).__name__])[0],
+        architecture=architecture,
         hidden_size=int(text.hidden_size),
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         num_hidden_layers=int(text.num_hidden_layers),
@@ -186,8 +192,9 @@ def _describe(config: Any, directory: Path) -> ModelFacts:
         attention_bias=bool(getattr(text, "attention_bias", False)),
         max_position_embeddings=int(getattr(text, "max_position_embeddings", None) or 0),
         parameters=count_parameters(directory, tied=tied),
-        num_experts=int(experts),
+        num_experts=size(text.to_dict(), "num_experts"),
         experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 0),
+        linear_layers=linear_layers(architecture, text.to_dict()),
     )
 
 
@@ -236,3 +243,14 @@ def nf4_copy(model: PreparedModel, quantization: Quantization, cache: Path, tick
 
     directory = cache / "models" / f"{quantization.type}-{quantization_key(model.digest, quantization)}"
     return made_once(directory, lambda aside: write_nf4_copy(Path(model.directory), aside, quantization, tick))
+
+
+def quantised_share(directory: Path) -> float:
+    """Share of the parameters of a 4-bit copy that are stored in 4 bits, two to a byte."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        shapes |= tensor_shapes(path)
+    packed = {name.partition(".weight.")[0] + ".weight" for name in shapes if ".weight." in name}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if ".weight." not in name}
+    in_four_bits = sum(2 * size for name, size in sizes.items() if name in packed)
+    return in_four_bits / max(1, in_four_bits + sum(size for name, size in sizes.items() if name not in packed))

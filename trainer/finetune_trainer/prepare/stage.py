@@ -22,6 +22,7 @@ from finetune_trainer.data.chat import ChatFormat
 from finetune_trainer.data.documents import DocumentStore, DocumentWriter
 from finetune_trainer.data.manifest import MANIFEST_FILE, PreparedManifest, PreparedModel
 from finetune_trainer.files import sha256_of
+from finetune_trainer.prepare.compatibility import refuse_combinations, refuse_ids_beyond_embeddings
 from finetune_trainer.prepare.facts import (
     FACTS,
     FACTS_FILE,
@@ -44,6 +45,7 @@ from finetune_trainer.prepare.models import (
     locate_model,
     model_digest,
     nf4_copy,
+    quantised_share,
 )
 from finetune_trainer.prepare.rendering import RowCounts
 from finetune_trainer.prepare.reuse import config_digest, is_prepared, selects_checkpoint
@@ -51,6 +53,7 @@ from finetune_trainer.prepare.scan import scan_all
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat
 from finetune_trainer.prepare.workers import Workers
 from finetune_trainer.prepare.write import DatasetWriter, rendering_of
+from finetune_trainer.starting_adapter import refuse_other_base_weights
 
 
 def run(context: RunContext) -> None:
@@ -100,6 +103,10 @@ def _prepare(context: RunContext, digest: str, fetched: Fetched, aside: Path) ->
     tokenizer.save_pretrained(aside / "tokenizer")
     config = load_config(local.directory, trust_remote_code=spec.model.trust_remote_code)
     most = document_limit(context, spec, config)
+    tasks = [reader.task for reader in dataset_readers]
+    refuse_combinations(spec, config, tokenizer, tasks, adapter[0] if adapter else None)
+    if adapter:
+        refuse_other_base_weights(adapter[0], local.directory)
 
     with Workers() as workers:
         context.reporter.activity("splitting the rows")
@@ -110,6 +117,7 @@ def _prepare(context: RunContext, digest: str, fetched: Fetched, aside: Path) ->
         context.reporter.activity("rendering and tokenising")
         written = _write_all(context, spec, assignments, chat, most, aside, workers)
 
+    refuse_ids_beyond_embeddings(config, tokenizer, chat.end_token_ids, aside)
     train, validation = DocumentStore(aside / "train"), DocumentStore(aside / "validation")
     manifest = PreparedManifest(
         config_digest=digest,
@@ -191,6 +199,8 @@ def _prepared_model(
         return model
     context.reporter.activity("writing the 4-bit copy")
     copy = nf4_copy(model, spec.tuning.quantization, context.cache, _ticker(context, 0, "tensors"))
+    why = "linear layers but the head; embeddings, norms and stacked experts stay in 16 bits"
+    context.reporter.choose("quantized", f"{quantised_share(copy):.0%} of the parameters", why)
     return model.model_copy(update={"nf4_directory": str(copy)})
 
 

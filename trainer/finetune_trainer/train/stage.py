@@ -10,12 +10,13 @@ import math
 import os
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from finetune_api.report import Digests, ExportRef, FailureClass
+from finetune_api.report import Digests, ExportProbe, ExportRef, FailureClass
 from finetune_api.runconfig import RESUME_VARIABLE, reproduced
 from finetune_api.traits import Scoring
 from finetune_trainer.context import RunContext
@@ -27,7 +28,7 @@ from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.build import CausalModel
 from finetune_trainer.model.device import choose_device
 from finetune_trainer.termination import exit_as_hung
-from finetune_trainer.train import processes
+from finetune_trainer.train import probe, processes
 from finetune_trainer.train.batches import MicroBatcher
 from finetune_trainer.train.builders import build_batchers, build_model, fit_rows_to_prefixes
 from finetune_trainer.train.checkpoint import Checkpoints
@@ -74,9 +75,10 @@ def run(context: RunContext) -> None:
     watchdog.expect("writing the export", attempt.startup_seconds + attempt.hang_seconds, step)
     context.reporter.activity("writing the export")
     export = _export(context, loop.model, step)
+    measured = _probe(context, loop)
     loop.monitor.end(step)
     if context.rank == 0:
-        context.reporter.done(export=export, digests=Digests(export=export.digest))
+        context.reporter.done(export=export, probe=measured, digests=Digests(export=export.digest))
     dist.barrier(group=group)
     watchdog.stop()
     dist.destroy_process_group()
@@ -269,6 +271,13 @@ def _export(context: RunContext, model: CausalModel, step: int) -> ExportRef:
         size_bytes=exported.size_bytes,
         step=step,
     )
+
+
+def _probe(context: RunContext, loop: Loop) -> ExportProbe:
+    """What Evaluate compares the export with, on documents that were not trained on where there are any. Collective."""
+    manifest = PreparedManifest.read(context.prepared, context.attempt.digests.prepared)
+    split: Literal["train", "validation"] = "validation" if manifest.validation.documents else "train"
+    return probe.measure(loop.model, DocumentStore(context.prepared / split), split, manifest.pad_token_id, loop.device)
 
 
 def _describe_example(store: DocumentStore, manifest: PreparedManifest, index: int) -> str:
