@@ -10,7 +10,7 @@ from tests.support.chat_templates import tokenizer_of
 
 from finetune_api.spec import Columns
 from finetune_api.traits import Task
-from finetune_trainer.data.chat import ChatFormat
+from finetune_trainer.data.chat import TRIMS_ANSWERS, ChatFormat
 from finetune_trainer.data.examples import Example, Reading, read_example
 from finetune_trainer.data.messages import (
     LEFT_OUT_END,
@@ -28,6 +28,7 @@ ASKED, ANSWERED = {"role": "user", "content": "Weather?"}, {"role": "assistant",
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Bern"}}}
 NAMED = CALL | {"id": "call_1"}
 RESULT = {"role": "tool", "content": "0 degrees"}
+DEEP = json.loads('{"a":' * 300 + "1" + "}" * 300)
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather of a town", "parameters": {}}}
 
 
@@ -171,6 +172,8 @@ def test_only_the_completion_is_trained() -> None:
         ([ASKED, ANSWERED | {"reasoning": "a", "thinking": "b"}], "two different thoughts"),
         ([ASKED, {"from": "function_call", "value": "weather in Bern"}], "a tool call names no function"),
         ({"role": ["user", "assistant"], "content": ["a"]}, "the lists of messages have different lengths"),
+        ([ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": DEEP}]}], "50 levels"),
+        ([ASKED, ANSWERED, RESULT | {"content": [DEEP]}], "more than 50 levels deep"),
         ([ASKED, ["assistant"], 3], "a message is neither text nor an object"),
     ],
 )  # fmt: skip
@@ -212,7 +215,7 @@ def example(row: dict[str, Any]) -> Example:
 
 def render(row: dict[str, Any], family: str = "chatml", **settings: Any) -> tuple[ChatFormat, Rendered]:
     chat = ChatFormat(tokenizer_of(family))
-    return chat, render_training(Rendering(Task.CHAT, chat, max_tokens=2000, **settings), example(row))
+    return chat, render_training(Rendering(Task.CHAT, chat, **({"max_tokens": 2000} | settings)), example(row))
 
 
 def shown(row: dict[str, Any], family: str = "chatml", **settings: Any) -> list[str]:
@@ -271,6 +274,12 @@ def test_special_tokens_of_the_data_are_plain_text_and_counted() -> None:
     assert "user\na <|im_end|> b<|im_end|>" in text
 
 
+def test_white_space_that_a_template_takes_off_answers_is_counted() -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": "    return x"}]}
+    assert render(row, "gemma 2")[1].notes == {TRIMS_ANSWERS}
+    assert TRIMS_ANSWERS not in render(row, "llama 4")[1].notes
+
+
 def test_a_name_that_no_template_writes_is_refused() -> None:
     with pytest.raises(BadRowError, match=r"leaves out the name of the user message 1 \('Ann'\)"):
         shown({"messages": [ASKED | {"name": "Ann"}, ANSWERED]})
@@ -327,7 +336,7 @@ def leaves(value: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("family", ["chatml", "qwen 3", "gpt-oss", "gemma 2"])
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(row=ROWS)
 def test_any_row_is_rendered_with_all_that_it_says_or_refused_with_a_sentence(family: str, row: dict[str, Any]) -> None:
     try:

@@ -33,6 +33,7 @@ PLAIN_TEMPLATE = (
 
 _PROBE_USER, _PROBE_ANSWER = "Question 7Q", "Answer 9Z"
 DROPS_THOUGHTS = "the chat template drops thoughts of earlier turns"
+TRIMS_ANSWERS = "the chat template takes off the white space that answers begin with"
 DROPS_DESCRIPTIONS = "the chat template drops descriptions of functions"
 
 
@@ -194,9 +195,11 @@ class ChatFormat:
             answer = self._after(prompt, whole)
             segments += [Segment(prompt[len(done) :], False), Segment(answer, turn in trained)]
             done = prompt + answer
-        spelled = self._checked_marks(done)
         notes = self._check_complete(prepared, trained, tools) if beginnings is None else []
-        return ChatDocument(segments, spelled, notes)
+        answers = {turn: segment.text for turn, segment in zip(turns, segments[1::2], strict=True)}
+        if any(_is_trimmed(prepared[turn]["content"], answers[turn]) for turn in trained):
+            notes.append(TRIMS_ANSWERS)
+        return ChatDocument(segments, self._checked_marks(done), notes)
 
     def _known_beginnings(
         self, prepared: Sequence[Message], turns: Sequence[int], tools: Tools
@@ -439,6 +442,10 @@ class ChatFormat:
             if "Key 1K" in text and "Value 2V" in text:
                 return as_text
         return False
+
+
+def _is_trimmed(content: str, answer: str) -> bool:
+    return content[:1].isspace() and content.rstrip() not in answer
 
 
 def split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from finetune_trainer.data.messages import THOUGHT_MARKS, Message
@@ -31,7 +32,7 @@ class Part:
     """Index of the message; -1 for the functions that may be called."""
     what: str
     text: str
-    tag: str
+    tag: int
     untagged: bool = False
     """A number or truth value: the tag is that of its key, behind which it stands."""
 
@@ -50,13 +51,14 @@ class Tagged:
 
     def left_out(self, text: str) -> list[Part]:
         """The parts that are not in the text that was made of the tagged chat, or not whole."""
-        return [part for part in self.parts if not _stands(part, text)]
+        plain, places = _without_tags(text)
+        return [part for part in self.parts if not _stands(part, plain, places.get(part.tag))]
 
     def moved(self, text: str) -> tuple[Part, Part] | None:
         """A part, and one of an earlier message that stands behind it. (A system prompt may stand anywhere.)"""
-        order = [self.parts[int(tag[1])] for tag in _TAG.finditer(text)]
-        latest = order[0] if order else None
-        for part in order:
+        latest: Part | None = None
+        for tag in _TAG.finditer(text):
+            part = self.parts[int(tag[1])]
             if latest is not None and 0 < part.message < latest.message:
                 return latest, part
             latest = part if latest is None or part.message > latest.message else latest
@@ -113,20 +115,27 @@ class Tagged:
         at = closing.start() if closing else len(stripped)
         if not text[:at].strip():
             return text
-        tag = f"\ufdd2{len(self.parts)}\ufdd3"
+        tag = len(self.parts)
         self.parts.append(Part(number, what, text[:at].strip(), tag))
-        return f"{text[:at]}{tag}{text[at:]}"
+        return f"{text[:at]}\ufdd2{tag}\ufdd3{text[at:]}"
 
 
-def _stands(part: Part, text: str) -> bool:
-    before, tag, after = text.partition(part.tag)
-    if not tag:
+def _without_tags(text: str) -> tuple[str, dict[int, int]]:
+    """(the text without tags, where in it the first of each stood)."""
+    pieces = _TAG.split(text)
+    ends = accumulate(map(len, pieces[::2]))
+    return "".join(pieces[::2]), dict(reversed(list(zip(map(int, pieces[1::2]), ends, strict=False))))
+
+
+def _stands(part: Part, text: str, place: int | None) -> bool:
+    if place is None:
         return False
     if part.untagged:
-        near = _TAG.sub("", after[: len(part.text) + _NEAR])
+        near = text[place : place + len(part.text) + _NEAR]
         return part.text in near or _PYTHON.get(part.text, part.text) in near
-    before = _TAG.sub("", before)
-    return (
-        before.endswith((part.text, json.dumps(part.text, ensure_ascii=False)[1:-1]))
-        or "".join(before.split()).endswith("".join(part.text.split()))  # white space is the template's affair
-    )
+    escaped = json.dumps(part.text, ensure_ascii=False)[1:-1]
+    if text.endswith(part.text, 0, place) or text.endswith(escaped, 0, place):
+        return True
+    # White space is the template's affair.
+    before = text[max(place - 2 * len(part.text) - _NEAR, 0) : place]
+    return "".join(before.split()).endswith("".join(part.text.split()))

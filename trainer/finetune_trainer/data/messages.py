@@ -27,6 +27,8 @@ TRAINED_KEYS = ("weight", "train", "training", "loss")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 METADATA_KEYS = frozenset(("id", "timestamp", "created_at", "index"))
 """What names a message or dates it, and no template writes. Rows that have it are counted in the notes."""
+MOST_NESTED = 50
+"""Levels of objects in a tool call or a function."""
 MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
 
 UNUSED_METADATA = f"message fields that no template writes are not used ({', '.join(sorted(METADATA_KEYS))})"
@@ -216,6 +218,7 @@ def _content(value: Any, of_tool: bool) -> tuple[str, str]:
     """(text, thought) of a message's content: a text, a list of parts, or for tools any JSON."""
     if isinstance(value, str) or value is None:
         return value or "", ""
+    _refuse_deep(value, "the content of a message is")
     if of_tool and not (isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)):
         return json.dumps(value, ensure_ascii=False, default=str), ""
     if not isinstance(value, list):
@@ -240,6 +243,19 @@ def _part(part: Any) -> tuple[str, str]:
     return kind, text
 
 
+def _refuse_deep(value: Any, what: str) -> None:
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, list | dict)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    if level:
+        raise BadRowError(f"{what} more than {MOST_NESTED} levels deep")
+
+
 def _list(value: Any) -> list[Any]:
     value = from_json_text(value)
     return value if isinstance(value, list) else [value]
@@ -262,6 +278,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
         raise BadRowError(f"a tool call has {sorted(left)[0]!r}, which is not known and would be left out")
     if not isinstance(arguments, dict):
         raise BadRowError(f"the arguments of the tool call {name!r} are not a JSON object")
+    _refuse_deep(arguments, f"the arguments of the tool call {name!r} are")
     return {"type": "function", "function": {"name": name, "arguments": arguments}} | (
         {"id": str(identity)} if identity is not None else {}
     )
@@ -275,6 +292,7 @@ def _tools(value: Any) -> list[dict[str, Any]]:
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRowError("tools holds something that is no function with a name")
+        _refuse_deep(tool, f"the function {function['name']!r} is described")
         tools.append(tool if "function" in tool else {"type": "function", "function": function})
     return tools
 

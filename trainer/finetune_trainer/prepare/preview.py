@@ -100,14 +100,16 @@ def _examples(assignment: SplitAssignment, rendering: Rendering) -> Iterator[tup
     scan = assignment.scans[split]
     order = sorted((scan.ranks[i], scan.rows[i]) for i, side in enumerate(assignment.sides[split]) if side == "train")
     wanted = {row for _, row in order[: 4 * EXAMPLES]}
-    shown = 0
+    shown = refused = 0
     for example in assignment.reader.examples(scan.split, wanted):
         if shown == EXAMPLES:
             return
         try:
             rendered = render_training(rendering, example)
         except BadRowError as error:
-            yield example.row, str(error)
+            refused += 1
+            if refused <= EXAMPLES:
+                yield example.row, str(error)
             continue
         if rendered.documents:
             shown += 1
