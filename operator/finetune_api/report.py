@@ -337,7 +337,7 @@ class GateOutcome(ApiModel):
     passed: bool
     """Whether the model may be published."""
     reason: str
-    """One of improved, not-significant, worse, below-minimum, undecided and not-asked."""
+    """One of improved, not-significant, worse, below-minimum, undecided, not-asked and not-measured."""
     sentence: str
     """The verdict as a sentence."""
 

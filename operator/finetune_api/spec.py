@@ -241,8 +241,9 @@ class Dataset(Source):
 class Split(ApiModel):
     """How rows are split if the dataset has no splits of its own."""
 
-    validation: Fraction = 0.2
-    """Fraction of the rows held out for validation."""
+    validation: Fraction | None = None
+    """Fraction of the rows held out for validation. Default: 0.2. If these rows are also those of the final evaluation
+    (`test` is 0), small datasets hold out more, up to 0.5, so that 30 rows can be measured."""
     test: Fraction = 0.0
     """Fraction of the rows held out for the final evaluation."""
     seed: int = 42
@@ -251,7 +252,10 @@ class Split(ApiModel):
     """Keep the proportion of each label equal in all splits."""
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
-        Rule("self.validation + self.test < 1.0", "validation and test must add up to less than 1"),
+        Rule(
+            "(has(self.validation) ? self.validation : 0.2) + self.test < 1.0",
+            "validation (0.2 if it is not set) and test must add up to less than 1",
+        ),
     )
 
 
@@ -1013,14 +1017,14 @@ class FineTuneJobSpec(ApiModel):
         ),
         Rule(
             "!self.evaluation.gate.mustImprove && size(self.evaluation.gate.minimum) == 0 "
-            "|| self.split.validation + self.split.test > 0.0 "
+            "|| !has(self.split.validation) || self.split.validation + self.split.test > 0.0 "
             "|| self.datasets.all(d, has(d.splits.validation) || has(d.splits.test))",
             "no rows are held out for the gate: set split.validation or split.test above 0, "
             "or name a validation or test split of each dataset",
             ".split",
         ),
         Rule(
-            "!has(self.training.earlyStopping) || self.split.validation > 0.0 "
+            "!has(self.training.earlyStopping) || !has(self.split.validation) || self.split.validation > 0.0 "
             "|| self.datasets.exists(d, has(d.splits.validation))",
             "early stopping needs validation rows, and there are none: set split.validation above 0, "
             "or name a dataset's validation split",

@@ -149,7 +149,7 @@ BROKEN: tuple[Broken, ...] = (
     ),
     Broken(
         "spec.split",
-        "validation and test must add up",
+        "validation (0.2 if it is not set) and test must add up",
         {"spec.split": {"validation": 0.5, "test": 0.5}},
         valid={"spec.split": {"validation": 0.5, "test": 0.4}},
     ),

@@ -70,6 +70,7 @@ def plan(
     estimate = plan_run(
         place.spec, model.facts, data.lengths, gpu=place.gpu, price_per_gpu_hour=price, cpu_bf16=cpu_has_bf16()
     )
+    estimate = estimate.model_copy(update={"warnings": [*estimate.warnings, *data.warnings]})
     origins = [f"model: {model.origin}", *data.notes, *place.notes]
     if output == "json":
         print(json.dumps(estimate.to_wire() | {"origins": origins}, indent=2, ensure_ascii=False))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune_api.holdout import held_out_shares, measured_rows, undecidable
 from finetune_api.known_datasets import KNOWN_DATASETS
 from finetune_api.report import LengthFacts
 from finetune_api.spec import Dataset, FineTuneJobSpec
@@ -36,6 +37,8 @@ class DataEstimate:
 
     lengths: LengthFacts
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    """Why the gate cannot be decided on the rows that were counted."""
 
 
 class _Rows(NamedTuple):
@@ -43,18 +46,21 @@ class _Rows(NamedTuple):
     mean_tokens: float
     longest: int
     note: str
+    counted: bool = True
+    """Whether `total` was found, not assumed."""
 
 
 def data_estimate(spec: FineTuneJobSpec, places: Sequence[Path]) -> DataEstimate:
     """Lengths of one epoch. Relative paths are looked for in `places`, in order. Never fails."""
     documents, longest, tokens, labelled, notes = 0, 0, 0.0, 0.0, []
-    limit, split = spec.training.max_sequence_length, spec.split
+    limit, counted = spec.training.max_sequence_length, dict[str, int]()
     for dataset in spec.datasets:
         rows = _rows_of(dataset, places)
-        kept = 1.0
-        kept -= split.validation if dataset.splits.validation is None else 0.0
-        kept -= split.test if dataset.splits.test is None else 0.0
-        drawn = max(1, round(dataset.weight * round(min(rows.total, dataset.max_rows or rows.total) * kept)))
+        used = min(rows.total, dataset.max_rows or rows.total)
+        shares = held_out_shares(spec, dataset, used)
+        drawn = max(1, round(dataset.weight * round(used * (1 - shares.validation - shares.test))))
+        if rows.counted and dataset.filter is None and dataset.task is not None and dataset.task.traits.form != "text":
+            counted[dataset.name] = used
         mean = min(rows.mean_tokens, limit)
         share = dataset.task.traits.trained_share if dataset.task else None
         documents += drawn
@@ -63,7 +69,18 @@ def data_estimate(spec: FineTuneJobSpec, places: Sequence[Path]) -> DataEstimate
         longest = max(longest, min(rows.longest, limit))
         notes.append(f"{dataset.name}: {rows.note}")
     lengths = LengthFacts(documents=documents, tokens=round(tokens), longest=longest, labelled=round(labelled))
-    return DataEstimate(lengths, tuple(notes))
+    return DataEstimate(lengths, tuple(notes), _about_the_gate(spec, counted))
+
+
+def _about_the_gate(spec: FineTuneJobSpec, counted: Mapping[str, int]) -> tuple[str, ...]:
+    """counted: rows of the datasets whose rows to measure follow from the split."""
+
+    def measured_with(changed: FineTuneJobSpec) -> dict[str, int]:
+        found = {d.name: measured_rows(changed, d, counted[d.name]) for d in changed.datasets if d.name in counted}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+    sentence = undecidable(spec, measured_with(spec), measured_with)
+    return (sentence,) if sentence else ()
 
 
 def _rows_of(dataset: Dataset, places: Sequence[Path]) -> _Rows:
@@ -82,7 +99,7 @@ def _rows_of(dataset: Dataset, places: Sequence[Path]) -> _Rows:
     count = dataset.max_rows or ASSUMED_ROWS
     where = dataset.repo or dataset.path
     note = f"assumed {count:,} rows of {ASSUMED_TOKENS} tokens, because {where} {why}"
-    return _Rows(count, ASSUMED_TOKENS, 4 * ASSUMED_TOKENS, note)
+    return _Rows(count, ASSUMED_TOKENS, 4 * ASSUMED_TOKENS, note, counted=False)
 
 
 def _files(path: Path) -> list[Path]:
@@ -105,7 +122,7 @@ def _measured(files: list[Path], dataset: Dataset) -> _Rows:
                 if isinstance(row, dict) and dataset.columns.label in row:
                     labels.add(str(row[dataset.columns.label]))
     if not sizes:
-        return _Rows(1, 1.0, 1, "no rows were found")
+        return _Rows(1, 1.0, 1, "no rows were found", counted=False)
     overhead = 0 if dataset.task and dataset.task.traits.form == "text" else TEMPLATE_TOKENS
     if dataset.template is None:  # the prompt names all labels
         overhead += round(sum(len(label) + 2 for label in labels) / CHARACTERS_PER_TOKEN)

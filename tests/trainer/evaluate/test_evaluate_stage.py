@@ -227,17 +227,24 @@ def test_damaged_prepared_data_is_named(changed: Changed) -> None:
     assert "run the Prepare stage again" in sentence(run).sentence
 
 
-def test_no_held_out_rows_at_all_are_an_error_and_one_dataset_without_is_a_warning(changed: Changed) -> None:
-    run = changed(evaluation={"baseline": False, "maxRows": 2, "prompts": []})
+def test_a_dataset_without_held_out_rows_is_a_warning_and_without_any_nothing_is_measured(changed: Changed) -> None:
+    run = changed(evaluation={"baseline": False, "maxRows": 2, "prompts": [], "gate": {"mustImprove": False}})
     rows = run.path / "prepared/evaluation"
     (rows / "chat.jsonl").write_text("")
     stage.run(run.context())
     assert "Dataset chat has no held-out rows, so it is not evaluated." in run.report().warnings
     for path in rows.iterdir():
         path.unlink()
-    error = sentence(run)
-    assert error.failure_class is FailureClass.BAD_DATA
-    assert "There are no held-out rows" in error.sentence
+    stage.run(run.context())
+    results = results_of(run)
+    assert (results.metrics, results.gate.passed, results.gate.reason) == ([], True, "not-measured")
+    page = (run.path / "evaluation/report.html").read_text()
+    assert "Nothing was measured" in page
+    assert "<h2>Results</h2>" not in page
+    card = (run.path / "evaluation/model-card.md").read_text()
+    assert "Nothing was measured" in card
+    assert "It was not evaluated" in card
+    assert "## Results" not in card
 
 
 # -- several ranks ----------------------------------------------------------------------------------------------

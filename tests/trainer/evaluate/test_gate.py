@@ -33,6 +33,10 @@ TABLE = {
     "too few rows of one dataset": ([BETTER, line("few", 0.1, 0.2, rows=29), UP], Gate(), False, "undecided"),
     "30 rows are enough": ([line("few", 0.1, 0.2, rows=30), UP], Gate(), True, "improved"),
     "no dataset at all": ([], Gate(), False, "undecided"),
+    "nothing measured and nothing asked for": ([], Gate(must_improve=False), True, "not-measured"),
+    "nothing measured, but a minimum": (
+        [], Gate(must_improve=False, minimum={"one/accuracy": 0.5}), False, "below-minimum",
+    ),
     "too few rows, but no improvement asked for": (
         [line("few", 0.1, 0.2, rows=3), UP], Gate(must_improve=False), True, "not-asked",
     ),

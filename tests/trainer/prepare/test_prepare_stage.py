@@ -58,7 +58,8 @@ def test_three_tasks_on_real_text_are_prepared_together(work: Path) -> None:
                 {"name": "commonsense", "path": str(commonsense_jsonl()), "task": "multiple-choice", "maxRows": 100},
                 {"name": "chats", "path": str(chitchat_jsonl()), "task": "chat", "maxRows": 40, "weight": 0.5},
             ],
-            "evaluation": {"fewShot": 1, "maxRows": 10},
+            "split": {"validation": 0.2},
+            "evaluation": {"gate": {"mustImprove": False}, "fewShot": 1, "maxRows": 10},
         },
     )
     manifest, report = prepared(context)
@@ -96,7 +97,7 @@ def test_held_out_rows_are_in_no_training_document_and_baselines_see_none_of_the
     ("spec", "evaluation", "counts"),
     [
         ({}, "unseen half of validation", (80, 10, 10)),
-        ({"training": {"keepBest": False}}, "validation", (80, 20, 20)),
+        ({"training": {"keepBest": False}}, "validation", (70, 30, 30)),
         ({"training": {"keepBest": False, "earlyStopping": {}}}, "unseen half of validation", (80, 10, 10)),
         ({"split": {"validation": 0.1, "test": 0.1}}, "test", (80, 10, 10)),
         ({"split": {"validation": 0.0}}, "none", (100, 0, 0)),

@@ -212,6 +212,22 @@ def test_a_known_dataset_brings_its_rows_and_an_unknown_one_says_what_is_assumed
     assert estimate.lengths.documents == 20_003
 
 
+def test_a_gate_that_the_counted_rows_cannot_decide_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "few.jsonl").write_text('{"text": "a", "label": "b"}\n' * 100)
+    few = {"spec.datasets.0.path": "few.jsonl", "spec.split": {"validation": 0.1}}
+    [warning] = data_estimate(_spec(few), [tmp_path]).warnings
+    assert "10 of tweets would be measured" in warning or "5 of tweets would be measured" in warning
+    assert "set split: {validation: 0.1, test: 0.3}" in warning
+    for decided in (
+        {"spec.split": {"validation": 0.1, "test": 0.3}},
+        {"spec.evaluation.gate": {"mustImprove": False}},
+        {"spec.datasets.0.splits.test": "test"},
+        {"spec.datasets.0.filter": "text | length > 2"},
+        {"spec.datasets.0.path": "elsewhere.jsonl"},
+    ):
+        assert data_estimate(_spec(few | decided), [tmp_path]).warnings == ()
+
+
 def test_the_prompts_list_of_labels_is_counted(home: Path) -> None:
     short = data_estimate(_spec({"spec.datasets.0.columns": {"text": "text"}}), [home]).lengths.tokens
     listed = data_estimate(

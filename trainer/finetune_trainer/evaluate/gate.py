@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finetune_api.holdout import LEAST_ROWS, too_few
 from finetune_api.report import GateOutcome, Interval, MetricResult
 from finetune_api.spec import Gate
 from finetune_trainer.evaluate.metrics import PERCENT
 
 MACRO = "macro"
-LEAST_ROWS = 30
-"""Fewer rows than this in any dataset: bootstrap intervals are too narrow to be believed, so nothing is decided."""
 
 
 def decide_gate(gate: Gate, metrics: Sequence[MetricResult], *, baseline: bool) -> GateOutcome:
@@ -19,6 +18,13 @@ def decide_gate(gate: Gate, metrics: Sequence[MetricResult], *, baseline: bool) 
     `mustImprove`: the macro-mean's lower bound is above 0 and no dataset's upper bound is below 0. Without a
     baseline only the minimum metrics are asked.
     """
+    if not metrics and not gate.must_improve and not gate.minimum:
+        return GateOutcome(
+            passed=True,
+            reason="not-measured",
+            sentence="Nothing was measured, because no rows are held out, and no improvement is required "
+            "(evaluation.gate.mustImprove: false).",
+        )
     below = _below_minimum(gate, metrics)
     if below:
         return GateOutcome(passed=False, reason="below-minimum", sentence=" ".join(below))
@@ -41,9 +47,9 @@ def decide_gate(gate: Gate, metrics: Sequence[MetricResult], *, baseline: bool) 
 
 def _must_improve(metrics: Sequence[MetricResult], minimum_met: str) -> GateOutcome:
     primary = [m for m in metrics if m.primary and m.dataset != MACRO]
-    few = [m for m in primary if m.rows < LEAST_ROWS]
+    few = too_few({m.dataset: m.rows for m in primary})
     if few or not primary:
-        named = ", ".join(f"{m.dataset} ({m.rows})" for m in few) or "every dataset (0)"
+        named = ", ".join(f"{name} ({rows})" for name, rows in few.items()) or "every dataset (0)"
         return GateOutcome(
             passed=False,
             reason="undecided",

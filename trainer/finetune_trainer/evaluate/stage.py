@@ -213,7 +213,8 @@ def _all_answers(
     prompts = _prompts_to_answer(reader, inputs)
     progress = _RowProgress(context, inputs, variants=(2 if spec.evaluation.baseline else 1) + inputs.few_shot)
     context.reporter.activity("loading the model")
-    for variant, model in opened_both(pair, base=spec.evaluation.baseline):
+    something = bool(inputs.prompts) or any(inputs.rows.values())
+    for variant, model in opened_both(pair, base=spec.evaluation.baseline and something):
         settings = _settings(context, variant, model, inputs, pair)
         if variant == "tuned" and context.rank == 0:
             check_export(context, pair, model, digest, settings.budget)
@@ -342,13 +343,6 @@ def _put_together(
                 of("base", dataset.name) if baseline else None,
                 {baselines.FEW_SHOT: of(baselines.FEW_SHOT, dataset.name)} if few_shot else {},
             )
-        )
-    if not answered:
-        raise TrainerError(
-            FailureClass.BAD_DATA,
-            "There are no held-out rows to evaluate on. Raise split.validation or split.test, "
-            "or name a test split in datasets[].splits.",
-            "split",
         )
     return answered
 

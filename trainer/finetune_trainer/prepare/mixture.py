@@ -10,8 +10,9 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from finetune_api.holdout import LEAST_ROWS, USUAL_SHARE, held_out_shares, selects_checkpoint
 from finetune_api.report import FailureClass
-from finetune_api.spec import Split
+from finetune_api.spec import FineTuneJobSpec, Split
 from finetune_api.structure import near_match
 from finetune_trainer.data.words import fold
 from finetune_trainer.failures import TrainerError
@@ -50,49 +51,48 @@ class SplitAssignment:
         return sum(sides.count(side) for sides in self.sides.values())
 
     @property
+    def measured(self) -> int:
+        """Rows that Evaluate scores."""
+        return self.count(self.scored_side) if self.scored is None else len(self.scored)
+
+    @property
     def scored_side(self) -> SplitName:
         """The side that Evaluate scores."""
         return "validation" if self.evaluation == "validation" else "test"
 
 
 def assign_splits(
-    dataset_readers: Sequence[tuple[DatasetReader, dict[str, Scan]]],
-    split: Split,
-    *,
-    selects_checkpoint: bool,
-    max_rows: int | None,
+    dataset_readers: Sequence[tuple[DatasetReader, dict[str, Scan]]], spec: FineTuneJobSpec
 ) -> list[SplitAssignment]:
-    """The splits of every dataset. selects_checkpoint: by validation; max_rows: rows to score at most.
+    """The splits of every dataset.
 
     Raises TrainerError (bad-data): a held-out label that never occurs in training, nothing left to train on.
     """
     assignments = []
     for reader, scans in dataset_readers:
-        assignment = _assign(reader, scans, split, selects_checkpoint)
+        assignment = _assign(reader, scans, spec)
         _check_labels(assignment)
         _warn_of_labels(assignment)
         if not assignment.count("train"):
             raise TrainerError(FailureClass.BAD_DATA, f"No rows of {reader.name} are left for training.", reader.field)
-        if max_rows is not None:
-            assignment.scored = _draw_scored(assignment, max_rows)
+        if spec.evaluation.max_rows is not None:
+            assignment.scored = _draw_scored(assignment, spec.evaluation.max_rows)
         assignments.append(assignment)
     _note_contamination(assignments)
     return assignments
 
 
-def _assign(reader: DatasetReader, scans: dict[str, Scan], split: Split, selects_checkpoint: bool) -> SplitAssignment:
-    spec, own = reader.spec, reader.spec.splits
+def _assign(reader: DatasetReader, scans: dict[str, Scan], job: FineTuneJobSpec) -> SplitAssignment:
+    spec, own, split = reader.spec, reader.spec.splits, job.split
     train = scans[own.train]
     strata = train.labels if split.stratify else [""] * len(train)
     chosen: Sequence[int] = range(len(train))
     if spec.max_rows is not None:
         chosen = [i for i, taken in enumerate(draw(train.ranks, strata, spec.max_rows)) if taken]
     together, large = _together(train, chosen)
-    shares: dict[SplitName, float] = {}
-    if own.test is None and split.test > 0:
-        shares["test"] = split.test
-    if own.validation is None and split.validation > 0:
-        shares["validation"] = split.validation
+    asked = held_out_shares(job, spec, len(chosen))
+    wanted: dict[SplitName, float] = {"test": asked.test, "validation": asked.validation}
+    shares = {side: share for side, share in wanted.items() if share > 0}
     sides: list[SplitName] = ["left out"] * len(train)
     assigned = assign(_of(train.ranks, chosen), _of(strata, chosen), together, shares)
     for i, side in zip(chosen, assigned, strict=True):
@@ -105,12 +105,17 @@ def _assign(reader: DatasetReader, scans: dict[str, Scan], split: Split, selects
         assignment.sides[own.validation] = ["validation"] * len(scans[own.validation])
     if own.test is not None:
         assignment.sides[own.test] = ["test"] * len(scans[own.test])
-    assignment.evaluation = _evaluation_split(assignment, selects_checkpoint)
+    assignment.evaluation = _evaluation_split(assignment, selects_checkpoint(job))
     if assignment.evaluation == UNSEEN_HALF:
         where = own.validation or own.train
         _halve(assignment.sides[where], scans[where], split)
     _exclude_held_out(assignment)
     _note_duplicates(assignment, train, large, bool(shares))
+    if split.validation is None and asked.validation > USUAL_SHARE:
+        assignment.notes.append(
+            f"{asked.validation:.0%} of the rows are held out instead of {USUAL_SHARE:.0%}, so that enough can be "
+            "measured (split.validation is not set)"
+        )
     return assignment
 
 
@@ -125,12 +130,12 @@ def _together(scan: Scan, chosen: Sequence[int]) -> tuple[npt.NDArray[np.int64],
     return (joined(together, _of(scan.groups, chosen)) if scan.groups else together), large
 
 
-def _evaluation_split(assignment: SplitAssignment, selects_checkpoint: bool) -> EvaluationSplit:
+def _evaluation_split(assignment: SplitAssignment, selects: bool) -> EvaluationSplit:
     if assignment.count("test"):
         return "test"
     if not assignment.count("validation"):
         return "none"
-    return UNSEEN_HALF if selects_checkpoint else "validation"
+    return UNSEEN_HALF if selects else "validation"
 
 
 def _halve(sides: list[SplitName], scan: Scan, split: Split) -> None:
@@ -138,7 +143,10 @@ def _halve(sides: list[SplitName], scan: Scan, split: Split) -> None:
     held = [i for i, side in enumerate(sides) if side == "validation"]
     strata = [scan.labels[i] if split.stratify else "" for i in held]
     together, _ = _together(scan, held)
-    halves = assign([scan.ranks[i] for i in held], strata, together, {"test": 0.5})
+    ranks = [scan.ranks[i] for i in held]
+    halves = assign(ranks, strata, together, {"test": 0.5})
+    if halves.count("test") < min(LEAST_ROWS, len(held) // 2):  # most labels have one row, which is not moved
+        halves = assign(ranks, [""] * len(held), together, {"test": 0.5})
     for i, side in zip(held, halves, strict=True):
         sides[i] = "test" if side == "test" else "validation"
 

@@ -20,10 +20,11 @@ from finetune_trainer.data.messages import BadRowError
 from finetune_trainer.data.render import Rendered, Rendering, render_training
 from finetune_trainer.prepare.facts import data_notes
 from finetune_trainer.prepare.fetched import read_fetched
+from finetune_trainer.prepare.gate_check import check_gate, rows_to_measure
 from finetune_trainer.prepare.inputs import open_datasets
 from finetune_trainer.prepare.mixture import SplitAssignment, assign_splits
 from finetune_trainer.prepare.models import load_config, locate_model
-from finetune_trainer.prepare.reuse import config_digest, selects_checkpoint
+from finetune_trainer.prepare.reuse import config_digest
 from finetune_trainer.prepare.scan import scan_all
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat
 from finetune_trainer.prepare.workers import Workers
@@ -37,7 +38,7 @@ OPEN, CLOSE = "⟦", "⟧"
 
 
 def run(context: RunContext, console: Console | None = None) -> None:
-    """Print examples of every dataset. Raises TrainerError as Prepare does."""
+    """Print examples of every dataset. Raises TrainerError as Prepare does; about the gate after the examples."""
     console = console or Console()
     fetched = read_fetched(context, config_digest(context.config))
     spec = resolve(context.config.spec)
@@ -51,11 +52,12 @@ def run(context: RunContext, console: Console | None = None) -> None:
     with Workers() as workers:
         scans = scan_all(dataset_readers, spec.split.seed, workers)
     # rich ends the process where the reader of a pipe has seen enough (`finetune preview … | head`): no failure.
-    assignments = assign_splits(
-        scans, spec.split, selects_checkpoint=selects_checkpoint(spec), max_rows=spec.evaluation.max_rows
-    )
+    assignments = assign_splits(scans, spec)
     with suppress(SystemExit):
         _show_all(context, console, assignments, chat, most)
+    renderings = {one.reader.name: rendering_of(one, chat, most) for one in assignments}
+    measured = {one.reader.name: rows_to_measure(one, renderings[one.reader.name]) for one in assignments}
+    check_gate(spec, scans, assignments, measured)
 
 
 def _show_all(
@@ -74,8 +76,7 @@ def _show_all(
 def _show(console: Console, assignment: SplitAssignment, rendering: Rendering) -> None:
     sides = f"{assignment.count('train'):,} rows for training, {assignment.count('validation'):,} for validation"
     if assignment.evaluation != "none":
-        scored = len(assignment.scored) if assignment.scored is not None else assignment.count(assignment.scored_side)
-        sides += f", {scored:,} for evaluation ({assignment.evaluation})"
+        sides += f", {assignment.measured:,} for evaluation ({assignment.evaluation})"
     console.rule(f"{assignment.reader.name}: {assignment.reader.task.value}", align="left")
     console.print(f"{sides}. {assignment.reader.source.origin}", highlight=False, soft_wrap=True)
     for note in data_notes(assignment):

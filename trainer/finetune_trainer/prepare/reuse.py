@@ -6,8 +6,8 @@ import json
 from hashlib import sha256
 from pathlib import Path
 
+from finetune_api.holdout import selects_checkpoint
 from finetune_api.runconfig import RunConfig
-from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import RunContext
 from finetune_trainer.data.manifest import PreparedManifest
 
@@ -22,7 +22,7 @@ def config_digest(config: RunConfig) -> str:
         "split": spec.split.to_wire(),
         "tuning": [spec.tuning.method, spec.tuning.quantization.to_wire(), spec.tuning.virtual_tokens],
         "training": [training.max_sequence_length, selects_checkpoint(spec)],
-        "evaluation": [evaluation.few_shot, evaluation.max_rows, evaluation.max_new_tokens],
+        "evaluation": [evaluation.few_shot, evaluation.max_rows, evaluation.max_new_tokens, evaluation.gate.to_wire()],
         "paths": [config.paths.source, config.paths.cache],
     }
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -36,8 +36,3 @@ def is_prepared(context: RunContext, digest: str) -> bool:
         return False
     places = (manifest.model.directory, manifest.model.nf4_directory, manifest.model.adapter_directory)
     return manifest.config_digest == digest and all(Path(place).is_dir() for place in places if place)
-
-
-def selects_checkpoint(spec: FineTuneJobSpec) -> bool:
-    """Whether training chooses by validation, so that those rows can no longer measure."""
-    return spec.training.keep_best or spec.training.early_stopping is not None

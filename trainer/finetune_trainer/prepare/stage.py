@@ -14,6 +14,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+from finetune_api.holdout import selects_checkpoint
 from finetune_api.report import Digests, Progress, Report
 from finetune_api.runconfig import resolve
 from finetune_api.spec import FineTuneJobSpec
@@ -35,6 +36,7 @@ from finetune_trainer.prepare.facts import (
     span,
 )
 from finetune_trainer.prepare.fetched import Fetched, read_fetched
+from finetune_trainer.prepare.gate_check import check_gate
 from finetune_trainer.prepare.inputs import open_datasets
 from finetune_trainer.prepare.mixture import SplitAssignment, assign_splits
 from finetune_trainer.prepare.models import (
@@ -48,7 +50,7 @@ from finetune_trainer.prepare.models import (
     quantised_share,
 )
 from finetune_trainer.prepare.rendering import RowCounts
-from finetune_trainer.prepare.reuse import config_digest, is_prepared, selects_checkpoint
+from finetune_trainer.prepare.reuse import config_digest, is_prepared
 from finetune_trainer.prepare.scan import scan_all
 from finetune_trainer.prepare.tokenizer import document_limit, open_chat
 from finetune_trainer.prepare.workers import Workers
@@ -111,11 +113,11 @@ def _prepare(context: RunContext, digest: str, fetched: Fetched, aside: Path) ->
     with Workers() as workers:
         context.reporter.activity("splitting the rows")
         scans = scan_all(dataset_readers, spec.split.seed, workers, _ticker(context, 0), aside)
-        assignments = assign_splits(
-            scans, spec.split, selects_checkpoint=selects_checkpoint(spec), max_rows=spec.evaluation.max_rows
-        )
+        assignments = assign_splits(scans, spec)
         context.reporter.activity("rendering and tokenising")
         written = _write_all(context, spec, assignments, chat, most, aside, workers)
+    scored = {d.reader.name: w.scored for d, w in zip(assignments, written, strict=True)}
+    check_gate(spec, scans, assignments, scored)
 
     refuse_ids_beyond_embeddings(config, tokenizer, chat.end_token_ids, aside)
     train, validation = DocumentStore(aside / "train"), DocumentStore(aside / "validation")

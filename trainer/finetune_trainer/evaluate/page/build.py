@@ -54,6 +54,7 @@ BADGES: dict[str, tuple[str, str]] = {
     "below-minimum": ("bad", "Below the minimum"),
     "undecided": ("wait", "Undecided: too few rows"),
     "not-asked": ("wait", "Evaluated, no improvement required"),
+    "not-measured": ("wait", "Nothing was measured"),
 }
 
 
@@ -108,7 +109,7 @@ def _view(data: ReportData) -> dict[str, Any]:
         "created": data.created.strftime("%d %B %Y, %H:%M UTC"),
         "model": data.manifest.model.source,
         "method": spec.tuning.method.traits.title,
-        "dataset_names": _and([dataset.name for dataset in data.answered]),
+        "dataset_names": _and([dataset.name for dataset in data.manifest.datasets]),
         "rows": f"{sum(len(dataset.rows) for dataset in data.answered):,}",
         "split": results.split,
         "badge": {"kind": kind, "word": word},
