@@ -59,10 +59,11 @@ def _in_base64(value: str) -> Iterator[str]:
 
 
 def redact(text: str) -> str:
-    """`text` without the secrets of this process and without anything that looks like a token."""
+    """`text` without the secrets of this process, anything that looks like a token, and halves of characters."""
     for secret in sorted(_known_secrets, key=len, reverse=True):
         text = text.replace(secret, "[redacted]")
-    return _TOKEN.sub("[redacted]", text)
+    # Names of files and texts may hold bytes that are not UTF-8, which no report can.
+    return _TOKEN.sub("[redacted]", text).encode(errors="backslashreplace").decode()
 
 
 def printable(text: str) -> str:

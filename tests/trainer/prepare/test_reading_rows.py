@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_api.report import FailureClass
-from finetune_trainer.failures import TrainerError
+from finetune_trainer.failures import TrainerError, classify
 from finetune_trainer.prepare import readers
 from finetune_trainer.prepare.dataset_files import FORMATS, choose_files, split_of
 from finetune_trainer.prepare.readers import READERS, UnreadableFileError, read_rows
@@ -171,6 +172,14 @@ def test_files_in_utf_16_are_read_and_said_to_be_so(tmp_path: Path, encoding: st
     (tmp_path / name).write_bytes(content.encode(encoding))
     assert list(read_rows(tmp_path / name)) == rows
     assert open_path(tmp_path / name, "d", None, "datasets[0]").notes == (f"{name}: {said}",)
+
+
+def test_a_file_whose_name_is_not_utf_8_is_named_in_a_sentence_that_can_be_reported(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"train-\xff.csv")).write_text("text,label\none,a\n")
+    with pytest.raises(TrainerError, match=r"whose name is not UTF-8, 'train-\\udcff.csv': rename it"):
+        open_path(tmp_path, "d", None, "datasets[0]")
+    failure = classify(TrainerError(FailureClass.BAD_DATA, "caf\udce9 cannot be read."))
+    assert failure.sentence == "caf\\udce9 cannot be read."
 
 
 def test_files_whose_names_say_no_split_are_named_where_others_say_one(tmp_path: Path) -> None:

@@ -100,6 +100,13 @@ def open_path(path: Path, given: str, config: str | None, field: str) -> Dataset
         files, root = {"train": [path.name]}, path.parent
     else:
         members = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
+        for member in members:
+            if readers.has_foreign_bytes(member):
+                raise TrainerError(
+                    FailureClass.BAD_DATA,
+                    f"{given} holds a file whose name is not UTF-8, {member!r}: rename it.",
+                    field,
+                )
         head = Head.read(path)
         files, chosen = choose_files(members, head, config, field)
         root, names, notes = path, head.class_names(chosen), note_unused(members, files, head, config)
