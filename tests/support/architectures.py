@@ -136,11 +136,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Fields of the config by name; the first word of the name is the type of the model."""
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2")
 """Those that every run of the tests compares in full; `make test-architectures` compares all."""
-WITHOUT_PACKING = (
-    *("bloom", "falcon", "falcon alibi", "falcon_h1", "gpt_oss", "lfm2", "mpt", "nemotron"),
-    *("qwen3_next",),
-)
-"""Those whose documents, packed, would see each other, or whose head or attention is not what it is for others."""
 
 
 OTHERS: dict[str, dict[str, Any]] = {"mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}}

@@ -14,12 +14,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from tests.support.architectures import ARCHITECTURES, USUAL, WITHOUT_PACKING, tiny_architecture
+from tests.support.architectures import ARCHITECTURES, USUAL, tiny_architecture
 from tests.support.batches import examples, packed, padded
 from tests.support.loading import load, tuning
 from tests.support.tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from finetune_api.architectures import never_packs
 from finetune_api.spec import Tuning
 from finetune_trainer.export import Base, export_model
 from finetune_trainer.model.build import CausalModel
@@ -78,7 +79,7 @@ def test_training_and_its_exports_compute_what_plain_libraries_compute(tmp_path:
 
     def compare(how: Tuning, *formats: str) -> None:
         model = load(directory, how)
-        assert model.packs == (name not in WITHOUT_PACKING)
+        assert model.packs == (not never_packs(type(model.causal_lm).__name__))
         with torch.no_grad():
             assert_equal(model.eval()(batch_for(model)).numpy(), plain)
         losses = trained(model.train())

@@ -99,6 +99,35 @@ def test_a_config_without_sizes_is_refused_with_the_name_of_what_is_missing() ->
         model_facts({key: value for key, value in LLAMA.items() if key != "num_hidden_layers"})
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+        {"architectures": ["GPTNeoForCausalLM"], "hidden_size": 64, "num_layers": 2, "num_heads": 4},
+        {"architectures": ["BloomForCausalLM"], "hidden_size": 64, "n_layer": 2, "n_head": 4},
+        {"architectures": ["MPTForCausalLM"], "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    ],
+    ids=lambda config: config["architectures"][0],
+)
+def test_sizes_are_found_by_the_names_that_older_models_give_them(config: dict[str, object]) -> None:
+    facts = model_facts(config | {"vocab_size": 100})
+    assert (facts.hidden_size, facts.num_hidden_layers, facts.num_attention_heads) == (64, 2, 4)
+    assert facts.tie_word_embeddings
+    assert {layer.name.rpartition(".")[2] for layer in facts.linear_layers} & {
+        "c_attn",
+        "q_proj",
+        "query_key_value",
+        "Wqkv",
+    }
+
+
+def test_as_many_layers_as_a_config_claims_are_never_made() -> None:
+    with pytest.raises(ValueError, match="less than or equal to 2000"):
+        model_facts(LLAMA | {"architectures": ["FalconForCausalLM"], "num_hidden_layers": 10**9})
+    with pytest.raises(ValueError, match="layer_types name too few layers"):
+        model_facts(LLAMA | {"architectures": ["Lfm2ForCausalLM"], "num_hidden_layers": 5, "layer_types": ["conv"]})
+
+
 def test_an_unknown_architecture_is_taken_for_a_llama_and_says_so() -> None:
     shape = shape_of(model_facts(LLAMA | {"architectures": ["SomethingForCausalLM"]}))
     assert not shape.known

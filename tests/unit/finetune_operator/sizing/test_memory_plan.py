@@ -14,7 +14,7 @@ from finetune_api.report import LengthFacts, ModelFacts, Plan
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.traits import Method
 from finetune_operator.sizing.gpus import GIB, GpuType, find_gpu
-from finetune_operator.sizing.model_shapes import known_model
+from finetune_operator.sizing.model_shapes import known_model, model_facts
 from finetune_operator.sizing.plan import _smaller_batch, plan_run, planner_for
 from finetune_operator.sizing.planner import CPU_ROW, ROW_BUDGET
 
@@ -221,6 +221,18 @@ def test_an_unknown_gpu_is_said_with_a_near_match_and_nothing_is_promised() -> N
 def test_an_unknown_architecture_is_said() -> None:
     other = LLAMA_8B.model_copy(update={"architecture": "NewForCausalLM"})  # type: ignore[union-attr]
     assert any("Unknown architecture NewForCausalLM" in warning for warning in _plan(_spec(), other).warnings)
+
+
+def test_experts_that_stay_untrained_and_packing_that_is_refused_are_said() -> None:
+    config = {"architectures": ["GptOssForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+    model = model_facts(config | {"num_attention_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2})
+    warnings = _plan(_spec(training__packing=True), model).warnings
+    assert any("leaves the experts of GptOssForCausalLM untrained: name down_proj, gate_up_proj" in w for w in warnings)
+    assert any("Will be refused: GptOssForCausalLM has attention sinks" in w for w in warnings)
+    named = _spec(tuning__lora={"targetModules": "gate_up_proj,down_proj"})
+    plan = _plan(named, model)
+    assert not any("untrained" in warning or "refused" in warning for warning in plan.warnings)
+    assert plan.trainable_parameters == 2 * 4 * 16 * ((2 * 256 + 64) + (64 + 256))
 
 
 def test_a_deadline_that_is_too_short_is_said() -> None:
