@@ -75,6 +75,7 @@ def run(context: RunContext) -> None:
     watchdog.expect("writing the export", attempt.startup_seconds + attempt.hang_seconds, step)
     context.reporter.activity("writing the export")
     export = _export(context, loop.model, step)
+    watchdog.expect("measuring the trained model", attempt.startup_seconds + attempt.hang_seconds, step)
     measured = _probe(context, loop)
     loop.monitor.end(step)
     if context.rank == 0:
