@@ -45,6 +45,11 @@ def classification_baselines(training: Sequence[BaselineRow], rows: Sequence[Eva
     }
 
 
+def _terms(text: str) -> list[str]:
+    """As scikit-learn's own, without single letters, but for scripts in which a character counts as a word."""
+    return [word for word in words(text) if len(word) > 1 or not word.isascii()]
+
+
 def _tfidf(training: Sequence[BaselineRow], texts: Sequence[str]) -> list[str] | None:
     """Word uni- and bigrams, logistic regression with scikit-learn's defaults; None where nothing can be fitted.
 
@@ -59,7 +64,7 @@ def _tfidf(training: Sequence[BaselineRow], texts: Sequence[str]) -> list[str] |
     if len(set(labels)) < 2:
         return None
     pipeline = make_pipeline(
-        TfidfVectorizer(tokenizer=words, token_pattern=None, ngram_range=(1, 2), sublinear_tf=True),
+        TfidfVectorizer(tokenizer=_terms, token_pattern=None, ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(max_iter=1000),
     )
     try:
