@@ -101,7 +101,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 
 def _eval_result(facts: CardFacts, metric: MetricResult) -> EvalResult:
     prepared = facts.manifest.dataset(metric.dataset)
-    dataset = _spec_dataset(facts.config.spec, metric.dataset)
+    dataset = next(each for each in facts.config.spec.datasets if each.name == metric.dataset)
     return EvalResult(
         task_type=prepared.task.traits.hub_task,
         task_name=prepared.task.traits.title,
@@ -115,10 +115,6 @@ def _eval_result(facts: CardFacts, metric: MetricResult) -> EvalResult:
         metric_value=round(-metric.tuned if metric.metric == "neg-loss" else metric.tuned, 6),
         verified=False,
     )
-
-
-def _spec_dataset(spec: FineTuneJobSpec, name: str) -> Dataset:
-    return next(dataset for dataset in spec.datasets if dataset.name == name)
 
 
 def _commit(source: str) -> str:

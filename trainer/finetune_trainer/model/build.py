@@ -378,7 +378,10 @@ def _choose_sharing(
         if not deviation < PACKED_DEVIATION:
             obstacle = f"{root.config.model_type} gives different results with them: logits differ by {deviation:.0%}"
         else:
-            obstacle = kernel_obstacle(_head_width(root.config), precision, device)
+            head_width = (
+                getattr(root.config, "head_dim", None) or root.config.hidden_size // root.config.num_attention_heads
+            )
+            obstacle = kernel_obstacle(int(head_width), precision, device)
     if requested and obstacle:
         raise TrainerError(
             FailureClass.BAD_SPEC,
@@ -390,10 +393,6 @@ def _choose_sharing(
     root.choices["sharedPrefixes"] = Choice(
         value="on" if root.shares_prefixes else "off", why=why if requested is None else "set in the spec"
     )
-
-
-def _head_width(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _refuse_combinations(method: Method, tuning: Tuning, activation_checkpointing: bool) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -44,9 +43,7 @@ class SafetensorsDirectory:
     def __enter__(self) -> SafetensorsDirectory:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._open.clear()
 
@@ -130,7 +127,10 @@ class ModelWeights:
                 self.direct[target] = source
             else:
                 self._groups.setdefault(target, []).append((source, pattern))
-        self.groups = {group: self._targets(group) for group in self._groups}
+        self.groups = {
+            group: list(self._convert(group)) if len(self._converter_targets(group)) > 1 else [group]
+            for group in self._groups
+        }
         """Parameters that are converted from the same tensors of the files."""
         self._converted = {name: group for group, targets in self.groups.items() for name in targets}
 
@@ -169,9 +169,6 @@ class ModelWeights:
             converter.add_tensor(group, source, pattern, self.directory.read(source))
         made = converter.convert(group, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-    def _targets(self, group: str) -> list[str]:
-        return list(self._convert(group)) if len(self._converter_targets(group)) > 1 else [group]
 
     def _converter_targets(self, group: str) -> list[str]:
         pattern = self._groups[group][0][1]

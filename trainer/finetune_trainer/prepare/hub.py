@@ -6,6 +6,7 @@ The token goes into the client's header and nowhere else.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ class Hub:
                     revision=resolved.commit,
                     cache_dir=self._cache,
                     token=self._token,
-                    allow_patterns=[_literal(name) for name in names],
+                    allow_patterns=[glob.escape(name) for name in names],
                     max_workers=4,
                     tqdm_class=_meter(self._progress, resolved.size(self._present(resolved, names)), total),
                 )
@@ -202,11 +203,6 @@ def _no_access(
         what = "The token has no read access to" if signed_in else "A token is needed to read"
         return f"{what} {repo}: set a read token in credentials.hub (locally: HF_TOKEN) and see {page}."
     return None
-
-
-def _literal(name: str) -> str:
-    """A file name as a pattern that matches only itself."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 def _meter(progress: Callable[[int, int], None] | None, present: int, total: int) -> type:

@@ -48,7 +48,7 @@ class Optimizer:
     def squared_norm(self) -> Tensor:
         """float64[]: this rank's share of the squared global gradient norm; the sum over ranks is the square."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norms = torch._foreach_norm([_local(grad) for grad in grads])
+        norms = torch._foreach_norm([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads])
         shares = torch.tensor([1 / _copies(grad, self._world_size) for grad in grads], dtype=torch.float64)
         return torch.stack(norms).double().square() @ shares.to(norms[0].device, non_blocking=True)
 
@@ -86,10 +86,6 @@ def _groups(parameters: dict[str, nn.Parameter], weight_decay: float, b_plus_rat
         ratio = b_plus_ratio if "lora_B" in name or "lora_embedding_B" in name else 1.0
         groups.setdefault((decay, ratio, isinstance(parameter.data, DTensor)), []).append(parameter)
     return [{"params": ps, "weight_decay": decay, "ratio": ratio} for (decay, ratio, _), ps in groups.items()]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(gradient: Tensor, world_size: int) -> int:

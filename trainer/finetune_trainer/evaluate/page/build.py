@@ -125,7 +125,7 @@ def _view(data: ReportData) -> dict[str, Any]:
         "training_facts": _training_facts(train, data.metrics),
         "prompted": data.prompted,
         "datasets": [_dataset_view(dataset, data.manifest.dataset(dataset.name)) for dataset in data.answered],
-        "warnings": _distinct(sentence for _, report in data.reports for sentence in report.warnings),
+        "warnings": list(dict.fromkeys(sentence for _, report in data.reports for sentence in report.warnings)),
         "data_facts": prepare.datasets if prepare else [],
         "plan": _plan_lines(prepare.plan) if prepare and prepare.plan else [],
         "choices": sorted({name: c for _, report in data.reports for name, c in report.choices.items()}.items()),
@@ -396,10 +396,6 @@ def _attempt_line(number: int, report: Report) -> dict[str, Any]:
     if report.resumed_from_step is not None:
         end = f"resumed from step {report.resumed_from_step:,}; {end}"
     return {"stage": report.stage.value, "number": number, "end": end}
-
-
-def _distinct(sentences: Any) -> list[str]:
-    return list(dict.fromkeys(sentences))
 
 
 def _and(names: Sequence[str]) -> str:
