@@ -71,10 +71,13 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         except ValueError:
             raise UserError(f"FINETUNE_{name} is {text!r}, which is not a number.") from None
 
+    backend = environ.get("FINETUNE_BACKEND") or Settings.backend
+    if backend not in BACKENDS:
+        raise UserError(f"FINETUNE_BACKEND must be {' or '.join(BACKENDS)}, not {backend!r}.")
     return Settings(
         namespaces=tuple(filter(None, environ.get("FINETUNE_NAMESPACES", "").replace(" ", "").split(","))),
         image=environ.get("FINETUNE_TRAINER_IMAGE") or Settings.image,
-        backend=_backend(environ.get("FINETUNE_BACKEND") or Settings.backend),
+        backend=backend,
         workers=int(number("WORKERS", Settings.workers)),
         prices=_prices(environ.get("FINETUNE_PRICE_PER_GPU_HOUR", "")),
         log_level=environ.get("FINETUNE_LOG_LEVEL") or Settings.log_level,
@@ -90,12 +93,6 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         backoff_base_seconds=number("BACKOFF_BASE_SECONDS", Settings.backoff_base_seconds),
         backoff_cap_seconds=number("BACKOFF_CAP_SECONDS", Settings.backoff_cap_seconds),
     )
-
-
-def _backend(name: str) -> str:
-    if name not in BACKENDS:
-        raise UserError(f"FINETUNE_BACKEND must be {' or '.join(BACKENDS)}, not {name!r}.")
-    return name
 
 
 def _prices(text: str) -> dict[str, float]:

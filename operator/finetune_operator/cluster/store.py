@@ -60,7 +60,7 @@ class Store:
         key = key_of(kind, body)
         if key is None:
             return None
-        name, version, uid = body["metadata"]["name"], _version(body), _uid(body)
+        name, version, uid = body["metadata"]["name"], int(body["metadata"].get("resourceVersion") or 0), _uid(body)
         known = self._bodies.setdefault((kind, key), {})
         before = known.get(name)
         if before is not None and before.uid == uid and before.version >= version:
@@ -205,10 +205,6 @@ def _image(run_config: str) -> str:
 def _unpack(data: bytes) -> Object:
     body: Object = json.loads(data if data.startswith(b"{") else zlib.decompress(data))
     return body
-
-
-def _version(body: Object) -> int:
-    return int(body["metadata"].get("resourceVersion") or 0)
 
 
 def _uid(body: Object) -> str:

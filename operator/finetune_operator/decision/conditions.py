@@ -122,11 +122,6 @@ def mark_succeeded(status: JobStatus, stage: Stage, message: str, now: datetime)
     set_condition(status, STAGE_CONDITION[stage], True, "Succeeded", message, now)
 
 
-def mark_pending(status: JobStatus, stage: Stage, now: datetime) -> None:
-    """Mark a stage that has succeeded as one to run again."""
-    set_condition(status, STAGE_CONDITION[stage], False, PENDING, "Will run again.", now)
-
-
 def next_stage(status: JobStatus, spec: FineTuneJobSpec) -> Stage | None:
     """The first stage that has not succeeded; Publish only if it was asked for."""
     for stage in STAGES:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 
-from finetune_api.base import Stage
 from finetune_api.report import FailureClass
 from finetune_api.status import ConditionType, JobStatus, Phase
 from finetune_operator.decision import attempts, conditions, deadlines, events, progress
@@ -118,7 +117,9 @@ def _observe_retry(draft: StatusDraft) -> None:
     failed = status.condition(ConditionType.FAILED)
     if failed is not None and failed.status == "True":
         if failed.reason == "GateRefused":
-            conditions.mark_pending(status, Stage.EVALUATE, draft.now)
+            conditions.set_condition(
+                status, ConditionType.EVALUATED, False, conditions.PENDING, "Will run again.", draft.now
+            )
         message = f"Retry requested by the annotation {RETRY_ANNOTATION}."
         conditions.set_condition(status, ConditionType.FAILED, False, "Retried", message, draft.now)
         status.completion_time = None

@@ -21,13 +21,9 @@ def render_plan(
     name: str, spec: FineTuneJobSpec, plan: Plan, origins: Sequence[str], price_per_gpu_hour: float | None
 ) -> list[RenderableType]:
     """The parts of the page, in order."""
-    parts: list[RenderableType] = [
-        _title(name, spec, plan),
-        "",
-        _memory(spec, plan),
-        "",
-        _figures(spec, plan, price_per_gpu_hour),
-    ]
+    model = (spec.model.repo or spec.model.path or "").rpartition("/")[2]
+    title = Text.assemble((name, "bold"), f"  {model} · {spec.tuning.method} · {_where(spec, plan)}")
+    parts: list[RenderableType] = [title, "", _memory(spec, plan), "", _figures(spec, plan, price_per_gpu_hour)]
     if plan.warnings:
         parts += ["", _list(plan.warnings, Text("!", style="bold yellow"))]
     return [*parts, "", _list(origins, Text("·"), style="dim")]
@@ -38,11 +34,6 @@ def _list(sentences: Sequence[str], mark: Text, style: str = "") -> Table:
     for sentence in sentences:
         table.add_row(mark, Text(sentence, style=style))
     return table
-
-
-def _title(name: str, spec: FineTuneJobSpec, plan: Plan) -> Text:
-    model = (spec.model.repo or spec.model.path or "").rpartition("/")[2]
-    return Text.assemble((name, "bold"), f"  {model} · {spec.tuning.method} · {_where(spec, plan)}")
 
 
 def _where(spec: FineTuneJobSpec, plan: Plan) -> str:

@@ -41,7 +41,7 @@ def refusal(error: ApiError) -> str:
         case 401:
             return "The cluster does not accept your credentials: log in again, or choose another --context."
         case 403:
-            return f"The cluster forbids it: {_after(message, 'is forbidden: ')}."
+            return f"The cluster forbids it: {message.split('is forbidden: ', 1)[-1].rstrip('.')}."
         case 404:
             return _not_found(error)
         case 409:
@@ -75,10 +75,6 @@ def _cause(message: str) -> str:
     """Without the value, which may be a whole object: `Invalid value: "object": sentence` is `sentence`."""
     short = re.sub(r'^(Invalid value|Forbidden|Required value): ?("?(object|array)"?: )?', "", message, flags=re.DOTALL)
     return (short or message).rstrip(".")
-
-
-def _after(message: str, mark: str) -> str:
-    return (message.partition(mark)[2] or message).rstrip(".")
 
 
 def unreachable(server: str, error: BaseException) -> str:
