@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from finetune_api.base import Stage
+
+from .attacker import Attack, failure
 from .clusters import JOB, Cluster
 from .conftest import UNDISTURBED, Furnish
-from .tenant import Tenant, accuracy
+from .tenant import Tenant, accuracy, is_true
 from .wandb_server import API_KEY, UnavailableError, WandbServer
 
 pytestmark = pytest.mark.timeout(1200)
@@ -41,8 +44,18 @@ def wandb(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def trained(request: pytest.FixtureRequest, furnish: Furnish, wandb: WandbServer | str) -> Iterator[Trained]:
-    """Three pods, two tasks, LoRA: applied, and complete."""
+def attack(request: pytest.FixtureRequest, furnish: Furnish) -> Iterator[Attack]:
+    """A tenant that is about to attack."""
+    failed_before = request.session.testsfailed
+    with furnish("attacker", lambda: request.session.testsfailed > failed_before) as tenant:
+        yield Attack(tenant)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    request: pytest.FixtureRequest, furnish: Furnish, wandb: WandbServer | str, attack: Attack
+) -> Iterator[Trained]:
+    """Three pods, two tasks, LoRA: applied, and complete, while another tenant attacks."""
     failed_before = request.session.testsfailed
     with furnish("undisturbed", lambda: request.session.testsfailed > failed_before) as tenant:
         if isinstance(wandb, str):
@@ -54,6 +67,7 @@ def trained(request: pytest.FixtureRequest, furnish: Furnish, wandb: WandbServer
                 tracking={"wandb": {"project": PROJECT}},
                 credentials__wandb={"name": "wandb", "key": "key"},
             )
+        attack.begin()
         status = tenant.complete()
         request.config.cache.set(UNDISTURBED, {tenant.cluster.built("trainer"): tenant.losses()})
         yield Trained(tenant, status, wandb)
@@ -99,6 +113,27 @@ def test_wandb_shows_the_run_that_the_status_links_to(trained: Trained) -> None:
     assert shown["summaryMetrics"]["exported/step"] == max(losses)
     curve = {r["train/step"]: r["train/loss"] for r in trained.wandb.history(entity, project, run) if "train/loss" in r}
     assert curve == pytest.approx(losses)
+
+
+def test_a_tenant_that_attacks_meanwhile_stops_nobody_forges_nothing_and_gets_no_token(
+    trained: Trained, attack: Attack
+) -> None:
+    attack.end()
+    assert is_true(trained.status, "Complete")
+    assert "spec.tuning.lora.layers" in attack.refusal
+    assert "report.time" in attack.ignored
+    assert attack.pods_while_suspended == 0
+    assert attack.codes == {
+        "time": 200,
+        "into Evaluate's report": 403,
+        "beside its own report": 200,
+        "never to be deleted": 422,
+    }
+    assert "is a link or a special file" in failure(attack.status)
+    assert attack.status.get("results") is None
+    assert attack.tenant.pods(Stage.PUBLISH) == []
+    assert not attack.tenant.hub.seen("POST", r"/(commit|preupload)/")
+    assert attack.stolen() == []
 
 
 def loaded(tenant: Tenant, adapter: Path) -> tuple[Any, Any, Any]:
