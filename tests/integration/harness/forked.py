@@ -52,7 +52,7 @@ class Nursery:
         # With the control plane's logs, and as long as they.
         self.folder = Path(tempfile.mkdtemp(prefix="forked-", dir=self.control_plane.folder))
         self.ops = self.control_plane.create_namespace("ops")
-        values = {"namespaces": [], "crd": {"install": False}, "rbac": {"aggregate": False}}
+        values = {"namespaces": [], "crd": {"install": False}, "rbac": {"aggregate": False, "protectReports": "never"}}
         Helm(self.folder, self.control_plane.kubeconfig).install(self.ops, values)
         # Each life has a Lease of its own name: a killed one cannot work on, so that nothing has to wait for its end.
         self.control_plane.apply(_any_lease(), self.ops)
