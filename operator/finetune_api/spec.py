@@ -900,6 +900,10 @@ BY_NAME: Any = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [
 """Entries are merged by name: else the defaults that the API server fills in look like the work of another applier."""
 
 
+LOW_RANK = f"self.tuning.method in {[str(method) for method in Method if method.traits.low_rank]}"
+PREPENDS_TOKENS = f"self.tuning.method in {[str(method) for method in Method if method.traits.prepends_tokens]}"
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, where, and what to do with the result."""
 
@@ -950,7 +954,7 @@ class FineTuneJobSpec(ApiModel):
             ".datasets",
         ),
         Rule(
-            "!has(self.model.adapter) || self.tuning.method in ['lora', 'qlora']",
+            f"!has(self.model.adapter) || {LOW_RANK}",
             "adapter is a LoRA adapter to continue training: choose the method lora or qlora, or remove adapter",
             ".model.adapter",
         ),
@@ -966,14 +970,14 @@ class FineTuneJobSpec(ApiModel):
             ".training.resumeFrom",
         ),
         Rule(
-            "!(self.tuning.method in ['prompt', 'prefix']) || !has(self.training.packing) || !self.training.packing",
+            f"!({PREPENDS_TOKENS}) || !has(self.training.packing) || !self.training.packing",
             "prompt and prefix add their tokens once per sequence, so packed examples would share them: remove packing",
             ".training.packing",
         ),
         Rule(
             "!has(self.training.sharedPrefixes) || !self.training.sharedPrefixes "
             "|| self.tuning.lora.dropout == 0.0 && self.training.neftuneAlpha == 0.0 "
-            "&& !(self.tuning.method in ['prompt', 'prefix']) "
+            f"&& !({PREPENDS_TOKENS}) "
             "&& (!has(self.training.packing) || self.training.packing)",
             "sharedPrefixes needs packing and excludes dropout, noise and the methods prompt and prefix: "
             "remove sharedPrefixes, or lora.dropout, neftuneAlpha and packing: false",
@@ -987,7 +991,7 @@ class FineTuneJobSpec(ApiModel):
             ".training.activationCheckpointing",
         ),
         Rule(
-            "!(self.tuning.method in ['prompt', 'prefix']) || !has(self.publish) || self.publish.format != 'merged'",
+            f"!({PREPENDS_TOKENS}) || !has(self.publish) || self.publish.format != 'merged'",
             "prompt and prefix are not part of the weights and cannot be merged into them: choose format: adapter",
             ".publish.format",
         ),
@@ -1003,7 +1007,7 @@ class FineTuneJobSpec(ApiModel):
             ".model.attention",
         ),
         Rule(
-            "self.model.attention != 'varlen' || !(self.tuning.method in ['prompt', 'prefix']) "
+            f"self.model.attention != 'varlen' || !({PREPENDS_TOKENS}) "
             "&& (!has(self.training.packing) || self.training.packing)",
             "varlen attention needs packed sequences, which prompt, prefix and packing: false do not use: "
             "choose auto, or remove packing",

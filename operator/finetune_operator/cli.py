@@ -60,7 +60,9 @@ def load(name: str) -> Any:
     with _missing_extra(name):
         function = getattr(importlib.import_module(f"finetune_operator.commands.{name}"), name.replace("-", "_"))
     app = typer.Typer(add_completion=False)
-    app.command(name, help=_paragraphs(inspect.getdoc(function) or COMMANDS[name].help))(_runnable(name, function))
+    paragraphs = (inspect.getdoc(function) or COMMANDS[name].help).split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)  # the help wraps them to the terminal
+    app.command(name, help=text)(_runnable(name, function))
     return get_command(app)
 
 
@@ -92,11 +94,6 @@ def _runnable(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
             return asyncio.run(command(*arguments, **options))
 
     return run
-
-
-def _paragraphs(text: str) -> str:
-    """A docstring with each paragraph in one line, so that the help wraps it to the terminal."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 class LazyGroup(TyperGroup):

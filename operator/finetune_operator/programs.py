@@ -1,7 +1,7 @@
 """What each stage runs: its programs, the token that each alone may read, and its environment. Pure.
 
 The pods of the cluster, the local processes and the check for missing Secrets are all rendered from this, so that a
-stage runs the same in both worlds.
+stage runs the same in both worlds. docs/architecture.md lists all variables, and who sets those that are not set here.
 """
 
 from __future__ import annotations

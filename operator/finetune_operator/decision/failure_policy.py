@@ -78,7 +78,7 @@ POLICIES: dict[str, Policy] = {
     FailureClass.PEER: _retry("Every rank reported a failure of another rank; treated as a crash."),
     FailureClass.PREEMPTED: _retry("Resumes from the checkpoint saved before the preemption.", counted=False),
     FailureClass.HUB_UNAVAILABLE: _retry("Retries until the Hub is available again.", counted=False),
-    InfraFailure.EVICTED: _retry("The cluster evicted or preempted a pod.", counted=False),
+    InfraFailure.EVICTED: _retry("The cluster evicted a pod. Resumes from the newest valid checkpoint.", counted=False),
     InfraFailure.OVER_LIMIT: _retry("The kubelet evicted a pod that exceeded its own limit; the message names it."),
     InfraFailure.NOT_ADMITTED: _retry("A kubelet refused a pod before anything ran in it.", counted=False),
     InfraFailure.NODE_LOST: _retry(

@@ -1,7 +1,7 @@
 """The share of each labelled token in the step's loss, exact over ranks and micro-batches. Pure.
 
 The denominators run over the whole step's examples, which every rank knows: so the loss is a plain sum
-over ranks, and gradients that are summed over ranks need no further factor.
+over ranks, and gradients that are summed over ranks (model/sharding.py) need no factor. The objective multiplies.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def environment(
     cache: str,
     interface: str,
 ) -> dict[str, str]:
-    """The environment of a node's processes, but for the tokens' directory. `inherited` must hold no secrets.
+    """Variables of a node's processes, but for what children.py gives each. `inherited` must hold no secrets.
 
     `interface` is where ranks listen unless the user says otherwise; empty leaves it to the launcher.
     """
