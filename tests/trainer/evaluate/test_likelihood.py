@@ -1,4 +1,4 @@
-"""Closed answers in one forward pass give what one sequence a candidate gives, only faster."""
+"""Closed answers in one forward pass give what one sequence per candidate gives, only faster."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Log-probabilities of given answers: closed label sets, multiple choice, and whole documents.
 
-A closed set is scored in one forward pass a batch: the candidates of a row hang below its prompt as a tree of
+A closed set is scored in one forward pass per batch: the candidates of a row hang below its prompt as a tree of
 tokens (shared beginnings once, end tokens never fed in), kept apart by the attention mask, and what all prompts
 begin with is computed once and kept in the key-value cache. `sequence_scores` is the plain way, one sequence a
 candidate; it is used where a model does not take such masks, and to check that both ways agree.
@@ -274,7 +274,7 @@ def as_sequences(row: ClosedQuestion) -> list[TargetSequence]:
 def plain_scores(
     model: Any, rows: Sequence[ClosedQuestion], budget: Budget = Budget(), done: RowsDone = lambda _rows: None
 ) -> list[list[float]]:
-    """What `tree_scores` gives, one sequence a candidate."""
+    """What `tree_scores` gives, one sequence per candidate."""
     sequences = [sequence for row in rows for sequence in as_sequences(row)]
     flat = iter(sequence_scores(model, sequences, budget))
     results = [[next(flat).sum for _ in row.candidates] for row in rows]

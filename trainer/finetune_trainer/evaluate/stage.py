@@ -248,8 +248,8 @@ def _settings(
     else:
         difference = tree_disagreement(model, rows)
         trees = difference <= TREE_TOLERANCE[pair.dtype]
-        why = f"differs from one sequence a candidate by {difference:.2g}"
-    context.reporter.choose(f"evaluation.scoring.{variant}", "tree" if trees else "one sequence a candidate", why)
+        why = f"differs from one sequence per candidate by {difference:.2g}"
+    context.reporter.choose(f"evaluation.scoring.{variant}", "tree" if trees else "one sequence per candidate", why)
     return AnswerSettings(settings.max_new_tokens, budget, trees)
 
 
