@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.support.hub_job import ROWS, SPEC, tiny_model
 from tests.support.hub_server import HubServer, hub_in_this_process
-from tests.support.prepare_runs import labelled, prepare_context
-from tests.support.tiny import tiny_llama
+from tests.support.prepare_runs import prepare_context
 
 from finetune_api.files import write_json
 from finetune_api.report import FailureClass
@@ -26,18 +26,11 @@ from finetune_trainer.prepare.fetched import FETCHED_FILE, is_inside
 from finetune_trainer.prepare.hub import Hub
 
 TOKEN = "hf_alice_reads"
-ROWS = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in labelled(40))
-SPEC = {
-    "model": {"repo": "meta/tiny"},
-    "datasets": [{"name": "rows", "repo": "acme/rows", "task": "classification"}],
-}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(
-        tmp_path_factory.mktemp("hub") / "tiny", layers=1, hidden=16, heads=2, key_value_heads=1, intermediate=16
-    )
+    return tiny_model(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture

@@ -9,27 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.support.hub_job import ROWS, SPEC, tiny_model
 from tests.support.hub_server import HubServer, hub_in_this_process
 from tests.support.prepare_runs import labelled, prepare, prepare_context
-from tests.support.tiny import tiny_llama
 
 from finetune_api.report import FailureClass
 from finetune_trainer.data.evaluation_rows import read_evaluation
 from finetune_trainer.data.manifest import PreparedManifest
 from finetune_trainer.failures import TrainerError
 
-ROWS = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in labelled(40))
-SPEC = {
-    "model": {"repo": "meta/tiny"},
-    "datasets": [{"name": "rows", "repo": "acme/rows", "task": "classification"}],
-}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(
-        tmp_path_factory.mktemp("hub") / "tiny", layers=1, hidden=16, heads=2, key_value_heads=1, intermediate=16
-    )
+    return tiny_model(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
