@@ -14,6 +14,7 @@ import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_LE
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,12 @@ class _Dialect:
 
 def _dialect(path: Path) -> _Dialect:
     """The delimiter is the most frequent one of the header. In TSV, quotation marks count if all of them close."""
+    found = path.stat()
+    return _dialect_of_version(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1000)  # a TSV file is read whole for it, and every pass over the rows asks again
+def _dialect_of_version(path: Path, _modified: int, _size: int) -> _Dialect:
     if format_of(path.name) == ".tsv":
         return _Dialect("\t", quoted=_closes_its_quotes(path))
     with _Lines(path) as file:
