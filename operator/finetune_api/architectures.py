@@ -81,6 +81,11 @@ class _Sizes:
         yield from self.make("self_attn", "k_proj v_proj", self.keys, self.hidden, layers)
         yield from self.make("self_attn", output, self.hidden, self.queries, layers)
 
+    def fused_attention(self, parent: str, first: str, last: str, out: int = 0) -> Layers:
+        """q, k and v in one product of that many rows, three times the model's width by default, and the output."""
+        yield from self.make(parent, first, out or 3 * self.hidden, self.hidden)
+        yield from self.make(parent, last, self.hidden, self.hidden)
+
     def mlp(self, parent: str, first: str, last: str, width: int = 0, layers: Sequence[int] | None = None) -> Layers:
         """Into the MLP and out of it."""
         yield from self.make(parent, first, width or self.width, self.hidden, layers)
@@ -108,8 +113,7 @@ def _opt(s: _Sizes) -> Layers:
 
 
 def _gpt2(s: _Sizes) -> Layers:
-    yield from s.make("attn", "c_attn", 3 * s.hidden, s.hidden)
-    yield from s.make("attn", "c_proj", s.hidden, s.hidden)
+    yield from s.fused_attention("attn", "c_attn", "c_proj")
     yield from s.mlp("mlp", "c_fc", "c_proj")
 
 
@@ -124,14 +128,12 @@ def _gpt_neo(s: _Sizes) -> Layers:
 
 
 def _neox(s: _Sizes) -> Layers:
-    yield from s.make("attention", "query_key_value", 3 * s.hidden, s.hidden)
-    yield from s.make("attention", "dense", s.hidden, s.hidden)
+    yield from s.fused_attention("attention", "query_key_value", "dense")
     yield from s.mlp("mlp", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def _bloom(s: _Sizes) -> Layers:
-    yield from s.make("self_attention", "query_key_value", 3 * s.hidden, s.hidden)
-    yield from s.make("self_attention", "dense", s.hidden, s.hidden)
+    yield from s.fused_attention("self_attention", "query_key_value", "dense")
     yield from s.mlp("mlp", "dense_h_to_4h", "dense_4h_to_h", 4 * s.hidden)
 
 
@@ -141,14 +143,12 @@ def _falcon(s: _Sizes) -> Layers:
         fused = (2 * size(s.config, "num_kv_heads", s.heads) + s.heads) * s.head
     elif s.config.get("multi_query", True):
         fused = s.hidden + 2 * s.head
-    yield from s.make("self_attention", "query_key_value", fused, s.hidden)
-    yield from s.make("self_attention", "dense", s.hidden, s.hidden)
+    yield from s.fused_attention("self_attention", "query_key_value", "dense", fused)
     yield from s.mlp("mlp", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def _mpt(s: _Sizes) -> Layers:
-    yield from s.make("attn", "Wqkv", 3 * s.hidden, s.hidden)
-    yield from s.make("attn", "out_proj", s.hidden, s.hidden)
+    yield from s.fused_attention("attn", "Wqkv", "out_proj")
     yield from s.mlp("ffn", "up_proj", "down_proj", 4 * s.hidden)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from finetune_api.spec import Dataset, FineTuneJobSpec
+from finetune_api.spec import USUAL_VALIDATION, Dataset, FineTuneJobSpec
 
 LEAST_ROWS = 30
 """Fewer measured rows than this in any dataset: bootstrap intervals are too narrow to be believed."""
-USUAL_SHARE = 0.2
 LARGEST_SHARE = 0.5
 STEPS = tuple(step / 20 for step in range(1, 13))
 """Shares that are tried as advice."""
@@ -42,7 +41,7 @@ def held_out_shares(spec: FineTuneJobSpec, dataset: Dataset, rows: int) -> Share
         return Shares(split.validation, test)
     needed = LEAST_ROWS * (2 if selects_checkpoint(spec) else 1)
     raised = own.test is None and not test and needed <= LARGEST_SHARE * rows
-    return Shares(max(USUAL_SHARE, needed / rows) if raised else USUAL_SHARE, test)
+    return Shares(max(USUAL_VALIDATION, needed / rows) if raised else USUAL_VALIDATION, test)
 
 
 def measured_rows(spec: FineTuneJobSpec, dataset: Dataset, rows: int) -> int | None:

@@ -238,6 +238,10 @@ class Dataset(Source):
     )
 
 
+USUAL_VALIDATION = 0.2
+"""Fraction of the rows held out for validation unless the spec says otherwise."""
+
+
 class Split(ApiModel):
     """How rows are split if the dataset has no splits of its own."""
 
@@ -253,8 +257,8 @@ class Split(ApiModel):
 
     cel_rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "(has(self.validation) ? self.validation : 0.2) + self.test < 1.0",
-            "validation (0.2 if it is not set) and test must add up to less than 1",
+            f"(has(self.validation) ? self.validation : {USUAL_VALIDATION}) + self.test < 1.0",
+            f"validation ({USUAL_VALIDATION} if it is not set) and test must add up to less than 1",
         ),
     )
 

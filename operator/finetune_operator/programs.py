@@ -28,7 +28,7 @@ class Program:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Variables of this program, beside those of its stage."""
+        """Variables of this program, in addition to those of its stage."""
         return {} if self.reaches_hub else {"HF_HUB_OFFLINE": "1"}
 
     def command(self, python: str = "python") -> list[str]:

@@ -272,10 +272,11 @@ def read_pod(body: Object, out_of_service: frozenset[str]) -> Pod:
     ended = [(name, state["terminated"]) for name, state in (before | main).items() if state.get("terminated")]
     failed_container, failed = next(((name, end) for name, end in ended if end.get("exitCode")), ("", None))
     last = failed or next((state.get("terminated") for state in main.values()), None) or {}
-    waiting = _waiting(meta["name"], body) if status.get("phase", "Pending") == "Pending" else ""
+    pending = status.get("phase", "Pending") == "Pending"
+    waiting = _waiting(meta["name"], body) if pending else ""
     # During the programs before the stage's own, which run in init containers, Kubernetes calls the pod Pending.
     began = min(filter(None, (_started(state) for state in before.values())), default=None)
-    phase = _phase(status, last, bool(began and not waiting))
+    phase = _phase(status, last, running=lost or bool(pending and began and not waiting))
     node = spec.get("nodeName", "")
     return Pod(
         name=meta["name"],
@@ -305,14 +306,15 @@ def _states(status: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
     return {each["name"]: each.get("state") or {} for each in status.get(kind) or [] if each.get("name") in CONTAINERS}
 
 
-def _phase(status: Mapping[str, Any], last: Mapping[str, Any], initialising: bool) -> PodPhase:
-    """The phase of the pod as far as the trainer's own containers go. last: how they ended, empty if they did not."""
+def _phase(status: Mapping[str, Any], last: Mapping[str, Any], *, running: bool) -> PodPhase:
+    """The phase of the pod as far as the trainer's own containers go.
+
+    last: how they ended, empty if they did not. running: whatever Kubernetes calls it, unless they have ended.
+    """
     phase = status.get("phase", "Pending")
     if phase == "Running" and last:
         return PodPhase.FAILED if last.get("exitCode") else PodPhase.SUCCEEDED
-    if phase == "Unknown" or status.get("reason") == "NodeLost" or (phase == "Pending" and initialising):
-        return PodPhase.RUNNING
-    return PodPhase(phase)
+    return PodPhase.RUNNING if running else PodPhase(phase)
 
 
 def _lingering(status: Mapping[str, Any]) -> str:

@@ -82,7 +82,7 @@ def _infra_failure(child: Child) -> Cause | None:
             state = "is out of service" if pod.out_of_service else "is lost"
             return Cause(InfraFailure.NODE_LOST, f"Node {pod.node or 'unknown'} of pod {pod.name} {state}.")
     for pod in child.pods:
-        said = f": {pod.message.strip().rstrip('.')}." if pod.message else " by the cluster."
+        said = f"{_quoted(pod)}." if pod.message else " by the cluster."
         if pod.over_own_limit:
             raise_it = "Raise that limit (podTemplate.resources.limits, or what the namespace's LimitRange sets)."
             return Cause(InfraFailure.OVER_LIMIT, f"Pod {pod.name} was evicted{said} {raise_it}")
@@ -117,9 +117,12 @@ def _from_exit(pod: Pod) -> Cause | None:
         limit = f" ({pod.memory_limit})" if pod.memory_limit else ""
         what = f"was killed (SIGKILL). If the node ran out of memory, raise {_LIMIT}{limit}."
     else:
-        said = f": {pod.message.strip().rstrip('.')}" if pod.message else ""
-        what = f"{_exit_text(code)} without an error report{said}."
+        what = f"{_exit_text(code)} without an error report{_quoted(pod)}."
     return Cause(reason, f"Pod {pod.name} {what}")
+
+
+def _quoted(pod: Pod) -> str:
+    return f": {pod.message.strip().rstrip('.')}" if pod.message else ""
 
 
 def _exit_text(code: int | None) -> str:

@@ -10,9 +10,9 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api.holdout import LEAST_ROWS, USUAL_SHARE, held_out_shares, selects_checkpoint
+from finetune_api.holdout import LEAST_ROWS, held_out_shares, selects_checkpoint
 from finetune_api.report import FailureClass
-from finetune_api.spec import FineTuneJobSpec, Split
+from finetune_api.spec import USUAL_VALIDATION, FineTuneJobSpec, Split
 from finetune_api.structure import near_match
 from finetune_trainer.data.words import fold
 from finetune_trainer.failures import TrainerError
@@ -111,9 +111,9 @@ def _assign(reader: DatasetReader, scans: dict[str, Scan], job: FineTuneJobSpec)
         _halve(assignment.sides[where], scans[where], split)
     _exclude_held_out(assignment)
     _note_duplicates(assignment, train, large, bool(shares))
-    if split.validation is None and asked.validation > USUAL_SHARE:
+    if split.validation is None and asked.validation > USUAL_VALIDATION:
         assignment.notes.append(
-            f"{asked.validation:.0%} of the rows are held out instead of {USUAL_SHARE:.0%}, so that enough can be "
+            f"{asked.validation:.0%} of the rows are held out instead of {USUAL_VALIDATION:.0%}, so that enough can be "
             "measured (split.validation is not set)"
         )
     return assignment
