@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from finetune_api.report import FailureClass
 from finetune_trainer.digest import export_digest, files_of, write_digest
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.files import flush
+from finetune_trainer.files import ADAPTER_WEIGHTS, flush
 from finetune_trainer.model import adapters
 from finetune_trainer.model.adapters import base_name
 from finetune_trainer.model.build import CausalModel
@@ -142,7 +142,7 @@ def _write_adapter(state: dict[str, Tensor], model: CausalModel, out: Path, base
         assert isinstance(config, LoraConfig)
         config.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
         config.r = 2 * config.r
-    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, out / adapters.ADAPTER_FILE)
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, out / ADAPTER_WEIGHTS)
     config.save_pretrained(str(out))
 
 

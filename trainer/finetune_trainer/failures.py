@@ -62,12 +62,11 @@ def redact(text: str) -> str:
     """`text` without the secrets of this process, anything that looks like a token, and halves of characters."""
     for secret in sorted(_known_secrets, key=len, reverse=True):
         text = text.replace(secret, "[redacted]")
-    # Names of files and texts may hold bytes that are not UTF-8, which no report can.
-    return _TOKEN.sub("[redacted]", text).encode(errors="backslashreplace").decode()
+    return printable(_TOKEN.sub("[redacted]", text))
 
 
 def printable(text: str) -> str:
-    """`text` with halves of characters spelt out: neither a report nor a terminal takes them."""
+    """`text` with halves of characters spelt out: names of files and texts may hold them, but no report can."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -76,7 +75,7 @@ def classify(error: BaseException, rank: int | None = None) -> Failure:
     failure_class, sentence, field = _class_of(error)
     return Failure(
         failure_class=failure_class,
-        sentence=redact(printable(sentence))[:MAX_SENTENCE],
+        sentence=redact(sentence)[:MAX_SENTENCE],
         field=printable(field),
         rank=rank,
         time=datetime.now(UTC),

@@ -11,6 +11,8 @@ from pathlib import Path
 from filelock import FileLock
 
 DONE = ".complete"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""What PEFT calls the files of an adapter."""
 
 
 def sha256_of(path: Path) -> str:

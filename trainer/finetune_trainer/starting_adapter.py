@@ -6,7 +6,7 @@ Without torch, so that Prepare can tell before a GPU is held.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from finetune_api.report import FailureClass
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_trainer.untrusted import tensor_shapes
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base model as it is."""
 SUPPORTED = {
@@ -32,18 +32,18 @@ _ROWS_AT_A_TIME = 4096
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """The adapter's config; empty where it is no JSON object."""
+def read_adapter_config(directory: Path) -> dict[str, Any] | None:
+    """The adapter's config; None where it is no JSON object."""
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def refuse_other_starts(directory: Path) -> None:
     """Raise TrainerError (bad-spec) for an adapter with which PEFT would not start where training here would."""
-    config = read_adapter_config(directory)
+    config = read_adapter_config(directory) or {}
     init = config.get("init_lora_weights")
     if init not in PLAIN_STARTS:
         raise _refused(
@@ -52,12 +52,12 @@ def refuse_other_starts(directory: Path) -> None:
         )
     unknown = sorted(name for name, value in config.items() if name not in SUPPORTED and value)
     if unknown:
-        raise _refused(f"its {CONFIG_FILE} sets {', '.join(unknown)[:200]}, which is not supported here")
+        raise _refused(f"its {ADAPTER_CONFIG} sets {', '.join(unknown)[:200]}, which is not supported here")
 
 
 def refuse_merging_biases(directory: Path) -> None:
     """Raise TrainerError (bad-spec) for biases of its own, which the base's layers have no place for."""
-    if read_adapter_config(directory).get("lora_bias"):
+    if (read_adapter_config(directory) or {}).get("lora_bias"):
         raise TrainerError(
             FailureClass.BAD_SPEC,
             "The adapter to go on from has biases (lora_bias), which cannot be merged. Set publish.format: adapter.",
@@ -70,24 +70,26 @@ def refuse_other_base_weights(directory: Path, base: Path) -> None:
     than the base's own: PEFT would start from them, but nothing would train or export them."""
     files = [path for path in sorted(base.glob("*.safetensors")) if path.is_file()]
     shapes = {path: tensor_shapes(path) for path in files}
-    for key in _untrained(directory):
+    own = tensor_shapes(directory / ADAPTER_WEIGHTS)
+    for key in _untrained(directory, own):
         name = key.removeprefix("base_model.model.").replace(".base_layer", "")
         found = [(path, other) for path, names in shapes.items() for other in names if _same(other, name, shapes)]
-        if not found or not _equal(directory / WEIGHTS_FILE, key, *found[0]):
+        same_shape = bool(found) and own[key] == shapes[found[0][0]][found[0][1]]
+        if not same_shape or not _equal(directory / ADAPTER_WEIGHTS, key, *found[0]):
             raise _refused(
                 f"its file holds {key}, other than the model's {name} (trained whole, resized, or saved with "
                 "save_embedding_layers), which would be lost. Merge the adapter and use the result as the model"
             )
 
 
-def _untrained(directory: Path) -> list[str]:
+def _untrained(directory: Path, names: Iterable[str]) -> list[str]:
     """Tensors of the adapter's file that are neither low-rank factors nor trained whole with it."""
-    config = read_adapter_config(directory)
+    config = read_adapter_config(directory) or {}
     saved = [f".{name}." for name in config.get("modules_to_save") or []]
     biases = config.get("bias", "none") != "none"
     return [
         key
-        for key in tensor_shapes(directory / WEIGHTS_FILE)
+        for key in names
         if ".lora_" not in key
         and not any(name in f".{key}" for name in saved)
         and not (biases and key.endswith(".bias"))
@@ -103,8 +105,6 @@ def _same(other: str, name: str, shapes: dict[Path, dict[str, list[int]]]) -> bo
 
 
 def _equal(one: Path, key: str, other: Path, name: str) -> bool:
-    if tensor_shapes(one)[key] != tensor_shapes(other)[name]:
-        return False
     try:
         return all(np.array_equal(a, b) for a, b in zip(_rows(one, key), _rows(other, name), strict=True))
     except (ValueError, LookupError, TypeError, OverflowError) as error:

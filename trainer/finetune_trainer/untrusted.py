@@ -102,3 +102,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _refused(why: str) -> TrainerError:
     return TrainerError(FailureClass.BAD_SPEC, f"The model cannot be used: {why}.", "model")
+
+
+def refuse_without_attention(config: Any) -> None:
+    """Raise TrainerError (bad-spec) for the config of a model that is no transformer."""
+    if not getattr(config.get_text_config(), "num_attention_heads", None):
+        sentence = f"{config.model_type} has no attention layers; only transformers can be tuned."
+        raise TrainerError(FailureClass.BAD_SPEC, sentence, "model")

@@ -25,13 +25,13 @@ from finetune_trainer.evaluate.baselines import WORDS
 from finetune_trainer.evaluate.bootstrap import STATEMENT
 from finetune_trainer.evaluate.gate import MACRO
 from finetune_trainer.evaluate.metrics import LOWER_IS_BETTER
+from finetune_trainer.files import ADAPTER_CONFIG
 from finetune_trainer.prepare.readme import LONGEST_HEAD_CHARACTERS, head_of
 
 HERE = Path(__file__).parent
 CARD_FILE = "README.md"
 _VERSION = re.compile(r"[0-9A-Za-z.+!-]{1,64}")
 _LICENSE = re.compile(r"[0-9A-Za-z.+-]{1,64}")
-ADAPTER_CONFIG = "adapter_config.json"
 
 METRIC_TYPES = {"rouge-l": "rouge", "rouge-1": "rouge", "rouge-2": "rouge", "exact-match": "exact_match"}
 METRIC_TYPES |= {"macro-f1": "f1", "neg-loss": "loss"}

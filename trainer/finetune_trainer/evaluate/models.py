@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from finetune_api.traits import Method
 from finetune_trainer.data.manifest import PreparedManifest, PreparedModel
+from finetune_trainer.files import ADAPTER_CONFIG
 
 Variant = Literal["base", "tuned"]
 
-ADAPTER_CONFIG = "adapter_config.json"
 STARTING_ADAPTER = "start"
 HEADROOM = 0.85
 """Share of a device's memory that the weights may take before the model is spread over the node's devices."""

@@ -41,7 +41,7 @@ from finetune_trainer.evaluate.models import ModelPair, Variant, fits_on_one_dev
 from finetune_trainer.evaluate.page.build import PromptAnswers, ReportData, write_page
 from finetune_trainer.evaluate.ranks import Ranks
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.files import sha256_of
+from finetune_trainer.files import ADAPTER_CONFIG, sha256_of
 from finetune_trainer.model.device import choose_device, choose_precision
 from finetune_trainer.reports import RESULTS_FILE, read_metrics, read_reports
 from finetune_trainer.versions import versions
@@ -133,7 +133,7 @@ def _manifest(context: RunContext) -> PreparedManifest:
 
 
 def _digest_of_export(context: RunContext) -> str:
-    if not (context.export / "config.json").exists() and not (context.export / "adapter_config.json").exists():
+    if not (context.export / "config.json").exists() and not (context.export / ADAPTER_CONFIG).exists():
         raise TrainerError(
             FailureClass.BAD_DATA,
             f"There is no exported model in {context.export}: the Train stage has to finish first.",

@@ -26,13 +26,13 @@ from finetune_api.report import FailureClass
 from finetune_api.spec import Lora, Tuning
 from finetune_api.traits import Method
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_trainer.model import nf4
 from finetune_trainer.model.lora_linear import LoraLinear
 from finetune_trainer.model.weights import SafetensorsDirectory, fill, shape_mismatch, whole
 from finetune_trainer.starting_adapter import refuse_other_starts
 
 ADAPTER = "default"
-ADAPTER_FILE = "adapter_model.safetensors"
 MERGED_PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 """What a LoRA layer may train that can be merged into one weight, as its file names it."""
 WITH_MAMBA = ("falcon_h1", "nemotron_h")
@@ -230,7 +230,7 @@ def _existing(directory: Path) -> LoraConfig:
         config = PeftConfig.from_pretrained(str(directory))
     except (OSError, ValueError) as error:
         raise TrainerError(
-            FailureClass.BAD_SPEC, f"{directory} is not an adapter: adapter_config.json is missing.", "model.adapter"
+            FailureClass.BAD_SPEC, f"{directory} is not an adapter: {ADAPTER_CONFIG} is missing.", "model.adapter"
         ) from error
     if not isinstance(config, LoraConfig):
         raise TrainerError(
@@ -368,13 +368,15 @@ def load_adapter(peft_model: PeftModel, directory: Path) -> None:
                 continue
             key = file_key(name)
             if key not in file:
-                raise TrainerError(FailureClass.BAD_SPEC, f"{directory}/{ADAPTER_FILE} lacks {key}.", "model.adapter")
+                raise TrainerError(
+                    FailureClass.BAD_SPEC, f"{directory}/{ADAPTER_WEIGHTS} lacks {key}.", "model.adapter"
+                )
             if file.shape(key) != tuple(parameter.shape):
                 raise shape_mismatch(directory, key, file.shape(key), parameter.shape)
             fill(parameter, file.read(key))
             unused.discard(key)
     if unused:
-        sentence = f"{directory}/{ADAPTER_FILE} holds {min(unused)}, which this model has no place for."
+        sentence = f"{directory}/{ADAPTER_WEIGHTS} holds {min(unused)}, which this model has no place for."
         raise TrainerError(FailureClass.BAD_SPEC, sentence, "model.adapter")
 
 

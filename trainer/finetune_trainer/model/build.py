@@ -41,9 +41,9 @@ from finetune_trainer.model.weights import (
     empty_model,
     fill,
     read_config,
-    refuse_without_attention,
     shape_mismatch,
 )
+from finetune_trainer.untrusted import refuse_without_attention
 
 PACKED_DEVIATION = 0.05
 """Relative difference of logits that rounding may make in bfloat16; a leak makes several times as much."""

@@ -64,6 +64,11 @@ def _bf16_instructions() -> str:
     return next((spoken for name, spoken in known.items() if capabilities.get(name)), "")
 
 
+def row_multiple(device: torch.device) -> int:
+    """Packed rows are padded to a multiple of this many tokens: tensor cores compute in blocks."""
+    return 8 if device.type == "cuda" else 1
+
+
 def choose_compile(requested: bool | None, device: torch.device) -> tuple[bool, Choice]:
     """torch.compile layer by layer, for the spec's value or None for `auto`."""
     if requested is not None:

@@ -188,13 +188,6 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
     return config
 
 
-def refuse_without_attention(config: PretrainedConfig) -> None:
-    """Raise TrainerError (bad-spec) for a model that is no transformer."""
-    if not getattr(config.get_text_config(), "num_attention_heads", None):
-        sentence = f"{config.model_type} has no attention layers; only transformers can be tuned."
-        raise TrainerError(FailureClass.BAD_SPEC, sentence, "model")
-
-
 def empty_model(
     config: PretrainedConfig, dtype: torch.dtype, attention: str | None = "eager", trust_remote_code: bool = False
 ) -> PreTrainedModel:

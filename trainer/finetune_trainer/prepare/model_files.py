@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from finetune_api.report import FailureClass
 from finetune_api.spec import Model, Source
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 TOKENIZER_FILES = (
     "README.md",  # names the licence, which the card repeats
@@ -16,7 +17,7 @@ TOKENIZER_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "sentencepiece*.model", "spiece.model",
 )  # fmt: skip
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

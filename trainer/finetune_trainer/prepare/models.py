@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -31,8 +30,8 @@ from finetune_trainer.prepare.model_files import (
     check_adapter_files,
     model_files,
 )
-from finetune_trainer.starting_adapter import refuse_other_starts
-from finetune_trainer.untrusted import check_model_files, tensor_shapes
+from finetune_trainer.starting_adapter import read_adapter_config, refuse_other_starts
+from finetune_trainer.untrusted import check_model_files, refuse_without_attention, tensor_shapes
 
 UNREADABLE = (ValueError, LookupError, OSError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What the library raises for a config that is none."""
@@ -110,11 +109,8 @@ def locate_adapter(model: Model, fetched: Fetched, resolve: Any, cache: Path) ->
 
 def _kind_of_adapter(directory: Path) -> str:
     """PEFT's name of the adapter's kind; `damaged` where its config is no JSON object."""
-    try:
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return "damaged"
-    return str(config.get("peft_type")) if isinstance(config, dict) else "damaged"
+    config = read_adapter_config(directory)
+    return "damaged" if config is None else str(config.get("peft_type"))
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -145,9 +141,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         )
     names = getattr(config, "architectures", None) or []
     known = type(config).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (not names or set(names) & causal)
-    if not getattr(config.get_text_config(), "num_attention_heads", None):
-        sentence = f"{config.model_type} has no attention layers; only transformers can be tuned."
-        raise TrainerError(FailureClass.BAD_SPEC, sentence, "model")
+    refuse_without_attention(config)
     if not known and not trust_remote_code:
         raise TrainerError(
             FailureClass.BAD_SPEC,

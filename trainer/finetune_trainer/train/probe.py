@@ -13,6 +13,7 @@ from finetune_api.report import ExportProbe
 from finetune_trainer.data.documents import DocumentStore
 from finetune_trainer.data.packing import collate_packed, collate_padded
 from finetune_trainer.model.build import CausalModel
+from finetune_trainer.model.device import row_multiple
 
 DOCUMENTS = 8
 CANDIDATES = 256
@@ -56,7 +57,7 @@ def measure(
         document = _WholeDocument(np.array(store[index].ids))
         weights = [document.target_weight]
         if model.packs:
-            batch = collate_packed([document], [0], weights, pad_id, 8 if device.type == "cuda" else 1)
+            batch = collate_packed([document], [0], weights, pad_id, row_multiple(device))
         else:
             batch = collate_padded([document], [0], weights, pad_id)
         total += float(model(batch.to(device)).double().sum())

@@ -26,7 +26,7 @@ from finetune_trainer.data.order import ExampleSampler
 from finetune_trainer.export import Base, export_model
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.model.build import CausalModel
-from finetune_trainer.model.device import choose_device
+from finetune_trainer.model.device import choose_device, row_multiple
 from finetune_trainer.termination import exit_as_hung
 from finetune_trainer.train import probe, processes
 from finetune_trainer.train.batches import MicroBatcher
@@ -181,7 +181,7 @@ def _build_data(
         planned_tokens=context.attempt.micro_batch_tokens,
         rank=context.rank,
         world_size=context.world_size,
-        multiple=8 if device.type == "cuda" else 1,
+        multiple=row_multiple(device),
         packing=model.packs,
         share_prefixes=model.shares_prefixes,
     )
